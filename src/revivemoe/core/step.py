@@ -1,0 +1,78 @@
+"""Values that cross the seam between the rank's state machine and whatever executes a step."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from revivemoe.core.sequence import Sequence
+from revivemoe.ids import BlockId
+from revivemoe.messages import TokenLogprobs
+
+
+class StepHeader(NamedTuple):
+    """What each member tells all others before a step: the fixed-size exchange, all int64."""
+
+    epoch: int
+    step: int
+    num_tokens: int
+    """Tokens this rank will run through the model in this step; 0: it only serves experts."""
+    has_work: int
+    """1 while any sequence is live here, scheduled in this step or not."""
+    wake: int
+    """Highest wake counter this rank has seen."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All members run this step."""
+
+    tokens_per_member: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Park:
+    """Nobody has work and all have seen the same wakes: leave the step loop until a higher one."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Nobody has work but the wake counters differ: agree again at once."""
+
+
+Agreement = Run | Park | Retry
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """One sequence's share of a step: tokens [start, start + count) of its history."""
+
+    sequence: Sequence
+    start: int
+    """Position of the first token to compute; KV of all earlier positions is in the blocks."""
+    count: int
+    block_table: tuple[BlockId, ...]
+    """Covers positions [0, start + count)."""
+    samples: bool
+    """True if the last of these tokens is the end of the history, so a token is drawn after it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank runs through the model in one step. Empty: it serves experts only."""
+
+    step: int
+    items: tuple[ScheduledSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.count for item in self.items)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What executing one `ScheduledSequence` yielded."""
+
+    token_id: int | None
+    """The drawn token; None where `samples` was False."""
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """For prompt positions [max(1, start+1) ...]: entry i belongs to position start + 1 + i."""

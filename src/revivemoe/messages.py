@@ -1,0 +1,223 @@
+"""Typed messages between the engine and its ranks (msgpack on the wire, never pickle).
+
+Engine to rank: `Command`. Rank to engine: `Report`. Both directions are first-in first-out per
+rank, which the fence relies on: a `FenceAck` follows every token the rank had committed.
+"""
+
+from typing import Any
+
+import msgspec
+
+from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
+from revivemoe.placement import ExpertPlacement
+from revivemoe.sampling_params import SamplingParams
+from revivemoe.topology import Topology
+
+
+class SequenceSpec(msgspec.Struct, frozen=True):
+    """A sequence as it is handed to a rank: new, or migrated with what it has committed so far."""
+
+    seq_id: SeqId
+    prompt_ids: list[int]
+    output_ids: list[int]
+    params: SamplingParams
+    arrival: int
+    """Admission order over the whole instance; smaller is older."""
+    prompt_logprobs_done: int = 0
+    """Prompt positions whose log-probabilities the engine already holds."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probability of one token and of the most likely alternatives at its position."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token id, log-probability), most likely first."""
+
+
+class CommittedToken(msgspec.Struct, frozen=True):
+    seq_id: SeqId
+    position: int
+    """Index into the output tokens: the log appends if and only if it equals its length."""
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    seq_id: SeqId
+    start: int
+    """Prompt position of the first entry. Position 0 has no predecessor and is never sent."""
+    entries: list[TokenLogprobs]
+
+
+# ---- engine to rank -------------------------------------------------------------------------
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """Take over a sequence. A second `Add` of a live `seq_id` is ignored (idempotent)."""
+
+    sequence: SequenceSpec
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Forget a sequence and free its blocks. Unknown ids are ignored."""
+
+    seq_id: SeqId
+
+
+class Wake(msgspec.Struct, frozen=True, tag=True):
+    """There is work in the domain: take part in steps again. Sent to *all* members."""
+
+    counter: int
+
+
+class Fence(msgspec.Struct, frozen=True, tag=True):
+    """Leave the domain of every epoch below `epoch`, roll the open step back, acknowledge."""
+
+    epoch: Epoch
+
+
+class DomainSpec(msgspec.Struct, frozen=True):
+    """How the members of one epoch reach each other."""
+
+    backend: str
+    """shm | gloo | nccl"""
+    store_address: str | None = None
+    """host:port of the engine's TCP store (gloo, nccl)."""
+    timeout_s: float = 30.0
+    """Bound on every wait inside the domain."""
+
+
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """Enter a new epoch: membership, expert map, domain, and the first step's number."""
+
+    epoch: Epoch
+    step: int
+    topology: Topology
+    placement: ExpertPlacement
+    domain: DomainSpec
+    wake: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Leave and exit with status 0."""
+
+
+class Inject(msgspec.Struct, frozen=True, tag=True):
+    """One-shot fault at an exact point of a step (only with fault injection enabled)."""
+
+    injection_id: str
+    kind: str
+    step: int | None = None
+    layer: int | None = None
+    phase: str | None = None
+    params: dict[str, Any] = {}
+
+
+Command = Add | Abort | Wake | Fence | Configure | Stop | Inject
+
+
+# ---- rank to engine -------------------------------------------------------------------------
+
+
+class RankStats(msgspec.Struct, frozen=True):
+    """A rank's own view of its load, sent with each heartbeat."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    last_step: int = 0
+    parked: bool = False
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prefilled_tokens: int = 0
+    survivor_refills: int = 0
+    """Tokens prefilled again on a rank that held them before a fence. Must stay 0."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of a process: its control channel is up."""
+
+    rank: RankId
+    incarnation: Incarnation
+    pid: int
+    host: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Weights are loaded and the KV cache is allocated; the rank awaits `Configure`."""
+
+    rank: RankId
+    incarnation: Incarnation
+    device: str
+    kv_blocks_total: int
+    load_s: float
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    rank: RankId
+    incarnation: Incarnation
+    progress: int
+    """Grows with every phase of every step, and while parked."""
+    stats: RankStats
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """What one step committed on one rank."""
+
+    rank: RankId
+    incarnation: Incarnation
+    epoch: Epoch
+    step: int
+    tokens: list[CommittedToken]
+    prompt_logprobs: list[PromptLogprobs] = []
+    step_s: float = 0.0
+    """Wall time of the step on this rank, seconds."""
+
+
+class FenceAck(msgspec.Struct, frozen=True, tag=True):
+    """The rank has left its domain and rolled back. Its live sequences and committed lengths."""
+
+    rank: RankId
+    incarnation: Incarnation
+    epoch: Epoch
+    next_step: int
+    """The step this rank would run next; the new epoch starts at the maximum over survivors."""
+    num_output: dict[SeqId, int]
+    rolled_back: bool
+    """Whether a step was open and has been undone."""
+
+
+class Resumed(msgspec.Struct, frozen=True, tag=True):
+    """The first step of the epoch has been agreed: every member of the domain is there."""
+
+    rank: RankId
+    incarnation: Incarnation
+    epoch: Epoch
+    step: int
+    domain_s: float
+    """Seconds this rank spent building the domain."""
+
+
+class StepAborted(msgspec.Struct, frozen=True, tag=True):
+    """Communication failed under this rank: a symptom, never an accusation."""
+
+    rank: RankId
+    incarnation: Incarnation
+    epoch: Epoch
+    step: int
+    detail: str
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """Last words of a rank whose own code failed. Its exit follows."""
+
+    rank: RankId
+    incarnation: Incarnation
+    detail: str
+    user_error: bool = False
+    """True when mending lies with the user (bad checkpoint, no memory): one line, no traceback."""
+
+
+Report = Hello | Ready | Heartbeat | Tokens | FenceAck | Resumed | StepAborted | Fatal

@@ -1,0 +1,146 @@
+"""The seam between the HTTP server and the engine: what is submitted, what streams back."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from revivemoe.messages import TokenLogprobs
+from revivemoe.sampling_params import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True)
+class StopStrings:
+    """Strings that end a choice; the engine matches them, ranks never see text."""
+
+    strings: tuple[str, ...] = ()
+    include_in_output: bool = False
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One HTTP request: `n` choices for each prompt."""
+
+    request_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    n: int
+    params: SamplingParams
+    """`choice` is filled in per sequence by the engine; `seed` is already set."""
+    stop: StopStrings = field(default_factory=StopStrings)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New output of one choice. Token ids stream at commit even while text is held back."""
+
+    index: int
+    """prompt index * n + choice."""
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token id when log-probabilities were asked for."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token id or string that ended it, if one did."""
+    degraded: bool = False
+    """True if experts were missing at any time while this choice was generated."""
+
+
+@dataclass(frozen=True)
+class PromptLogprobsReady:
+    """Log-probabilities of a prompt's tokens 1..len-1, sent before the first `Delta` of its choices."""
+
+    prompt_index: int
+    entries: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True)
+class StreamFailed:
+    """The stream ends here with an error event."""
+
+    message: str
+    status: int = 500
+
+
+StreamEvent = Delta | PromptLogprobsReady | StreamFailed
+
+
+class Stream(Protocol):
+    """Events of one submission, in order, until every choice is finished or the stream failed."""
+
+    degraded_from_start: bool
+    """Experts were missing when the submission was admitted."""
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]: ...
+
+    def close(self) -> None:
+        """Abort whatever is unfinished. Idempotent; called when the client goes away."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the server must know of the model to check a request."""
+
+    name: str
+    model_dir: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class EngineUnavailable(Exception):
+    """The engine cannot take requests (failed, or starting for too long). HTTP 503."""
+
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+class ServingEngine(Protocol):
+    """What the server may ask of the engine."""
+
+    model: ModelInfo
+
+    async def submit(self, submission: Submission) -> Stream:
+        """Admit a request. While recovering this waits (bounded) rather than fails.
+
+        Raises EngineUnavailable.
+        """
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """The document of `GET /v1/fault_tolerance/status`: one consistent snapshot."""
+        ...
+
+    def metrics(self) -> bytes:
+        """Prometheus exposition text."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """False once the state is `failed`."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """True while `serving`."""
+        ...
+
+    async def apply(self, instruction: str, params: dict[str, Any], request_id: str) -> Any:
+        """Fault-tolerance instruction. Raises ValueError with the reason for wrong input.
+
+        Returns a document for `whatif`, None otherwise.
+        """
+        ...
+
+    async def inject(self, fault: dict[str, Any]) -> str:
+        """Inject a fault; returns the injection id. Raises ValueError, PermissionError."""
+        ...
+
+    def events(self) -> AsyncIterator[dict[str, Any]]:
+        """Signals, decisions and stages as they happen (server-sent events)."""
+        ...
+
+
+def choice_indices(prompts: Sequence[Sequence[int]], n: int) -> list[tuple[int, int]]:
+    """(prompt index, choice) of every sequence, in the order of their `Delta.index`."""
+    return [(p, c) for p in range(len(prompts)) for c in range(n)]
