@@ -153,6 +153,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     device: str
     kv_blocks_total: int
     load_s: float
+    maskable: bool = True
+    """Whether this model's routers can leave missing experts out."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -187,6 +189,8 @@ class FenceAck(msgspec.Struct, frozen=True, tag=True):
     num_output: dict[SeqId, int]
     rolled_back: bool
     """Whether a step was open and has been undone."""
+    rollback_s: float = 0.0
+    """Seconds from taking up the fence to this message."""
 
 
 class Resumed(msgspec.Struct, frozen=True, tag=True):

@@ -35,7 +35,11 @@ class Park:
 
 @dataclass(frozen=True)
 class Retry:
-    """Nobody has work but the wake counters differ: agree again at once."""
+    """Nobody has tokens, but not all are known to be idle: agree again at once.
+
+    It cannot last. A rank with live sequences always schedules tokens, so nobody has work; then
+    the wake counters differ, and as each wake is sent to all members, they will soon be equal.
+    """
 
 
 Agreement = Run | Park | Retry
@@ -53,6 +57,14 @@ class ScheduledSequence:
     """Covers positions [0, start + count)."""
     samples: bool
     """True if the last of these tokens is the end of the history, so a token is drawn after it."""
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """Entries that `StepResult.prompt_logprobs` has to have; 0 when none are owed."""
+        if not self.sequence.owes_prompt_logprobs:
+            return 0
+        last = len(self.sequence.prompt_ids) - 1
+        return max(0, min(self.start + self.count, last) - self.start)
 
 
 @dataclass(frozen=True)
@@ -75,4 +87,4 @@ class StepResult:
     """The drawn token; None where `samples` was False."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """For prompt positions [max(1, start+1) ...]: entry i belongs to position start + 1 + i."""
+    """Entry i belongs to prompt position start + 1 + i. As many as `num_prompt_logprobs` says."""

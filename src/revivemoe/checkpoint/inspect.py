@@ -1,0 +1,169 @@
+"""Learn what must be known of a checkpoint from its files' headers: no torch, no weights read."""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(?:(\d+)\.)?")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """The dimensions of a MoE checkpoint."""
+
+    model_dir: Path
+    architecture: str
+    dtype: str
+    """float32 | bfloat16: the checkpoint's own, where it is one of these."""
+    vocab_size: int
+    hidden_size: int
+    max_positions: int
+    top_k: int
+    num_experts: int
+    moe_layers: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+
+
+def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
+    """Read `config.json` and the safetensors headers.
+
+    Raises ValueError, one line that says what is wrong and how to mend it, for a directory that is
+    no checkpoint, a quantised or incomplete one, or a model without routed experts.
+    """
+    config = _config(model_dir)
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown")
+        raise ValueError(
+            f"{model_dir} is quantised ({method}): quantised checkpoints are not supported yet; "
+            "use a bfloat16 or float32 one"
+        )
+    shapes = _tensor_shapes(model_dir)
+    num_layers = int(config.get("num_hidden_layers", 0))
+    layers, num_experts = _experts(shapes, num_layers)
+    if not layers:
+        raise ValueError(
+            f"{model_dir} ({architecture}) has no routed experts: only Mixture-of-Experts "
+            "checkpoints can be served"
+        )
+    return CheckpointInfo(
+        model_dir=model_dir,
+        architecture=architecture,
+        dtype=_dtype(config),
+        vocab_size=int(config["vocab_size"]),
+        hidden_size=int(config["hidden_size"]),
+        max_positions=int(config.get("max_position_embeddings", 4096)),
+        top_k=_top_k(config, model_dir),
+        num_experts=num_experts,
+        moe_layers=layers,
+        eos_token_ids=_eos_ids(model_dir, config),
+    )
+
+
+def _config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / "config.json"
+    if not model_dir.is_dir():
+        raise ValueError(
+            f"{model_dir} is not a directory: give a local checkpoint in the Hugging Face layout "
+            "('revivemoe make-model DIR' makes one)"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{model_dir} has no config.json: not a Hugging Face checkpoint") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object: not a Hugging Face checkpoint")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if not isinstance(config.get(key), int):
+            raise ValueError(f"{path} has no {key}: only text-only decoder models can be served")
+    return config
+
+
+def _tensor_shapes(model_dir: Path) -> dict[str, list[int]]:
+    """Tensor name to shape over all shards, from their headers."""
+    files = sorted(model_dir.glob("*.safetensors"))
+    index = model_dir / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} cannot be read: {error}") from None
+        files = [model_dir / name for name in sorted(names)]
+    if not files:
+        raise ValueError(
+            f"{model_dir} holds no .safetensors files: convert the checkpoint with "
+            "save_pretrained first"
+        )
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        shapes.update(_header(file))
+    return shapes
+
+
+def _header(file: Path) -> dict[str, list[int]]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > size:
+                raise ValueError("header is longer than the file")
+            entries = json.loads(handle.read(length))
+        end = max(
+            (e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"), default=0
+        )
+        if 8 + length + end > size:
+            raise ValueError("it is cut short (an interrupted download?)")
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: the checkpoint is incomplete") from None
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    return {name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"}
+
+
+def _experts(shapes: dict[str, list[int]], num_layers: int) -> tuple[tuple[int, ...], int]:
+    """MoE layers and experts per layer, from per-expert or fused tensor names."""
+    counts: dict[int, int] = {}
+    for name, shape in shapes.items():
+        match = _EXPERT.search(name)
+        if match is None or int(match.group(1)) >= num_layers:
+            continue
+        layer = int(match.group(1))
+        found = int(match.group(2)) + 1 if match.group(2) is not None else shape[0]
+        counts[layer] = max(counts.get(layer, 0), found)
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"the layers have different numbers of experts ({sorted(set(counts.values()))}): "
+            "such models are not supported, or the checkpoint is incomplete"
+        )
+    return tuple(sorted(counts)), max(counts.values(), default=0)
+
+
+def _top_k(config: dict[str, Any], model_dir: Path) -> int:
+    for key in ("num_experts_per_tok", "moe_top_k", "num_experts_per_token", "moe_topk"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    raise ValueError(f"{model_dir}/config.json does not say how many experts a token uses")
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return "float32" if name == "float32" else "bfloat16"
+
+
+def _eos_ids(model_dir: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    eos = config.get("eos_token_id")
+    generation = model_dir / "generation_config.json"
+    if generation.exists():
+        try:
+            eos = json.loads(generation.read_text()).get("eos_token_id", eos)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{generation} cannot be read: {error}") from None
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)

@@ -1,0 +1,102 @@
+"""Make a random-weight checkpoint that loads like a published one."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from revivemoe.checkpoint.presets import (
+    ARCHS,
+    BOS_ID,
+    END_IDS,
+    PAD_ID,
+    PRESETS,
+    SIZES,
+    Preset,
+    config_fields,
+)
+from revivemoe.checkpoint.tokenizer import save_tokenizer
+from revivemoe.checkpoint.weights import fill_weights
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+def make_model(
+    directory: str | Path,
+    arch: str,
+    preset: str,
+    seed: int,
+    dtype: str = "float32",
+    progress: Callable[[str], None] = _silent,
+) -> None:
+    """Write config, sharded safetensors, tokenizer, chat template and generation config.
+
+    Equal arguments give equal files. `progress` is told what begins, one line at a time.
+
+    Raises ValueError for an unknown name or a directory that is not empty.
+    """
+    _check("architecture", arch, ARCHS)
+    _check("preset", preset, PRESETS)
+    _check("dtype", dtype, DTYPES)
+    path = Path(directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty directory: choose another or empty it")
+    size = SIZES[preset]
+    progress(f"training a tokenizer of {size.vocab} tokens")
+    path.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(path, size.vocab)
+    progress("drawing the weights")
+    model = _random_model(arch, size, seed, dtype)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    progress(f"writing {millions:.1f} M parameters to {path}")
+    with _no_progress_bar():
+        model.save_pretrained(path, max_shard_size=size.shard_bytes)
+    _publish(path, config_fields(arch, size))
+
+
+def _check(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _publish(path: Path, fields: dict[str, Any]) -> None:
+    """Published field names beside those of this release, and files that others may read."""
+    config = path / "config.json"
+    merged = json.loads(config.read_text()) | fields
+    config.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+    for shard in path.glob("*.safetensors"):
+        shard.chmod(config.stat().st_mode)
+
+
+def _random_model(arch: str, size: Preset, seed: int, dtype: str) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.for_model(arch, **config_fields(arch, size))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):  # published in float32 whatever the rest is
+            module.e_score_correction_bias = module.e_score_correction_bias.float()
+    fill_weights(model, seed)
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS_ID, eos_token_id=list(END_IDS), pad_token_id=PAD_ID
+    )
+    return model

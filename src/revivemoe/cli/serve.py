@@ -1,0 +1,208 @@
+"""`revivemoe serve`: bring an instance up, serve it over HTTP, end it cleanly."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from revivemoe.checkpoint.inspect import inspect_checkpoint
+from revivemoe.config import EngineConfig, resolve
+from revivemoe.recovery.policy import Policy
+
+log = logging.getLogger("revivemoe.serve")
+
+
+def serve(
+    model_dir: Annotated[Path, typer.Argument(help="Checkpoint in the Hugging Face layout.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0 lets the system choose.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(help="Key clients must send.")] = None,
+    admin_api_key: Annotated[
+        str | None, typer.Option(help="Key for fault_tolerance/apply and /inject.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Model name in the API; default: the directory's name.")
+    ] = None,
+    data_parallel_size: Annotated[int, typer.Option(help="Attention ranks (processes).")] = 1,
+    expert_ranks: Annotated[
+        int, typer.Option(help="Separate expert ranks; 0: experts on the attention ranks.")
+    ] = 0,
+    redundant_experts: Annotated[
+        int, typer.Option(help="Extra expert replicas per MoE layer, over the whole instance.")
+    ] = 0,
+    spare_expert_slots: Annotated[
+        int, typer.Option(help="Empty expert slots per rank and MoE layer.")
+    ] = 0,
+    max_missing_fraction: Annotated[
+        float, typer.Option(help="Share of a layer's experts that may be masked, 0 up to 1.")
+    ] = 1 / 32,
+    dense_ffn_tp: Annotated[
+        int, typer.Option(help="Ranks that share a dense feed-forward layer; only 1 so far.")
+    ] = 1,
+    num_microbatches: Annotated[
+        int, typer.Option(help="Micro-batches per step; only 1 so far.")
+    ] = 1,
+    comm_backend: Annotated[str, typer.Option(help="auto, shm, gloo or nccl.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16.")] = "auto",
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Prompt plus output, tokens; default: the model's own, at most 4096."),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences running at once per rank.")] = 32,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens per rank and step.")
+    ] = 512,
+    block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
+    num_kv_blocks: Annotated[
+        int | None, typer.Option(help="KV blocks per rank; default: by need and free memory.")
+    ] = None,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="Compile nothing; the only mode so far.")
+    ] = False,
+    recovery_policy: Annotated[
+        Path | None, typer.Option(help="Policy file; not supported yet.")
+    ] = None,
+    enable_fault_injection: Annotated[
+        bool, typer.Option("--enable-fault-injection", help="Allow fault_tolerance/inject.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of whatever the server draws itself.")] = 0,
+) -> None:
+    """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""
+    del enforce_eager
+    for flag, value, only in (
+        ("--expert-ranks", expert_ranks, 0),
+        ("--dense-ffn-tp", dense_ffn_tp, 1),
+        ("--num-microbatches", num_microbatches, 1),
+        ("--recovery-policy", recovery_policy, None),
+    ):
+        if value != only:
+            raise ValueError(f"{flag} {value} is not supported yet: leave it at {only}")
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port {port} is out of range: 0 to 65535")
+    config = EngineConfig(
+        model_dir=model_dir,
+        served_model_name=served_model_name or "",
+        data_parallel_size=data_parallel_size,
+        redundant_experts=redundant_experts,
+        spare_expert_slots=spare_expert_slots,
+        comm_backend=comm_backend,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_kv_blocks=num_kv_blocks,
+        seed=seed,
+        enable_fault_injection=enable_fault_injection,
+        policy=Policy(max_missing_fraction=max_missing_fraction),
+    )
+    info = inspect_checkpoint(model_dir)
+    config = resolve(config, info)
+    configure_logging()
+    status = asyncio.run(
+        _serve(config, info, host, port, api_key, admin_api_key),
+    )
+    raise typer.Exit(status)
+
+
+def configure_logging() -> None:
+    """Logs go to standard error, one line each; standard output stays free."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    for noisy in ("httpx", "httpcore", "uvicorn.access", "transformers", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """The checkpoint's fast tokenizer. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{model_dir} has no usable tokenizer: {first}") from None
+    if not tokenizer.is_fast:
+        raise ValueError(f"{model_dir}: only fast tokenizers (tokenizer.json) are supported")
+    return tokenizer
+
+
+async def _serve(
+    config: EngineConfig,
+    info: Any,
+    host: str,
+    port: int,
+    api_key: str | None,
+    admin_api_key: str | None,
+) -> int:
+    """Returns the exit status: 0 after a signal, 2 for bad input found by a rank, 1 for failure."""
+    from revivemoe.engine import FailedState
+    from revivemoe.server.app import create_app
+    from revivemoe.server.run import serve_app
+    from revivemoe.serving import Instance
+
+    tokenizer = load_tokenizer(info.model_dir)
+    stop = asyncio.Event()
+    with _stop_on_signals(stop):
+        async with Instance(config, info, tokenizer) as instance:
+            app = create_app(
+                instance,
+                tokenizer,
+                api_key=api_key,
+                admin_api_key=admin_api_key,
+                enable_fault_injection=config.enable_fault_injection,
+            )
+            server = asyncio.create_task(
+                serve_app(app, host, port, stop=stop, on_started=_say_where)
+            )
+            watch = asyncio.create_task(_watch_start(instance, stop))
+            try:
+                await server
+            finally:
+                stop.set()
+                watch.cancel()
+            state = instance.engine.state
+    if isinstance(state, FailedState) and state.user_error:
+        raise ValueError(state.reason)
+    return 1 if isinstance(state, FailedState) else 0
+
+
+async def _watch_start(instance: Any, stop: asyncio.Event) -> None:
+    """Say when the instance serves; a start that fails ends the process at once."""
+    serving = asyncio.create_task(instance.serving.wait())
+    ended = asyncio.create_task(instance.ended.wait())
+    await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
+    if ended.done():
+        stop.set()
+        return
+    ended.cancel()
+    log.info("serving %s with %d ranks", instance.model.name, instance.config.data_parallel_size)
+
+
+def _say_where(host: str, port: int) -> None:
+    log.info("listening on http://%s:%d", host, port)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for an orderly end."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,1 @@
+"""How ranks are started and reached. The only package that touches processes."""

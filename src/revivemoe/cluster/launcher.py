@@ -1,0 +1,138 @@
+"""The engine's side of the fork server: start it, launch ranks, hear of their exits."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import TracebackType
+
+import msgspec
+
+from revivemoe.cluster.forkserver import (
+    MAX_MESSAGE,
+    NO_SEGMENT,
+    Exited,
+    Hail,
+    Launch,
+    Launched,
+    Reply,
+    Warm,
+)
+from revivemoe.executor.spec import RankSpec, SegmentSpec
+
+
+@dataclass(frozen=True)
+class LaunchedProcess:
+    """A running rank process. `pidfd` becomes readable when it exits; the receiver owns it."""
+
+    launched: Launched
+    pidfd: int
+
+
+class Launcher:
+    """Owns the fork server and the shared segment. A context manager; leaving it ends all ranks."""
+
+    def __init__(self, segment: SegmentSpec | None) -> None:
+        self._segment = segment
+        self._segment_fd: int | None = None
+        self._lifeline_read, self._lifeline_write = os.pipe()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+
+    def __enter__(self) -> "Launcher":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the fork server; it answers with `Warm` when its imports are done (seconds)."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
+        fds = [theirs.fileno(), self._lifeline_read]
+        if self._segment_fd is not None:
+            fds.append(self._segment_fd)
+        segment_arg = NO_SEGMENT if self._segment_fd is None else self._segment_fd
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "revivemoe.cluster.forkserver",
+                str(theirs.fileno()),
+                str(self._lifeline_read),
+                str(segment_arg),
+            ],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,
+        )
+        theirs.close()
+        ours.setblocking(False)
+        self._sock = ours
+        ours.send(msgspec.msgpack.encode(Hail(self._segment)))
+
+    @property
+    def fileno(self) -> int:
+        """Readable when the fork server has something to say, or is gone."""
+        assert self._sock is not None, "the fork server is not running"
+        return self._sock.fileno()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the fork server is not running"
+        return self._process.pid
+
+    def launch(self, spec: RankSpec) -> None:
+        """Ask for a rank process; a `LaunchedProcess` follows."""
+        assert self._sock is not None, "the fork server is not running"
+        self._sock.send(msgspec.msgpack.encode(Launch(spec)))
+
+    def receive(self) -> Warm | LaunchedProcess | Exited | None:
+        """One message, without blocking. None: the fork server is gone.
+
+        Raises BlockingIOError when there is nothing.
+        """
+        assert self._sock is not None, "the fork server is not running"
+        try:
+            raw, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 1)
+        except ConnectionResetError:
+            return None
+        if not raw:
+            return None
+        match msgspec.msgpack.decode(raw, type=Reply):
+            case Warm() as warm:
+                if fds:
+                    self._segment_fd = fds[0]
+                return warm
+            case Launched() as launched:
+                return LaunchedProcess(launched, fds[0])
+            case Exited() as exited:
+                return exited
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Close the socket and the lifeline: fork server and ranks exit; kill what does not."""
+        for fd in (self._lifeline_write, self._lifeline_read, self._segment_fd):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self._lifeline_write = self._lifeline_read = -1
+        self._segment_fd = None
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self._process is not None:
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self._process.send_signal(signal.SIGKILL)
+                self._process.wait()
+            self._process = None

@@ -1,0 +1,216 @@
+"""Ranks as processes of this host: launched by the fork server, reached over ZeroMQ.
+
+One PUSH socket per rank process (bound by the rank, so commands sent early wait for it) and one
+PULL socket for everything ranks say. A pidfd per process tells of its exit at once, whoever its
+parent is.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import msgspec
+import zmq
+
+from revivemoe.cluster.forkserver import Exited, Warm
+from revivemoe.cluster.launcher import LaunchedProcess, Launcher
+from revivemoe.cluster.store import GroupStore
+from revivemoe.executor.spec import RankSpec, SegmentSpec
+from revivemoe.ids import Incarnation, RankId
+from revivemoe.messages import Command, DomainSpec, Report
+
+log = logging.getLogger("revivemoe.cluster")
+
+DRAIN_AT_MOST = 2000
+"""Reports taken in one go before other work of the event loop gets its turn."""
+
+RankSpecFor = Callable[[RankId, Incarnation, tuple[tuple[int, ...], ...]], RankSpec]
+Key = tuple[RankId, Incarnation]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What the cluster tells its owner, on the event loop's thread."""
+
+    on_report: Callable[[Report], None]
+    on_exit: Callable[[RankId, Incarnation, str], None]
+    on_forkserver_gone: Callable[[], None]
+
+
+class LocalCluster:
+    """Owns fork server, sockets and pidfds. An async context manager; leaving it ends all ranks."""
+
+    def __init__(
+        self,
+        spec_for: RankSpecFor,
+        segment: SegmentSpec | None,
+        backend: str,
+        callbacks: Callbacks,
+    ) -> None:
+        token = secrets.token_hex(8)
+        self.reports = f"ipc://@revivemoe-{token}-reports"
+        self._token = token
+        self._spec_for, self._callbacks, self._backend = spec_for, callbacks, backend
+        self._launcher = Launcher(segment)
+        self._store = GroupStore() if backend in ("gloo", "nccl") else None
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._outboxes: dict[RankId, tuple[Key, zmq.Socket[bytes]]] = {}
+        self._pidfds: dict[Key, int] = {}
+        self._pids: dict[Key, int] = {}
+        self._launch_when_warm: list[RankSpec] = []
+        self._warm = False
+        self._decoder = msgspec.msgpack.Decoder(Report)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def __aenter__(self) -> "LocalCluster":
+        self._loop = asyncio.get_running_loop()
+        self._inbox.setsockopt(zmq.RCVHWM, 0)
+        self._inbox.bind(self.reports)
+        self._launcher.start()
+        if self._store is not None:
+            await self._loop.run_in_executor(None, self._store.start)
+        self._loop.add_reader(self._inbox.getsockopt(zmq.FD), self.drain)
+        self._loop.add_reader(self._launcher.fileno, self._on_launcher)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._loop is not None
+        self._loop.remove_reader(self._inbox.getsockopt(zmq.FD))
+        with contextlib.suppress(AssertionError):
+            self._loop.remove_reader(self._launcher.fileno)
+        for key in list(self._pidfds):
+            self._forget(key)
+        for _, outbox in self._outboxes.values():
+            outbox.close(linger=0)
+        self._inbox.close(linger=0)
+        self._context.term()
+        await self._loop.run_in_executor(None, self._launcher.close)
+        if self._store is not None:
+            self._store.close()
+
+    # ---- what the engine asks for --------------------------------------------------------------
+
+    def launch(
+        self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Start a process for a rank; its exit and its reports come through the callbacks."""
+        spec = self._spec_for(rank, incarnation, slots)
+        spec = msgspec.structs.replace(
+            spec,
+            commands=f"ipc://@revivemoe-{self._token}-{rank}.{incarnation}",
+            reports=self.reports,
+        )
+        outbox = self._context.socket(zmq.PUSH)
+        outbox.setsockopt(zmq.SNDHWM, 0)
+        outbox.setsockopt(zmq.LINGER, 0)
+        outbox.setsockopt(zmq.RECONNECT_IVL, 10)
+        outbox.connect(spec.commands)
+        if rank in self._outboxes:
+            self._outboxes.pop(rank)[1].close(linger=0)
+        self._outboxes[rank] = ((rank, incarnation), outbox)
+        if self._warm:
+            self._launcher.launch(spec)
+        else:
+            self._launch_when_warm.append(spec)
+
+    def send(self, rank: RankId, command: Command) -> None:
+        """Queue a command. Never blocks; what is sent to a dead rank goes nowhere."""
+        held = self._outboxes.get(rank)
+        if held is not None:
+            with contextlib.suppress(zmq.Again):
+                held[1].send(self._encoder.encode(command), zmq.NOBLOCK)
+
+    def kill(self, rank: RankId) -> None:
+        """SIGKILL the rank's present process. Nobody waits for it."""
+        held = self._outboxes.get(rank)
+        pid = self._pids.get(held[0]) if held is not None else None
+        if pid is not None and held is not None:
+            signal.pidfd_send_signal(self._pidfds[held[0]], signal.SIGKILL)
+
+    def domain(self) -> DomainSpec:
+        address = self._store.address if self._store is not None else None
+        return DomainSpec(backend=self._backend, store_address=address)
+
+    @property
+    def living(self) -> int:
+        """Processes that have not exited."""
+        return len(self._pidfds)
+
+    # ---- what happens --------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Take in every report that has come (the socket's descriptor is edge-triggered)."""
+        for _ in range(DRAIN_AT_MOST):
+            try:
+                raw = self._inbox.recv(zmq.NOBLOCK)
+            except (zmq.Again, zmq.ZMQError):
+                return
+            self._callbacks.on_report(self._decoder.decode(raw))
+        assert self._loop is not None
+        self._loop.call_soon(self.drain)
+
+    def _on_launcher(self) -> None:
+        while True:
+            try:
+                message = self._launcher.receive()
+            except BlockingIOError:
+                return
+            match message:
+                case Warm():
+                    self._on_warm(message)
+                case LaunchedProcess():
+                    self._watch(message)
+                case Exited():
+                    log.debug("rank %d exited: %s", message.rank, describe_status(message.status))
+                case None:
+                    assert self._loop is not None
+                    self._loop.remove_reader(self._launcher.fileno)
+                    self._callbacks.on_forkserver_gone()
+                    return
+
+    def _on_warm(self, warm: Warm) -> None:
+        log.info("fork server warm after %.1f s", warm.preload_s)
+        self._warm = True
+        waiting, self._launch_when_warm = self._launch_when_warm, []
+        for spec in waiting:
+            self._launcher.launch(spec)
+
+    def _watch(self, process: LaunchedProcess) -> None:
+        key = (RankId(process.launched.rank), Incarnation(process.launched.incarnation))
+        self._pidfds[key], self._pids[key] = process.pidfd, process.launched.pid
+        assert self._loop is not None
+        self._loop.add_reader(process.pidfd, self._on_exit, key)
+
+    def _on_exit(self, key: Key) -> None:
+        """What the process said before it went counts: the inbox comes first."""
+        pid = self._pids[key]
+        self._forget(key)
+        self.drain()
+        self._callbacks.on_exit(*key, f"process {pid} exited")
+
+    def _forget(self, key: Key) -> None:
+        assert self._loop is not None
+        pidfd = self._pidfds.pop(key)
+        self._pids.pop(key)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
+def describe_status(status: int) -> str:
+    """Exit status in words."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"exit status {status}"

@@ -1,0 +1,224 @@
+"""Dispatch and combine: rows to the ranks that hold their experts, and the partial sums back.
+
+Legend for shapes: T tokens of this rank, K experts per token, H hidden size, N members, S slots
+per rank, M rows sent, R rows received. A row is one token on its way to one rank: a token goes to
+each rank at most once, however many of its experts are there.
+
+    row to the experts   | K slot ids int64, of the domain | K weights float32 | pad | H hidden | pad |
+    row back             | H partial sum |
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from revivemoe.comm.shm import region_bytes_for
+from revivemoe.comm.transport import Transport
+
+_ALIGN = 16
+
+
+@dataclass(frozen=True)
+class DispatchHandle:
+    """What combine needs of the dispatch it answers. Opaque to callers."""
+
+    num_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    rows_by_token_M: torch.Tensor
+    """Rows sent, int64, by token and then by destination. (They are sent the other way round.)"""
+    first_row_T: torch.Tensor
+    """Where each token's rows begin in `rows_by_token_M`."""
+    sent_N: tuple[int, ...]
+    received_N: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows for this rank's experts, by source logical rank and then by the source's token."""
+
+    rows_RH: torch.Tensor
+    """Hidden states, the dtype and device they were dispatched with."""
+    slot_ids_RK: torch.Tensor
+    """int64, this rank's slots; S where that choice is not on this rank."""
+    weights_RK: torch.Tensor
+    """float32; 0 where that choice is not on this rank."""
+    handle: DispatchHandle
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Which token goes to which rank, on the host."""
+
+    sent_N: tuple[int, ...]
+    tokens_M: np.ndarray
+    """Token of each row, rows by destination and then by token."""
+    rows_by_token_M: np.ndarray
+    first_row_T: np.ndarray
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGN) * _ALIGN
+
+
+def _hidden_offset(top_k: int) -> int:
+    return _round_up(top_k * (8 + 4))
+
+
+def _row_bytes(hidden: int, itemsize: int, top_k: int) -> int:
+    return _hidden_offset(top_k) + _round_up(hidden * itemsize)
+
+
+def region_bytes(num_ranks: int, max_tokens: int, hidden: int, itemsize: int, top_k: int) -> int:
+    """Size of a rank's shared-memory region, bytes, such that no exchange can exceed it.
+
+    `max_tokens` is the most tokens that any rank runs in one step. A rank sends each of its tokens
+    to at most min(N, K) ranks, and returns at most one sum, float32, for each token of each rank.
+    """
+    out = max_tokens * min(num_ranks, top_k) * _row_bytes(hidden, itemsize, top_k)
+    back = max_tokens * num_ranks * hidden * max(itemsize, 4)
+    return region_bytes_for(num_ranks, max(out, back))
+
+
+def _route(slot_ids_TK: np.ndarray, size: int, slots: int) -> _Route:
+    """Rows for each of `size` members."""
+    num_tokens = len(slot_ids_TK)
+    sent_TN = np.zeros((num_tokens, size + 1), np.bool_)  # the last column is for "none", -1
+    sent_TN[np.arange(num_tokens)[:, None], slot_ids_TK // slots] = True
+    ranks_M, tokens_M = sent_TN[:, :size].T.nonzero()
+    first_row_T = np.zeros(num_tokens, np.int64)
+    np.cumsum(np.bincount(tokens_M, minlength=num_tokens)[:-1], out=first_row_T[1:])
+    return _Route(
+        sent_N=tuple(np.bincount(ranks_M, minlength=size).tolist()),
+        tokens_M=tokens_M,
+        rows_by_token_M=tokens_M.argsort(kind="stable"),
+        first_row_T=first_row_T,
+    )
+
+
+class Dispatcher:
+    """Dispatch and combine over the transport of one epoch. Collective: all members call alike."""
+
+    def __init__(self, transport: Transport, slots_per_rank: int) -> None:
+        """`slots_per_rank`: expert slots on each rank and layer, the same on all members."""
+        self._transport = transport
+        self._slots = slots_per_rank
+
+    def dispatch(
+        self, hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Dispatched:
+        """Send each token to the ranks that hold its experts; return the rows sent here.
+
+        `hidden_TH`: float32 or bfloat16, the same on all members; T may be 0. `slot_ids_TK`:
+        integers, physical slots over the whole domain, logical rank * S + slot, or -1 for none (the
+        choice is dropped). `weights_TK`: any float. Raises DomainLeft, CommunicationFailed.
+        """
+        if self._transport.size == 1:
+            return self._dispatch_alone(hidden_TH, slot_ids_TK, weights_TK)
+        device, hidden = hidden_TH.device, hidden_TH.shape[1]
+        route = _route(slot_ids_TK.cpu().numpy(), self._transport.size, self._slots)
+        rows_TB = _pack(hidden_TH, slot_ids_TK, weights_TK)
+        outbox = self._transport.outbox(rows_TB.shape[1], route.sent_N)
+        _gather(rows_TB, torch.from_numpy(route.tokens_M).to(device), outbox)
+        pieces = self._transport.all_to_all_rows()
+        inbox = torch.cat(pieces).to(device)
+        rows, ids, weights = _fields(inbox, hidden_TH.dtype, hidden, slot_ids_TK.shape[1])
+        local_ids = ids - self._transport.index * self._slots
+        here = (local_ids >= 0) & (local_ids < self._slots)
+        handle = DispatchHandle(
+            num_tokens=hidden_TH.shape[0],
+            dtype=hidden_TH.dtype,
+            device=device,
+            rows_by_token_M=torch.from_numpy(route.rows_by_token_M).to(device),
+            first_row_T=torch.from_numpy(route.first_row_T).to(device),
+            sent_N=route.sent_N,
+            received_N=tuple(piece.shape[0] for piece in pieces),
+        )
+        return Dispatched(
+            rows_RH=rows.contiguous(),
+            slot_ids_RK=torch.where(here, local_ids, self._slots),
+            weights_RK=torch.where(here, weights, 0.0),
+            handle=handle,
+        )
+
+    def combine(self, out_RH: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """Return each row's partial weighted sum to its source; add them up per token.
+
+        `out_RH`: in the order of `Dispatched.rows_RH`, in the dispatched dtype or float32, the same
+        on all members. Returns `[T, H]` in the dispatched dtype: sums in float32, in the order of
+        logical ranks, so equal inputs give equal bits. Raises DomainLeft, CommunicationFailed.
+        """
+        if self._transport.size == 1:
+            return out_RH.to(handle.dtype)
+        hidden = out_RH.shape[1]
+        outbox = self._transport.outbox(hidden * out_RH.itemsize, handle.received_N)
+        outbox.view(out_RH.dtype).copy_(out_RH)
+        pieces = self._transport.all_to_all_rows(handle.sent_N)
+        parts_MH = torch.cat(pieces).view(out_RH.dtype).to(handle.device, torch.float32)
+        return _sum_per_token(parts_MH, handle).to(handle.dtype)
+
+    def _dispatch_alone(
+        self, hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Dispatched:
+        self._transport.check_fence()
+        none = slot_ids_TK < 0
+        num_tokens = hidden_TH.shape[0]
+        handle = DispatchHandle(
+            num_tokens=num_tokens,
+            dtype=hidden_TH.dtype,
+            device=hidden_TH.device,
+            rows_by_token_M=torch.empty(0, dtype=torch.int64),
+            first_row_T=torch.empty(0, dtype=torch.int64),
+            sent_N=(num_tokens,),
+            received_N=(num_tokens,),
+        )
+        return Dispatched(
+            rows_RH=hidden_TH,
+            slot_ids_RK=slot_ids_TK.to(torch.int64).masked_fill(none, self._slots),
+            weights_RK=weights_TK.to(torch.float32).masked_fill(none, 0.0),
+            handle=handle,
+        )
+
+
+def _pack(
+    hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """One row on the wire for each token, uint8 `[T, B]`."""
+    (num_tokens, hidden), top_k = hidden_TH.shape, slot_ids_TK.shape[1]
+    row_bytes = _row_bytes(hidden, hidden_TH.itemsize, top_k)
+    rows_TB = torch.empty(num_tokens, row_bytes, dtype=torch.uint8, device=hidden_TH.device)
+    rows, ids, weights = _fields(rows_TB, hidden_TH.dtype, hidden, top_k)
+    rows.copy_(hidden_TH)
+    ids.copy_(slot_ids_TK)
+    weights.copy_(weights_TK)
+    return rows_TB
+
+
+def _gather(rows_TB: torch.Tensor, tokens_M: torch.Tensor, outbox_MB: torch.Tensor) -> None:
+    """Copy the tokens' rows into the outbox: directly, if it lies on the same device."""
+    if rows_TB.device == outbox_MB.device:
+        torch.index_select(rows_TB, 0, tokens_M, out=outbox_MB)
+    else:
+        outbox_MB.copy_(rows_TB.index_select(0, tokens_M))
+
+
+def _sum_per_token(parts_MH: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    """Add up each token's parts, one after another in the order of its rows: float32 `[T, H]`.
+
+    An embedding bag does just that in one kernel, without atomics on a GPU.
+    """
+    if handle.num_tokens == 0 or len(parts_MH) == 0:
+        return parts_MH.new_zeros(handle.num_tokens, parts_MH.shape[1])
+    return torch.embedding_bag(parts_MH, handle.rows_by_token_M, handle.first_row_T)[0]
+
+
+def _fields(
+    rows_MB: torch.Tensor, dtype: torch.dtype, hidden: int, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of hidden states `[M, H]`, slot ids and weights `[M, K]` in rows on the wire."""
+    return (
+        rows_MB.view(dtype).narrow(1, _hidden_offset(top_k) // dtype.itemsize, hidden),
+        rows_MB.view(torch.int64).narrow(1, 0, top_k),
+        rows_MB.view(torch.float32).narrow(1, 2 * top_k, top_k),
+    )

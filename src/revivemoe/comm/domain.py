@@ -1,0 +1,100 @@
+"""The owner of a process's transport: at most one domain at a time, one per epoch."""
+
+import time
+from types import TracebackType
+
+import torch
+
+from revivemoe.comm.fence import DomainLeft, FenceFlag
+from revivemoe.comm.gloo import gloo_transport
+from revivemoe.comm.group import Graveyard
+from revivemoe.comm.nccl import nccl_transport
+from revivemoe.comm.shm import Segment, ShmTransport
+from revivemoe.comm.transport import SoloTransport, Transport
+from revivemoe.comm.wait import Waiter
+from revivemoe.ids import Epoch, RankId
+from revivemoe.messages import DomainSpec
+
+
+class Domains:
+    """Enters and leaves the domains of one process. A context manager; leaves at its end."""
+
+    def __init__(
+        self,
+        fence: FenceFlag,
+        segment_fd: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`segment_fd`: from `create_segment`, needed for shm; it stays the caller's to close.
+        `device`: where the payload lives (pinned staging with gloo, the GPU with NCCL).
+        """
+        self._fence = fence
+        self._segment = None if segment_fd is None else Segment(segment_fd)
+        self._device = torch.device(device)
+        self._graveyard = Graveyard()
+        self._last_epoch = -1
+        self.current: Transport | None = None
+
+    def __enter__(self) -> "Domains":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.leave()
+
+    def enter(
+        self, spec: DomainSpec, epoch: Epoch, members: tuple[RankId, ...], me: RankId
+    ) -> Transport:
+        """Leave the present domain and enter that of `epoch`, higher than any entered before.
+
+        Raises DomainLeft if the epoch is fenced meanwhile, CommunicationFailed if the others do
+        not come within `spec.timeout_s`, ValueError for a domain that this process cannot enter.
+        """
+        self.leave()
+        assert epoch > self._last_epoch, f"epoch {epoch} after epoch {self._last_epoch}"
+        self._last_epoch = epoch
+        if self._fence.covers(epoch):
+            raise DomainLeft(f"epoch {epoch} was fenced before it began")
+        self.current = self._build(spec, epoch, members, me)
+        return self.current
+
+    def leave(self) -> None:
+        """Leave the present domain, if any. Waits for nobody."""
+        if self.current is not None:
+            self.current.close()
+            self.current = None
+        self._graveyard.sweep(time.monotonic())
+
+    def _build(
+        self, spec: DomainSpec, epoch: Epoch, members: tuple[RankId, ...], me: RankId
+    ) -> Transport:
+        waiter = Waiter(self._fence, epoch, spec.timeout_s)
+        if members == (me,):
+            return SoloTransport(waiter, epoch, me, self._device)
+        match spec.backend:
+            case "shm":
+                if self._segment is None:
+                    raise ValueError("the shm transport needs the descriptor of a segment")
+                return ShmTransport(self._segment, waiter, epoch, members, me)
+            case "gloo":
+                return gloo_transport(
+                    _store_address(spec), waiter, epoch, members, me, spec.timeout_s,
+                    self._graveyard, pin=self._device.type == "cuda",
+                )  # fmt: skip
+            case "nccl":
+                return nccl_transport(
+                    _store_address(spec), waiter, epoch, members, me, spec.timeout_s,
+                    self._graveyard, self._device,
+                )  # fmt: skip
+            case unknown:
+                raise ValueError(f"unknown transport {unknown!r}: use shm, gloo or nccl")
+
+
+def _store_address(spec: DomainSpec) -> str:
+    if spec.store_address is None:
+        raise ValueError(f"the {spec.backend} transport needs a store_address")
+    return spec.store_address

@@ -1,0 +1,202 @@
+"""Transport over a process group of `torch.distributed`, built directly and never waited for.
+
+There is no global group (`init_process_group`), so there is none to tear down. A wait polls
+`work.is_completed()` beside the fence. Work that is left behind runs on in the library's threads
+until its own time-out, on buffers and a group that the graveyard keeps alive for it.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed import AllToAllOptions
+
+from revivemoe.comm.fence import CommunicationFailed
+from revivemoe.comm.transport import MAX_INTS
+from revivemoe.comm.wait import Waiter
+from revivemoe.ids import Epoch, RankId
+
+_GRACE_S = 5.0
+"""Beyond its time-out, how long abandoned work is kept before it may be freed."""
+
+
+@dataclass
+class Graveyard:
+    """Groups, work and buffers that were left behind, until nothing can touch them any more.
+
+    To free a group is to join its threads, which blocks while a collective is stuck in one.
+    """
+
+    _graves: list[tuple[float, Any]] = field(default_factory=list)
+
+    def bury(self, remains: object, timeout_s: float, now: float) -> None:
+        """Keep `remains` until its time-out has passed for certain."""
+        self._graves.append((now + timeout_s + _GRACE_S, remains))
+
+    def sweep(self, now: float) -> None:
+        """Free what has timed out."""
+        self._graves = [(until, remains) for until, remains in self._graves if until > now]
+
+    def __len__(self) -> int:
+        return len(self._graves)
+
+
+def build_bounded(
+    build: Callable[[], Any], waiter: Waiter, members: tuple[RankId, ...], me: RankId
+) -> Any:
+    """Run `build` in a helper thread, which is abandoned at the fence or the time limit."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(build())
+        except Exception as error:  # the boundary of a thread: it travels in the future
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="build-group", daemon=True).start()
+    others = tuple(rank for rank in members if rank != me)
+    waiter.until(result.done, "build the group", lambda: others)
+    try:
+        return result.result()
+    except RuntimeError as error:
+        raise CommunicationFailed("build the group", others, str(error)) from error
+
+
+class GroupTransport:
+    """Implements `revivemoe.comm.transport.Transport` over gloo or NCCL."""
+
+    def __init__(
+        self,
+        group: Any,
+        waiter: Waiter,
+        epoch: Epoch,
+        members: tuple[RankId, ...],
+        me: RankId,
+        device: torch.device,
+        *,
+        pin: bool,
+        leave: Callable[["GroupTransport"], None],
+    ) -> None:
+        """`pin`: page-lock host buffers. `leave`: called once by `close` to dispose of it all."""
+        self.members = members
+        self.index = members.index(me)
+        self.size = len(members)
+        self.epoch = epoch
+        self.device = device
+        self.group = group
+        self.broken = False
+        """Whether work was left behind."""
+        self._others = tuple(rank for rank in members if rank != me)
+        self._waiter = waiter
+        self._pin = pin
+        self._leave: Callable[[GroupTransport], None] | None = leave
+        self._rows_to: list[int] = []
+        self._outbox = self._buffer(0, 0)
+        self._in_flight: Any = None
+
+    @property
+    def waited_s(self) -> float:
+        return self._waiter.waited_s
+
+    def check_fence(self) -> None:
+        self._waiter.check_fence()
+
+    def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
+        assert len(row) <= MAX_INTS, f"{len(row)} ints: more than {MAX_INTS}"
+        mine = torch.tensor(row, dtype=torch.int64, device=self.device)
+        all_rows = [torch.empty_like(mine) for _ in range(self.size)]
+        self._run(
+            "exchange of ints", lambda: self.group.allgather([all_rows], [mine]), (mine, all_rows)
+        )
+        return torch.stack(all_rows).tolist()
+
+    def outbox(self, row_bytes: int, rows_to: Sequence[int]) -> torch.Tensor:
+        self._waiter.check_fence()
+        self._rows_to = list(rows_to)
+        self._outbox = self._buffer(sum(rows_to), row_bytes)
+        return self._outbox
+
+    def all_to_all_rows(self, rows_from: Sequence[int] | None = None) -> list[torch.Tensor]:
+        counts = list(rows_from) if rows_from is not None else self._exchange_counts()
+        inbox = self._buffer(sum(counts), self._outbox.shape[1])
+        self._all_to_all("all-to-all", inbox, self._outbox, counts, self._rows_to)
+        return list(inbox.split(counts))
+
+    def close(self) -> None:
+        """Leave: bury or free the group. Waits for nobody."""
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave(self)
+
+    def _exchange_counts(self) -> list[int]:
+        sent = torch.tensor(self._rows_to, dtype=torch.int64, device=self.device)
+        received = torch.empty_like(sent)
+        ones = [1] * self.size
+        self._all_to_all("exchange of row counts", received, sent, ones, ones)
+        return received.tolist()
+
+    def _all_to_all(
+        self,
+        waited_for: str,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        rows_from: list[int],
+        rows_to: list[int],
+    ) -> None:
+        self._run(
+            waited_for,
+            lambda: self.group.alltoall_base(received, sent, rows_from, rows_to, AllToAllOptions()),
+            (received, sent),
+        )
+
+    def _run(self, waited_for: str, start: Callable[[], Any], buffers: Any) -> None:
+        """Start a collective and wait for it; on any failure its remains stay in `_in_flight`."""
+        assert self._leave is not None, "the transport is closed"
+        self._waiter.check_fence()
+        self.broken = True
+        self._in_flight = buffers
+        try:
+            work = start()
+            self._in_flight = (work, buffers)
+            self._waiter.until(work.is_completed, waited_for, lambda: self._others)
+            work.wait()  # complete already: raises what went wrong
+        except RuntimeError as error:
+            raise CommunicationFailed(waited_for, self._others, str(error)) from error
+        self.broken = False
+        self._in_flight = None
+
+    def _buffer(self, rows: int, row_bytes: int) -> torch.Tensor:
+        return torch.empty(
+            rows, row_bytes, dtype=torch.uint8, device=self.device, pin_memory=self._pin
+        )
+
+
+def bury_in(graveyard: Graveyard, timeout_s: float) -> Callable[[GroupTransport], None]:
+    """How a transport whose stuck work cannot be cancelled leaves."""
+
+    def leave(transport: GroupTransport) -> None:
+        if transport.broken:
+            graveyard.bury(transport, timeout_s, time.monotonic())
+        else:
+            transport.group = None
+
+    return leave
+
+
+def abort_aside(graveyard: Graveyard, timeout_s: float) -> Callable[[GroupTransport], None]:
+    """How a transport leaves whose library can abort: in a thread, for an abort may block too."""
+
+    def leave(transport: GroupTransport) -> None:
+        def abort() -> None:
+            with contextlib.suppress(RuntimeError):  # the communicator is in error already
+                transport.group.abort()
+
+        threading.Thread(target=abort, name="abort-group", daemon=True).start()
+        graveyard.bury(transport, timeout_s, time.monotonic())
+
+    return leave

@@ -1,0 +1,108 @@
+"""What dispatch needs from a transport, and the one for a domain of a single member.
+
+Legend for shapes: N members, M rows sent by this rank, B bytes per row.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from revivemoe.comm.wait import Waiter
+from revivemoe.ids import Epoch, RankId
+
+MAX_INTS = 16
+"""Widest row of `all_gather_ints`."""
+
+
+class Transport(Protocol):
+    """Collective exchanges among the members of one epoch, all in the same order on every member.
+
+    Every method may raise DomainLeft (the epoch is fenced) or CommunicationFailed (a symptom).
+    After either, the transport is of no use but to be closed.
+    """
+
+    @property
+    def members(self) -> tuple[RankId, ...]: ...
+    @property
+    def index(self) -> int:
+        """This rank's logical rank: its position in `members`."""
+        ...
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def epoch(self) -> Epoch: ...
+    @property
+    def device(self) -> torch.device:
+        """Where outbox and inbox lie."""
+        ...
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for peers so far; the rest of a step is the rank's own work."""
+        ...
+
+    def check_fence(self) -> None:
+        """Raise DomainLeft if the epoch is fenced: for work between exchanges."""
+        ...
+
+    def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
+        """Everybody's row, by logical rank. All rows have the same width, at most MAX_INTS."""
+        ...
+
+    def outbox(self, row_bytes: int, rows_to: Sequence[int]) -> torch.Tensor:
+        """Begin an uneven all-to-all. Returns uint8 `[M, B]` to be filled with the rows for member
+        0, then those for member 1, ...: `rows_to[i]` rows for member i, M in all. `row_bytes` is
+        the same on every member. Must be followed by `all_to_all_rows`.
+        """
+        ...
+
+    def all_to_all_rows(self, rows_from: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Send the outbox; return what each member sent here, uint8 `[rows, B]`, by logical rank.
+
+        `rows_from`: the number of rows each member sends, where the caller knows it (saves a
+        transport without a table of its own one round). The result is valid until the next call.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave. Waits for nobody; a second call does nothing."""
+        ...
+
+
+class SoloTransport:
+    """A domain of one: no peers, no traffic, only the fence."""
+
+    def __init__(self, waiter: Waiter, epoch: Epoch, me: RankId, device: torch.device) -> None:
+        self.members = (me,)
+        self.index = 0
+        self.size = 1
+        self.epoch = epoch
+        self.device = device
+        self._waiter = waiter
+        self._outbox = torch.empty(0, 0, dtype=torch.uint8)
+
+    @property
+    def waited_s(self) -> float:
+        return self._waiter.waited_s
+
+    def check_fence(self) -> None:
+        self._waiter.check_fence()
+
+    def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
+        self._waiter.check_fence()
+        return [list(row)]
+
+    def outbox(self, row_bytes: int, rows_to: Sequence[int]) -> torch.Tensor:
+        self._waiter.check_fence()
+        (rows,) = rows_to
+        self._outbox = torch.empty(rows, row_bytes, dtype=torch.uint8, device=self.device)
+        return self._outbox
+
+    def all_to_all_rows(self, rows_from: Sequence[int] | None = None) -> list[torch.Tensor]:
+        self._waiter.check_fence()
+        return [self._outbox]
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,136 @@
+"""What an instance is asked to be, checked before anything is started."""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from revivemoe.checkpoint.inspect import CheckpointInfo
+from revivemoe.recovery.policy import Policy
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One field per `serve` flag; `auto` values are resolved by `resolve`."""
+
+    model_dir: Path
+    served_model_name: str = ""
+    data_parallel_size: int = 1
+    redundant_experts: int = 0
+    spare_expert_slots: int = 0
+    comm_backend: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    seed: int = 0
+    enable_fault_injection: bool = False
+    start_timeout_s: float = 600.0
+    policy: Policy = field(default_factory=Policy)
+
+    @property
+    def num_cuda_devices(self) -> int:
+        return count_cuda_devices()
+
+    def rank_device(self, rank: int) -> str:
+        """Device of one rank: ranks go round the GPUs of the host."""
+        return f"cuda:{rank % self.num_cuda_devices}" if self.device == "cuda" else "cpu"
+
+    @property
+    def threads_per_rank(self) -> int:
+        """Ranks of one host share its cores; more threads than cores would fight."""
+        return max(1, len(os.sched_getaffinity(0)) // self.data_parallel_size)
+
+
+def count_cuda_devices() -> int:
+    """GPUs of this host that CUDA_VISIBLE_DEVICES leaves visible, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len([p for p in Path("/dev").glob("nvidia[0-9]*")])
+    if visible is None:
+        return present
+    return min(present, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
+
+
+def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
+    """Replace every `auto`, and check the flags against the checkpoint and the machine.
+
+    Raises ValueError: one line that says what is wrong and how to mend it.
+    """
+    _check_positive(config)
+    device = _device(config)
+    max_model_len = config.max_model_len or min(info.max_positions, 4096)
+    if max_model_len > info.max_positions:
+        raise ValueError(
+            f"--max-model-len {max_model_len} is more than the {info.max_positions} positions "
+            "the model was made for: lower it"
+        )
+    if config.data_parallel_size > info.num_experts:
+        raise ValueError(
+            f"--data-parallel-size {config.data_parallel_size} is more ranks than the "
+            f"{info.num_experts} experts of a layer: every rank must hold at least one; lower it"
+        )
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ValueError(
+            f"--max-num-batched-tokens {config.max_num_batched_tokens} is below --max-num-seqs "
+            f"{config.max_num_seqs}: running sequences could not all decode in one step"
+        )
+    return replace(
+        config,
+        served_model_name=config.served_model_name or config.model_dir.resolve().name,
+        device=device,
+        dtype=info.dtype if config.dtype == "auto" else config.dtype,
+        comm_backend=_backend(config, device),
+        max_model_len=max_model_len,
+    )
+
+
+def _check_positive(config: EngineConfig) -> None:
+    for flag, value, least in (
+        ("--data-parallel-size", config.data_parallel_size, 1),
+        ("--redundant-experts", config.redundant_experts, 0),
+        ("--spare-expert-slots", config.spare_expert_slots, 0),
+        ("--max-model-len", config.max_model_len, 2),
+        ("--max-num-seqs", config.max_num_seqs, 1),
+        ("--max-num-batched-tokens", config.max_num_batched_tokens, 1),
+        ("--block-size", config.block_size, 1),
+        ("--num-kv-blocks", config.num_kv_blocks, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} {value} is out of range: at least {least}")
+    fraction = config.policy.max_missing_fraction
+    if not 0 <= fraction < 1:
+        raise ValueError(f"--max-missing-fraction {fraction} is out of range: 0 up to below 1")
+    for flag, value_str, known in (
+        ("--comm-backend", config.comm_backend, ("auto", "shm", "gloo", "nccl")),
+        ("--device", config.device, ("auto", "cpu", "cuda")),
+        ("--dtype", config.dtype, ("auto", "float32", "bfloat16")),
+    ):
+        if value_str not in known:
+            raise ValueError(f"{flag} {value_str!r} is unknown: choose one of {', '.join(known)}")
+
+
+def _device(config: EngineConfig) -> str:
+    available = count_cuda_devices()
+    if config.device == "cuda" and not available:
+        raise ValueError("--device cuda, but this host shows no CUDA device: use --device cpu")
+    if config.device == "auto":
+        return "cuda" if available else "cpu"
+    return config.device
+
+
+def _backend(config: EngineConfig, device: str) -> str:
+    enough = count_cuda_devices() >= config.data_parallel_size
+    if config.comm_backend == "auto":
+        if device == "cpu":
+            return "shm"
+        return "nccl" if enough else "gloo"
+    if config.comm_backend == "nccl" and device != "cuda":
+        raise ValueError("--comm-backend nccl needs --device cuda: use shm or gloo")
+    if config.comm_backend == "nccl" and not enough:
+        raise ValueError(
+            f"--comm-backend nccl needs a GPU for each of {config.data_parallel_size} ranks, and "
+            f"this host shows {count_cuda_devices()}: use --comm-backend gloo"
+        )
+    return config.comm_backend

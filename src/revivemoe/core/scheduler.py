@@ -1,0 +1,127 @@
+"""Continuous batching with chunked prefill: which tokens of which sequences run in a step."""
+
+from revivemoe.core.blocks import BlockPool
+from revivemoe.core.journal import Journal
+from revivemoe.core.limits import RankLimits
+from revivemoe.core.queues import Queues
+from revivemoe.core.sequence import Sequence
+from revivemoe.core.step import Batch, ScheduledSequence
+from revivemoe.ids import BlockId
+
+
+class Scheduler:
+    """Chooses the next batch. Everything it changes goes through the journal.
+
+    The oldest comes first throughout: it gets blocks first and is preempted last. The oldest
+    running sequence can always have every block, and a sequence fits alone (checked when it is
+    added), so a rank with live sequences always schedules at least one token.
+    """
+
+    def __init__(
+        self, limits: RankLimits, pool: BlockPool, queues: Queues, journal: Journal
+    ) -> None:
+        self._limits = limits
+        self._pool = pool
+        self._queues = queues
+        self._journal = journal
+
+    def schedule(self, step: int, mask_key: bytes) -> Batch:
+        """The batch of the next step; empty only if no sequence is live."""
+        budget = self._limits.max_num_batched_tokens
+        items, preempted = self._schedule_running(budget)
+        if self._queues.waiting and not preempted:
+            budget -= sum(item.count for item in items)
+            items += self._admit_waiting(budget, mask_key)
+        assert items or not self._queues.live, "live sequences, but nothing was scheduled"
+        return Batch(step=step, items=tuple(items))
+
+    def _schedule_running(self, budget: int) -> tuple[list[ScheduledSequence], bool]:
+        """Shares of the running sequences, and whether any of them had to be preempted.
+
+        Visited by age, so whoever is preempted (the youngest) has no share yet. Decoding goes on
+        beside long prefills because one token is kept back for every decode still to come; as
+        no more than `budget` sequences run, the oldest prefill gets a token as well.
+        """
+        running = self._queues.running
+        num_running = len(running)
+        reserved = sum(sequence.num_remaining == 1 for sequence in running)
+        items: list[ScheduledSequence] = []
+        index = 0
+        while index < len(running):
+            sequence = running[index]
+            reserved -= sequence.num_remaining == 1
+            count = min(sequence.num_remaining, budget - reserved)
+            if count > 0:
+                if not self._make_room(sequence, count):
+                    break
+                items.append(_share(sequence, count))
+                budget -= count
+            index += 1
+        return items, len(running) < num_running
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Blocks for `count` more tokens, taken from the youngest. False: that was itself."""
+        end = sequence.num_computed + count
+        missing = self._limits.blocks_for(end) - len(sequence.block_table)
+        while self._pool.num_free < missing:
+            victim = self._queues.running[-1]
+            assert victim is not self._queues.running[0], "a sequence does not fit alone"
+            self._journal.preempt(victim)
+            if victim is sequence:
+                return False
+        for _ in range(missing):
+            self._journal.allocate(sequence)
+        return True
+
+    def _admit_waiting(self, budget: int, mask_key: bytes) -> list[ScheduledSequence]:
+        """Admit by age while there is room; nobody overtakes, so nobody starves.
+
+        Room means blocks for the whole known history, beside what running sequences still need
+        for theirs: an admission that would only lead to a preemption is not worth its prefill.
+        """
+        running, waiting = self._queues.running, self._queues.waiting
+        claimed = sum(self._unfilled(sequence) for sequence in running)
+        items: list[ScheduledSequence] = []
+        while waiting and budget > 0 and len(running) < self._limits.max_num_seqs:
+            sequence = waiting[0]
+            cached = self._cached_prefix(sequence, mask_key)
+            taken = self._unfilled(sequence) - sum(not self._pool.is_free(b) for b in cached)
+            if taken > self._pool.num_free - claimed:
+                break
+            self._journal.admit(sequence, cached, len(cached) * self._limits.block_size)
+            count = min(sequence.num_remaining, budget)
+            roomy = self._make_room(sequence, count)
+            assert roomy, "admitted without room"
+            items.append(_share(sequence, count))
+            claimed += self._unfilled(sequence)
+            budget -= count
+        return items
+
+    def _unfilled(self, sequence: Sequence) -> int:
+        """Blocks that the KV of the known history needs beyond the table."""
+        return self._limits.blocks_for(len(sequence.history)) - len(sequence.block_table)
+
+    def _cached_prefix(self, sequence: Sequence, mask_key: bytes) -> list[BlockId]:
+        """Cached blocks that hold the beginning of a waiting sequence's history."""
+        sequence.rebase(mask_key)
+        if not self._limits.enable_prefix_caching:
+            return []
+        size = self._limits.block_size
+        cached: list[BlockId] = []
+        for digest in sequence.block_digests(size, sequence.max_cached_tokens // size):
+            block = self._pool.find(digest)
+            if block is None:
+                break
+            cached.append(block)
+        return cached
+
+
+def _share(sequence: Sequence, count: int) -> ScheduledSequence:
+    start = sequence.num_computed
+    return ScheduledSequence(
+        sequence=sequence,
+        start=start,
+        count=count,
+        block_table=tuple(sequence.block_table),
+        samples=start + count == len(sequence.history),
+    )

@@ -1,0 +1,1 @@
+"""The rank process: torch around `core.rank`. Never imports `recovery`."""

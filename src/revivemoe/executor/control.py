@@ -1,0 +1,112 @@
+"""The rank's second thread: takes commands, raises the fence, sends heartbeats.
+
+It never waits for the step loop, so a fence reaches a rank that is stuck in an exchange. It ends
+the process when the engine is gone: an orphan rank would hold its memory and its device for ever.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import msgspec
+import zmq
+
+from revivemoe.comm.fence import FenceFlag
+from revivemoe.executor.spec import RankSpec
+from revivemoe.messages import Command, Fence, Heartbeat, Hello, RankStats, Report
+
+ENGINE_GONE = 4
+"""Exit status of a rank whose engine went away."""
+
+
+class Progress:
+    """A counter the step loop advances and the heartbeat reports."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def tick(self) -> None:
+        self.count += 1
+
+
+class ControlThread:
+    """Owns the command socket (the rank binds it, the engine connects). A context manager: the thread runs inside the `with`."""
+
+    def __init__(
+        self,
+        spec: RankSpec,
+        lifeline: int,
+        fence: FenceFlag,
+        progress: Progress,
+        stats: Callable[[], RankStats],
+    ) -> None:
+        """`lifeline`: read end of a pipe whose write end only the engine holds."""
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._spec, self._lifeline = spec, lifeline
+        self._fence, self._progress, self._stats = fence, progress, stats
+        self._stopping = threading.Event()
+        self._decoder = msgspec.msgpack.Decoder(Command)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+
+    def __enter__(self) -> "ControlThread":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=2 * self._spec.heartbeat_s + 1.0)
+
+    def _run(self) -> None:
+        with (
+            zmq.Context() as context,
+            context.socket(zmq.PULL) as inbox,
+            context.socket(zmq.PUSH) as outbox,
+        ):
+            inbox.setsockopt(zmq.RCVHWM, 0)
+            inbox.bind(self._spec.commands)
+            outbox.setsockopt(zmq.LINGER, 200)
+            outbox.setsockopt(zmq.SNDHWM, 0)
+            outbox.connect(self._spec.reports)
+            self._send(outbox, self._hello())
+            poller = zmq.Poller()
+            poller.register(inbox, zmq.POLLIN)
+            poller.register(self._lifeline, zmq.POLLIN)
+            while not self._stopping.is_set():
+                self._turn(inbox, poller)
+                self._send(outbox, self._heartbeat())
+
+    def _turn(self, inbox: "zmq.Socket[bytes]", poller: zmq.Poller) -> None:
+        """Serve whatever comes until the next heartbeat is due."""
+        until = time.monotonic() + self._spec.heartbeat_s
+        while (left_s := until - time.monotonic()) > 0 and not self._stopping.is_set():
+            ready = dict(poller.poll(left_s * 1000))
+            if self._lifeline in ready:
+                os._exit(ENGINE_GONE)
+            if inbox in ready:
+                self._take(inbox.recv())
+
+    def _take(self, raw: bytes) -> None:
+        command = self._decoder.decode(raw)
+        if isinstance(command, Fence):
+            self._fence.raise_to(command.epoch)
+        self.commands.put(command)
+
+    def _send(self, socket: "zmq.Socket[bytes]", report: Report) -> None:
+        socket.send(self._encoder.encode(report))
+
+    def _hello(self) -> Hello:
+        spec = self._spec
+        return Hello(spec.rank, spec.incarnation, os.getpid(), os.uname().nodename)
+
+    def _heartbeat(self) -> Heartbeat:
+        spec = self._spec
+        return Heartbeat(spec.rank, spec.incarnation, self._progress.count, self._stats())

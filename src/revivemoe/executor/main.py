@@ -1,0 +1,133 @@
+"""Entry point of a rank process, called by the fork server in the freshly forked child."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+import zmq
+
+from revivemoe.comm.domain import Domains
+from revivemoe.comm.fence import FenceFlag
+from revivemoe.core.limits import RankLimits
+from revivemoe.core.rank import Rank
+from revivemoe.executor.control import ControlThread, Progress
+from revivemoe.executor.loop import StepLoop
+from revivemoe.executor.spec import RankSpec
+from revivemoe.messages import Fatal, RankStats, Ready, Report
+from revivemoe.model.load import CheckpointError
+from revivemoe.model.runner import ModelRunner
+
+FAILED, USER_ERROR = 1, 2
+
+
+class OutOfMemoryForKV(ValueError):
+    """The KV cache cannot hold even one sequence of the longest length."""
+
+
+def run_rank(spec: RankSpec, lifeline: int, segment_fd: int | None) -> int:
+    """Run one rank until told to stop; returns the exit status.
+
+    The broad catch here is one of the project's two process boundaries: a broken rank reports its
+    last words and exits, and its owner sees the exit.
+    """
+    torch.set_num_threads(spec.threads)
+    torch.set_grad_enabled(False)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.setsockopt(zmq.LINGER, 500)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.connect(spec.reports)
+        encoder = msgspec.msgpack.Encoder()
+
+        def report(message: Report) -> None:
+            socket.send(encoder.encode(message))
+
+        try:
+            _serve(spec, lifeline, segment_fd, report)
+        except (CheckpointError, OutOfMemoryForKV, NotImplementedError) as error:
+            report(Fatal(spec.rank, spec.incarnation, str(error), user_error=True))
+            return USER_ERROR
+        except Exception:
+            text = traceback.format_exc()
+            sys.stderr.write(f"rank {spec.rank}: {text}")
+            report(Fatal(spec.rank, spec.incarnation, text))
+            return FAILED
+    return 0
+
+
+def _serve(
+    spec: RankSpec, lifeline: int, segment_fd: int | None, report: Callable[[Report], None]
+) -> None:
+    fence, progress = FenceFlag(), Progress()
+    published: list[StepLoop] = []
+
+    def stats() -> RankStats:
+        return published[0].stats() if published else RankStats()
+
+    with ControlThread(spec, lifeline, fence, progress, stats) as control:
+        runner = _load(spec)
+        num_blocks = _num_blocks(spec, runner)
+        runner.allocate(num_blocks, spec.block_size)
+        limits = RankLimits(
+            num_blocks=num_blocks,
+            block_size=spec.block_size,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            max_model_len=spec.max_model_len,
+        )
+        rank = Rank(spec.rank, spec.incarnation, limits)
+        with Domains(fence, segment_fd, device=spec.device) as domains:
+            loop = StepLoop(rank, runner, domains, control.commands, report, progress)
+            published.append(loop)
+            report(
+                Ready(
+                    spec.rank,
+                    spec.incarnation,
+                    spec.device,
+                    num_blocks,
+                    runner.load_s,
+                    runner.maskable,
+                )
+            )
+            loop.run()
+
+
+def _load(spec: RankSpec) -> ModelRunner:
+    return ModelRunner(
+        Path(spec.model_dir),
+        spec.slots,
+        spec.num_experts,
+        spec.top_k,
+        getattr(torch, spec.dtype),
+        torch.device(spec.device),
+    )
+
+
+def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:
+    """Blocks of the KV cache. Raises OutOfMemoryForKV if one longest sequence does not fit."""
+    per_sequence = -(-spec.max_model_len // spec.block_size)
+    per_block = runner.kv_bytes_per_block(spec.block_size)
+    if spec.num_kv_blocks is not None:
+        num_blocks = spec.num_kv_blocks
+    else:
+        affordable = int(_free_bytes(spec.device) * spec.kv_memory_share) // per_block
+        num_blocks = min(affordable, per_sequence * spec.max_num_seqs)
+    if num_blocks < per_sequence:
+        raise OutOfMemoryForKV(
+            f"KV cache of rank {spec.rank}: {num_blocks} blocks of {spec.block_size} tokens "
+            f"({num_blocks * per_block / 2**20:.0f} MiB) cannot hold one sequence of "
+            f"--max-model-len {spec.max_model_len} tokens ({per_sequence} blocks, "
+            f"{per_sequence * per_block / 2**20:.0f} MiB): lower --max-model-len, "
+            "raise --num-kv-blocks, or give the machine more memory"
+        )
+    return num_blocks
+
+
+def _free_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    return int(psutil.virtual_memory().available)
+

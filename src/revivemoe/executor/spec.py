@@ -1,0 +1,48 @@
+"""What a rank process is told when it is launched."""
+
+import msgspec
+
+from revivemoe.ids import Incarnation, LayerId, RankId
+
+
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything one rank process needs. Travels as msgpack through the fork server."""
+
+    rank: RankId
+    incarnation: Incarnation
+    model_dir: str
+    slots: dict[LayerId, tuple[int, ...]]
+    """For each MoE layer, the expert in each of this rank's slots; -1 where empty."""
+    num_experts: int
+    top_k: int
+    dtype: str
+    """float32 | bfloat16"""
+    device: str
+    """cpu | cuda:N"""
+    threads: int
+    """Compute threads of this process."""
+    block_size: int
+    num_kv_blocks: int | None
+    """None: as many as are useful and fit into this rank's share of memory."""
+    kv_memory_share: float
+    """Share of the memory now free that this rank's KV cache may take when sized by itself."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    commands: str
+    """ZeroMQ endpoint of this process alone: it binds, so that what the engine sends waits for it."""
+    reports: str
+    """ZeroMQ endpoint of the engine: everything that ranks say."""
+    heartbeat_s: float = 0.1
+    allow_faults: bool = False
+
+
+
+class SegmentSpec(msgspec.Struct, frozen=True):
+    """Dimensions of the shared memory of one instance, from which its size follows."""
+
+    num_ranks: int
+    max_tokens: int
+    hidden: int
+    itemsize: int
+    top_k: int

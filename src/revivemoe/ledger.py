@@ -1,0 +1,272 @@
+"""The engine's books: every live request, its token logs, and which rank owns which sequence.
+
+The log is the truth. A rank only holds what it was given and reports what it commits; whatever is
+lost with a rank is handed to another one from here, under the same stream.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from revivemoe.detokenizer import Vocabulary
+from revivemoe.ids import Incarnation, RankId, SeqId
+from revivemoe.messages import Abort, Add, Command, SequenceSpec, Tokens
+from revivemoe.recovery.planner import SequenceView
+from revivemoe.streams import (
+    PromptLogprobsReady,
+    StreamEvent,
+    StreamFailed,
+    Submission,
+    choice_indices,
+)
+from revivemoe.token_log import TokenGap, TokenLog
+
+
+class Sink(Protocol):
+    """Where a request's events go."""
+
+    def push(self, event: StreamEvent) -> None: ...
+
+    def end(self) -> None:
+        """No event follows."""
+        ...
+
+
+@dataclass
+class LiveSequence:
+    """One unfinished choice."""
+
+    seq_id: SeqId
+    log: TokenLog
+    request: "LiveRequest"
+    arrival: int
+    owner: tuple[RankId, Incarnation] | None = None
+    """The process that may report tokens for it; None while it waits for a rank."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.log.prompt_ids) + len(self.log.output_ids)
+
+
+@dataclass
+class LiveRequest:
+    """One submission with some choice unfinished."""
+
+    submission: Submission
+    sink: Sink
+    unfinished: set[SeqId] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What one `Tokens` report brought, for the metrics."""
+
+    new_tokens: int
+    first_tokens: int
+    finished: tuple[str, ...]
+    """Finish reasons of the sequences that ended."""
+
+
+class Ledger:
+    """Owns all sequences. `send` reaches a rank and never blocks (`recovery.ports`)."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        max_model_len: int,
+        send: Callable[[RankId, Command], None],
+        incarnation_of: Callable[[RankId], Incarnation],
+    ) -> None:
+        self._vocabulary, self._max_model_len = vocabulary, max_model_len
+        self._send, self._incarnation_of = send, incarnation_of
+        self._sequences: dict[SeqId, LiveSequence] = {}
+        self._next_seq_id = 0
+        self._next_arrival = 0
+        self.gaps = 0
+        """Reports that skipped a position; each was mended by handing the sequence over anew."""
+
+    # ---- admission and routing -------------------------------------------------------------------
+
+    def admit(self, submission: Submission, sink: Sink, degraded: bool) -> LiveRequest:
+        """Open the logs of a submission. Its sequences wait for a rank."""
+        request = LiveRequest(submission, sink)
+        arrival = self._next_arrival
+        self._next_arrival += 1
+        for index, (prompt, choice) in enumerate(
+            choice_indices(submission.prompts, submission.n)
+        ):
+            self._open(request, index, prompt, choice, arrival, degraded)
+        return request
+
+    def _open(
+        self,
+        request: LiveRequest,
+        index: int,
+        prompt: int,
+        choice: int,
+        arrival: int,
+        degraded: bool,
+    ) -> None:
+        submission = request.submission
+        params = submission.params
+        # Prompt log-probabilities are the same for all choices: the first computes them.
+        scored = params.prompt_logprobs if choice == 0 else None
+        params = msgspec.structs.replace(params, choice=choice, prompt_logprobs=scored)
+        prompt_ids = submission.prompts[prompt]
+        log = TokenLog(
+            index,
+            prompt_ids,
+            params,
+            submission.stop,
+            self._vocabulary.detokenizer(prompt_ids),
+            self._max_model_len,
+            degraded,
+        )
+        seq_id = SeqId(self._next_seq_id)
+        self._next_seq_id += 1
+        self._sequences[seq_id] = LiveSequence(seq_id, log, request, arrival)
+        request.unfinished.add(seq_id)
+
+    def assign_waiting(self, ranks: Iterable[RankId]) -> int:
+        """Give every sequence without a rank to the one with the fewest tokens, oldest first."""
+        load = dict.fromkeys(ranks, 0)
+        waiting = []
+        for sequence in self._sequences.values():
+            if sequence.owner is None:
+                waiting.append(sequence)
+            elif sequence.owner[0] in load:
+                load[sequence.owner[0]] += sequence.num_tokens
+        for sequence in sorted(waiting, key=lambda s: (s.arrival, s.seq_id)):
+            target = min(load, key=lambda rank: (load[rank], rank))
+            load[target] += sequence.num_tokens
+            self.hand_over(sequence.seq_id, target)
+        return len(waiting)
+
+    # ---- what ranks report -------------------------------------------------------------------------
+
+    def on_tokens(self, report: Tokens) -> Arrival:
+        """Append what belongs to the logs; drop what is stale, repeated or not the owner's."""
+        owner = (report.rank, report.incarnation)
+        for part in report.prompt_logprobs:
+            sequence = self._owned(part.seq_id, owner)
+            if sequence is not None:
+                self._append_prompt_logprobs(sequence, part.start, part.entries)
+        new_tokens, first_tokens, finished = 0, 0, []
+        for token in report.tokens:
+            sequence = self._owned(token.seq_id, owner)
+            if sequence is None:
+                continue
+            try:
+                delta = sequence.log.append(token.position, token.token_id, token.logprobs)
+            except TokenGap:
+                self._refill(sequence)
+                continue
+            if delta is None:
+                continue
+            new_tokens += 1
+            first_tokens += token.position == 0
+            sequence.request.sink.push(delta)
+            if delta.finish_reason is not None:
+                finished.append(delta.finish_reason)
+                self._close(sequence, ended_by_engine=isinstance(delta.stop_reason, str))
+        return Arrival(new_tokens, first_tokens, tuple(finished))
+
+    def _append_prompt_logprobs(
+        self, sequence: LiveSequence, start: int, entries: list[msgspec.Struct]
+    ) -> None:
+        try:
+            complete = sequence.log.append_prompt_logprobs(start, entries)  # type: ignore[arg-type]
+        except TokenGap:
+            self._refill(sequence)
+            return
+        if complete is not None:
+            prompt_index = sequence.log.index // sequence.request.submission.n
+            sequence.request.sink.push(PromptLogprobsReady(prompt_index, complete))
+
+    def _owned(self, seq_id: SeqId, owner: tuple[RankId, Incarnation]) -> LiveSequence | None:
+        sequence = self._sequences.get(seq_id)
+        return sequence if sequence is not None and sequence.owner == owner else None
+
+    def _refill(self, sequence: LiveSequence) -> None:
+        """Tokens are missing between log and rank: hand the sequence over again from the log."""
+        self.gaps += 1
+        assert sequence.owner is not None
+        self.hand_over(sequence.seq_id, sequence.owner[0])
+
+    def _close(self, sequence: LiveSequence, ended_by_engine: bool) -> None:
+        """A choice is finished. Ranks see ends by token themselves, ends by text they do not."""
+        sequence.log.seal()
+        del self._sequences[sequence.seq_id]
+        if ended_by_engine and sequence.owner is not None:
+            self._send(sequence.owner[0], Abort(sequence.seq_id))
+        request = sequence.request
+        request.unfinished.discard(sequence.seq_id)
+        if not request.unfinished:
+            request.sink.end()
+
+    # ---- ends that the engine decides --------------------------------------------------------------
+
+    def abort(self, request: LiveRequest) -> None:
+        """Forget whatever is unfinished of a request. Idempotent."""
+        for seq_id in list(request.unfinished):
+            self._close(self._sequences[seq_id], ended_by_engine=True)
+
+    def fail_all(self, message: str, status: int) -> int:
+        """End every stream with an error event; returns how many requests that were."""
+        requests = {id(s.request): s.request for s in self._sequences.values()}
+        for request in requests.values():
+            request.sink.push(StreamFailed(message, status))
+            self.abort(request)
+        return len(requests)
+
+    def mark_degraded(self) -> None:
+        """Experts are missing from now on."""
+        for sequence in self._sequences.values():
+            sequence.log.mark_degraded()
+
+    # ---- recovery's `SequenceOwner` ----------------------------------------------------------------
+
+    def unfinished(self) -> tuple[SequenceView, ...]:
+        return tuple(
+            SequenceView(s.seq_id, s.owner[0] if s.owner else None, s.num_tokens, s.arrival)
+            for s in self._sequences.values()
+        )
+
+    def reconcile(self, rank: RankId, num_output: dict[SeqId, int]) -> int:
+        """Make a survivor's holdings agree with the log; returns how many had to be mended."""
+        owner = (rank, self._incarnation_of(rank))
+        mended = 0
+        for seq_id in num_output:
+            if self._owned(seq_id, owner) is None:
+                self._send(rank, Abort(seq_id))
+        for sequence in self._sequences.values():
+            if sequence.owner != owner:
+                continue
+            if num_output.get(sequence.seq_id) != len(sequence.log.output_ids):
+                self.hand_over(sequence.seq_id, rank)
+                mended += 1
+        return mended
+
+    def hand_over(self, seq_id: SeqId, to: RankId) -> None:
+        """Give a sequence to a rank as prompt + committed tokens. To its owner again: afresh."""
+        sequence = self._sequences[seq_id]
+        owner = (to, self._incarnation_of(to))
+        if sequence.owner == owner:
+            self._send(to, Abort(seq_id))
+        sequence.owner = owner
+        log = sequence.log
+        spec = SequenceSpec(
+            seq_id=seq_id,
+            prompt_ids=list(log.prompt_ids),
+            output_ids=list(log.output_ids),
+            params=log.params,
+            arrival=sequence.arrival,
+            prompt_logprobs_done=log.num_prompt_logprobs,
+        )
+        self._send(to, Add(spec))
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._sequences)

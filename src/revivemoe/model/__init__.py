@@ -1,0 +1,1 @@
+"""Model code of `transformers`, unmodified, behind paged KV and dispatched experts."""

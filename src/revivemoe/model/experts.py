@@ -1,0 +1,139 @@
+"""This rank's experts, and the hook that sends every token to where its experts are.
+
+Legend: T tokens here, K experts per token, E experts of the layer, S slots on a rank, R rows
+received from all members, H hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from revivemoe.comm.dispatch import Dispatcher
+from revivemoe.ids import LayerId, RankId
+from revivemoe.placement import EMPTY, ExpertPlacement
+from revivemoe.topology import Topology
+
+EXPERTS_BACKEND = "grouped_mm"
+"""The fastest of `transformers`' own implementations on CPU and CUDA (docs/decisions.md)."""
+
+PhaseHook = Callable[[str, int], None]
+"""Called with (phase, layer) as a step reaches each phase: progress, and where faults strike."""
+
+
+class MoeLayer:
+    """One layer's local experts and the map from experts to slots of the whole domain."""
+
+    def __init__(self, layer: LayerId, module: Any, num_experts: int, top_k: int) -> None:
+        self.layer = layer
+        self.module = module
+        self.top_k = top_k
+        self.num_experts = num_experts
+        self.slot_of_expert_E = torch.full((num_experts,), -1, dtype=torch.int64)
+        self._backend = ALL_EXPERTS_FUNCTIONS[EXPERTS_BACKEND]
+
+    def compute(
+        self, rows_RH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of this rank's experts for each row, [R, H] float32.
+
+        Slot id S is the sentinel for "not on this rank"; only real (row, slot) pairs are computed.
+        """
+        out_RH = torch.zeros(rows_RH.shape, dtype=torch.float32, device=rows_RH.device)
+        row_of, choice_of = (slot_ids_RK < self.module.num_experts).nonzero(as_tuple=True)
+        if len(row_of):
+            ids = slot_ids_RK[row_of, choice_of][:, None]
+            weights = weights_RK[row_of, choice_of][:, None]
+            picked = self._backend(self.module, rows_RH[row_of], ids, weights)
+            out_RH.index_add_(0, row_of, picked.float())
+        return out_RH
+
+
+class ExpertExchange:
+    """Runs the experts of a step over the domain: dispatch, compute what arrived, combine.
+
+    One per process. `enter` binds it to an epoch's dispatcher and expert map.
+    """
+
+    def __init__(self, layers: Sequence[MoeLayer], hidden_size: int, dtype: torch.dtype) -> None:
+        self.layers = {layer.layer: layer for layer in layers}
+        self._hidden_size = hidden_size
+        self._dtype = dtype
+        self._dispatcher: Dispatcher | None = None
+        self.on_phase: PhaseHook = lambda phase, layer: None
+
+    def enter(
+        self, dispatcher: Dispatcher, placement: ExpertPlacement, topology: Topology, me: RankId
+    ) -> None:
+        """Take up an epoch: its dispatcher, and for each expert the slot this rank will use."""
+        for layer in self.layers.values():
+            table = choose_slots(placement, topology, layer.layer, me)
+            layer.slot_of_expert_E = torch.tensor(table, device=layer.slot_of_expert_E.device)
+        self._dispatcher = dispatcher
+
+    def leave(self) -> None:
+        self._dispatcher = None
+
+    def run(
+        self,
+        layer: MoeLayer,
+        hidden_TH: torch.Tensor,
+        experts_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """The experts' [T, H] output for this rank's tokens; collective over the domain."""
+        assert self._dispatcher is not None, "experts are called outside an epoch"
+        self.on_phase("dispatch", layer.layer)
+        slot_ids_TK = layer.slot_of_expert_E[experts_TK]
+        arrived = self._dispatcher.dispatch(hidden_TH, slot_ids_TK, weights_TK)
+        self.on_phase("experts", layer.layer)
+        out_RH = layer.compute(arrived.rows_RH, arrived.slot_ids_RK, arrived.weights_RK)
+        self.on_phase("combine", layer.layer)
+        return self._dispatcher.combine(out_RH, arrived.handle)
+
+    def serve(self) -> None:
+        """A step without tokens of our own: serve the other members' rows, layer after layer."""
+        for layer in self.layers.values():
+            device = layer.slot_of_expert_E.device
+            hidden = torch.zeros(0, self._hidden_size, dtype=self._dtype, device=device)
+            none = torch.zeros(0, layer.top_k, dtype=torch.int64, device=device)
+            self.run(layer, hidden, none, none.float())
+
+
+def choose_slots(
+    placement: ExpertPlacement, topology: Topology, layer: LayerId, me: RankId
+) -> list[int]:
+    """For each expert of `layer`, the physical slot (logical rank * S + slot) `me` sends to, or -1.
+
+    A replica on this rank is preferred; otherwise sources spread over the replicas.
+    """
+    index = placement.layers.index(layer)
+    replicas: list[list[tuple[RankId, int]]] = [[] for _ in range(placement.num_experts)]
+    for rank in topology.experts:
+        base = topology.logical_rank(rank) * placement.slots_per_rank
+        for slot, expert in enumerate(placement.slots[rank][index]):
+            if expert != EMPTY:
+                replicas[expert].append((rank, base + slot))
+    chosen = []
+    for expert, held in enumerate(replicas):
+        local = [slot for rank, slot in held if rank == me]
+        spread = held[(me + expert) % len(held)][1] if held else -1
+        chosen.append(local[0] if local else spread)
+    return chosen
+
+
+def dispatched_experts(
+    module: Any, hidden_TH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Registered with `ALL_EXPERTS_FUNCTIONS`: the experts modules' forward."""
+    exchange = module.revive_exchange
+    if exchange is None:  # shape probe at start-up
+        return torch.zeros_like(hidden_TH)
+    out: torch.Tensor = exchange.run(module.revive_layer, hidden_TH, top_k_index, top_k_weights)
+    return out
+
+
+def register(name: str) -> None:
+    """Make `name` a valid `experts_implementation`."""
+    ALL_EXPERTS_FUNCTIONS.register(name, dispatched_experts)

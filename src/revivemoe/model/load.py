@@ -1,0 +1,244 @@
+"""Build a `transformers` MoE model that holds only this rank's experts, and read only those.
+
+The model is constructed without weights; each experts module is shrunk from E experts to S slots;
+the checkpoint's keys are renumbered from experts to slots; and `transformers`' own converter
+(`core_model_loading`) does the renaming and merging that each family needs.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from revivemoe.ids import LayerId
+from revivemoe.placement import EMPTY
+
+ATTENTION = "revivemoe_paged"
+EXPERTS = "revivemoe_dispatch"
+
+_EXPERT_KEY = re.compile(r"^(?P<head>.*\.layers\.(?P<layer>\d+)\..*\bexperts\.)(?P<rest>.+)$")
+_LAYER_KEY = re.compile(r"\.layers\.(\d+)\.")
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be served; the message says what to mend."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model whose experts modules hold slots. `experts` maps decoder layer to experts module."""
+
+    model: Any
+    experts: dict[LayerId, Any]
+    routers: dict[LayerId, tuple[nn.Module, str]]
+    """Parent block and attribute name of each MoE layer's router."""
+    slots_per_rank: int
+
+
+def load_model(
+    model_dir: Path,
+    slots: dict[LayerId, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadedModel:
+    """Load the dense part of `model_dir` and, of the experts, those named in `slots`.
+
+    `slots[layer]` lists the expert in each slot, or -1 for an empty slot (zeros).
+    Raises CheckpointError if a tensor the model needs is not there.
+    """
+    model = _construct(model_dir, dtype)
+    experts = find_experts(model)
+    routers = {layer: _find_router(model, module) for layer, module in experts.items()}
+    num_slots = len(next(iter(slots.values()))) if slots else 0
+    for module in experts.values():
+        _shrink_to_slots(module, num_slots)
+    with ExitStack() as stack:
+        state = _lazy_state(model_dir, model.config.num_hidden_layers, slots, dtype, stack)
+        _fill(model, state, dtype, model_dir)
+    model.to(device)
+    model.eval()
+    return LoadedModel(model, experts, routers, num_slots)
+
+
+def find_experts(model: nn.Module) -> dict[LayerId, Any]:
+    """Modules that call the experts registry, by decoder layer."""
+    found: dict[LayerId, Any] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "_is_expert_parallel") and hasattr(module, "num_experts"):
+            match = _LAYER_KEY.search(f"{name}.")
+            assert match is not None, f"experts module {name} lies outside the decoder layers"
+            found[LayerId(int(match.group(1)))] = module
+    if not found:
+        raise CheckpointError(
+            f"{type(model).__name__} has no experts module that transformers dispatches through "
+            "its experts registry: only MoE models that do can be served"
+        )
+    return dict(sorted(found.items()))
+
+
+def _find_router(model: nn.Module, experts: nn.Module) -> tuple[nn.Module, str]:
+    """The sibling of an experts module whose weight has one row per expert."""
+    parent = next(m for m in model.modules() if any(c is experts for c in m.children()))
+    for name, child in parent.named_children():
+        weight = getattr(child, "weight", None)
+        is_router = isinstance(weight, torch.Tensor) and weight.shape[:1] == (experts.num_experts,)
+        if child is not experts and is_router:
+            return parent, name
+    return parent, ""
+
+
+def _construct(model_dir: Path, dtype: torch.dtype) -> Any:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    with no_init_weights(), _parameters_on_meta():
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            experts_implementation=EXPERTS,
+        )
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters take no memory until loaded; buffers (rotary tables) are computed for real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.data.to("meta"), requires_grad=False)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _shrink_to_slots(experts: Any, num_slots: int) -> None:
+    """Give an experts module `num_slots` experts. Id `num_slots` is the sentinel for 'not here'."""
+    num_experts = experts.num_experts
+    for name, param in list(experts.named_parameters(recurse=False)):
+        if param.shape[:1] == (num_experts,):
+            empty = torch.empty(num_slots, *param.shape[1:], dtype=param.dtype, device="meta")
+            setattr(experts, name, nn.Parameter(empty, requires_grad=False))
+    experts.num_experts = num_slots
+    experts._is_expert_parallel = True
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def checkpoint_files(model_dir: Path) -> dict[str, Path]:
+    """Tensor name to safetensors file. Raises CheckpointError if there is none."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {name: model_dir / file for name, file in weight_map.items()}
+    single = model_dir / "model.safetensors"
+    if not single.exists():
+        raise CheckpointError(
+            f"{model_dir} holds neither model.safetensors nor model.safetensors.index.json"
+        )
+    with safe_open(single, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), single)
+
+
+class _Zeros:
+    """Stands for the weights of an empty slot; materialised like a safetensors slice."""
+
+    def __init__(self, shape: list[int], dtype: torch.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return torch.zeros(self._shape, dtype=self._dtype)
+
+
+class _SlotRows:
+    """Rows of a fused [E, ...] tensor, one per slot."""
+
+    def __init__(self, source: Any, experts: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._source, self._experts, self._dtype = source, experts, dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        shape = self._source.get_shape()[1:]
+        rows = [
+            torch.zeros(shape, dtype=self._dtype) if e == EMPTY else self._source[e].to(self._dtype)
+            for e in self._experts
+        ]
+        return torch.stack(rows) if rows else torch.zeros([0, *shape], dtype=self._dtype)
+
+
+def _lazy_state(
+    model_dir: Path,
+    num_layers: int,
+    slots: dict[LayerId, tuple[int, ...]],
+    dtype: torch.dtype,
+    stack: ExitStack,
+) -> dict[str, Any]:
+    """Checkpoint keys, experts renumbered to slots, to slices that read only when indexed."""
+    files = checkpoint_files(model_dir)
+    opened = {
+        path: stack.enter_context(safe_open(path, framework="pt"))
+        for path in sorted(set(files.values()))
+    }
+    state: dict[str, Any] = {}
+    for key, path in files.items():
+        layer = _LAYER_KEY.search(key)
+        if layer is not None and int(layer.group(1)) >= num_layers:
+            continue  # multi-token-prediction layers behind the decoder
+        match = _EXPERT_KEY.match(key)
+        if match is None:
+            state[key] = opened[path].get_slice(key)
+        else:
+            _add_expert(state, match, opened[path].get_slice(key), slots, dtype)
+    return state
+
+
+def _add_expert(
+    state: dict[str, Any],
+    match: re.Match[str],
+    source: Any,
+    slots: dict[LayerId, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> None:
+    in_slots = slots.get(LayerId(int(match["layer"])), ())
+    number, _, rest = match["rest"].partition(".")
+    if not number.isdigit():
+        state[match.group(0)] = _SlotRows(source, in_slots, dtype)
+        return
+    expert = int(number)
+    if expert in in_slots:
+        state[f"{match['head']}{in_slots.index(expert)}.{rest}"] = source
+    if expert == 0:  # any expert's shape serves for the empty slots
+        for slot, held in enumerate(in_slots):
+            if held == EMPTY:
+                state[f"{match['head']}{slot}.{rest}"] = _Zeros(source.get_shape(), dtype)
+
+
+def _fill(model: Any, state: dict[str, Any], dtype: torch.dtype, model_dir: Path) -> None:
+    config = LoadStateDictConfig(dtype=dtype, weight_mapping=get_model_conversion_mapping(model))
+    info, _ = convert_and_load_state_dict_in_model(model, state, config)
+    model.tie_weights()
+    left = [name for name, param in model.named_parameters() if param.is_meta and param.numel()]
+    problems = [*left, *info.conversion_errors, *(str(m) for m in info.mismatched_keys)]
+    if problems:
+        raise CheckpointError(
+            f"{model_dir} does not fill the model: {', '.join(sorted(problems)[:4])}"
+            f"{' ...' if len(problems) > 4 else ''} (an incomplete or mismatched checkpoint?)"
+        )

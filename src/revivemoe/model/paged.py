@@ -1,0 +1,256 @@
+"""Paged KV cache and the attention over it, behind the two hooks `transformers` offers.
+
+Shapes: NB blocks, P block size (positions per block), T tokens of the step (all sequences
+flattened to one row), B decoding sequences, L padded context, Hq/Hk query and KV heads, G = Hq/Hk.
+MLA models hand over compressed latents (one "head"); they are expanded after the page read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from revivemoe.core.step import ScheduledSequence
+
+
+@dataclass(frozen=True)
+class PrefillItem:
+    """One sequence's chunk of `count` > 1 tokens (or the first token of a prompt)."""
+
+    row: int
+    count: int
+    start: int
+    blocks: torch.Tensor
+    """[ceil((start+count)/P)] int64"""
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Where this step's tokens are written and what each of them may read."""
+
+    positions_T: torch.Tensor
+    write_slots_T: torch.Tensor
+    """Flat slot (block * P + offset) of each token."""
+    decode_rows_B: torch.Tensor
+    decode_blocks_BN: torch.Tensor
+    decode_mask_BL: torch.Tensor
+    """True where a decoding sequence may look."""
+    prefills: tuple[PrefillItem, ...]
+
+
+def plan_attention(
+    items: Sequence[ScheduledSequence], block_size: int, device: torch.device
+) -> AttentionBatch:
+    """Lay a step's sequences out as one row of tokens, in the order of `items`."""
+    positions: list[int] = []
+    slots: list[int] = []
+    decodes: list[tuple[int, ScheduledSequence]] = []
+    prefills: list[PrefillItem] = []
+    for item in items:
+        row = len(positions)
+        span = range(item.start, item.start + item.count)
+        positions.extend(span)
+        table = item.block_table
+        slots.extend(table[p // block_size] * block_size + p % block_size for p in span)
+        if item.count == 1:
+            decodes.append((row, item))
+        else:
+            num_blocks = -(-(item.start + item.count) // block_size)
+            blocks = torch.tensor(table[:num_blocks], dtype=torch.int64, device=device)
+            prefills.append(PrefillItem(row, item.count, item.start, blocks))
+    blocks_BN, mask_BL = _pad_tables([item for _, item in decodes], block_size)
+    return AttentionBatch(
+        positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
+        write_slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        decode_rows_B=torch.tensor([r for r, _ in decodes], dtype=torch.int64, device=device),
+        decode_blocks_BN=blocks_BN.to(device),
+        decode_mask_BL=mask_BL.to(device),
+        prefills=tuple(prefills),
+    )
+
+
+def _pad_tables(
+    items: Sequence[ScheduledSequence], block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block tables padded with block 0, and the mask that hides the padding."""
+    lengths = [item.start + 1 for item in items]
+    width = max((-(-n // block_size) for n in lengths), default=0)
+    rows = []
+    for item, length in zip(items, lengths, strict=True):
+        used = list(item.block_table[: -(-length // block_size)])
+        rows.append(used + [0] * (width - len(used)))
+    blocks = torch.tensor(rows, dtype=torch.int64).view(len(items), width)
+    mask = torch.arange(width * block_size)[None, :] < torch.tensor(lengths)[:, None]
+    return blocks, mask.view(len(items), width * block_size)
+
+
+class PagedCache:
+    """Pages of every layer. Passed to the model as `past_key_values`.
+
+    Zero-initialised: a NaN in a masked slot would leak through attention.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`shapes[layer]` is ((key heads, key dim), (value heads, value dim))."""
+
+        def pages(heads: int, dim: int) -> torch.Tensor:
+            shape = (num_blocks, block_size, heads, dim)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.block_size = block_size
+        self.pages = [(pages(*key), pages(*value)) for key, value in shapes]
+        self.batch: AttentionBatch | None = None
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write this step's [1, H, T, D] keys and values (or latents) into their slots."""
+        assert self.batch is not None, "the cache is written outside a step"
+        for pages, new in zip(self.pages[layer_idx], (key, value), strict=True):
+            flat = pages.view(-1, *pages.shape[2:])
+            flat.index_copy_(0, self.batch.write_slots_T, new[0].transpose(0, 1))
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given explicitly; this is only asked for defaults."""
+        return 0
+
+    def read(
+        self, module: Any, layer_idx: int, blocks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of block tables [..., N] as [..., L, H, D], latents expanded."""
+        batch_shape = blocks.shape[:-1]
+        key, value = (
+            pages[blocks].view(*batch_shape, -1, *pages.shape[2:])
+            for pages in self.pages[layer_idx]
+        )
+        if not hasattr(module, "expand_kv"):
+            return key, value
+        latent, rotary = (x.view(-1, *x.shape[-3:]).transpose(1, 2) for x in (key, value))
+        full_key, full_value = module.expand_kv(latent, rotary)
+        return tuple(  # type: ignore[return-value]
+            x.transpose(1, 2).reshape(*batch_shape, x.shape[2], x.shape[1], x.shape[3])
+            for x in (full_key, full_value)
+        )
+
+
+class ProbeCache:
+    """Stands in for the pages once, to learn each layer's shapes from the model itself."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.shapes[layer_idx] = (
+            (key.shape[1], key.shape[3]),
+            (value.shape[1], value.shape[3]),
+        )
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+_UNSUPPORTED = ("s_aux", "softcap")
+
+
+def paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of [1, Hq, T, D] queries over the pages; returns ([1, T, Hq, Dv], None).
+
+    Registered with `ALL_ATTENTION_FUNCTIONS`. `module.revive_cache` is set by the runner.
+    Raises NotImplementedError for attention features whose meaning would be lost here.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"attention with {name} is not supported")
+    cache = module.revive_cache
+    if isinstance(cache, ProbeCache):
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    batch = cache.batch
+    out_THD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if len(batch.decode_rows_B):
+        _decode(module, cache, batch, query, out_THD, scale, sliding_window)
+    for item in batch.prefills:
+        _prefill(module, cache, item, query, out_THD, scale, sliding_window)
+    return out_THD[None], None
+
+
+def _decode(
+    module: Any,
+    cache: PagedCache,
+    batch: AttentionBatch,
+    query: torch.Tensor,
+    out_THD: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
+    """One query per sequence: the G query heads of a KV head take the place of query positions."""
+    rows = batch.decode_rows_B
+    key, value = cache.read(module, module.layer_idx, batch.decode_blocks_BN)
+    kv_heads, dim = key.shape[2:]
+    query_BHGD = query[0].transpose(0, 1)[rows].view(len(rows), kv_heads, -1, dim)
+    mask_BL = batch.decode_mask_BL
+    if window is not None:
+        last = batch.positions_T[rows][:, None]
+        mask_BL = mask_BL & (torch.arange(mask_BL.shape[1], device=rows.device) > last - window)
+    out = scaled_dot_product_attention(
+        query_BHGD,
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask_BL[:, None, None, :],
+        scale=scale,
+    )
+    out_THD[rows] = out.reshape(len(rows), -1, out.shape[-1])
+
+
+def _prefill(
+    module: Any,
+    cache: PagedCache,
+    item: PrefillItem,
+    query: torch.Tensor,
+    out_THD: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
+    """A chunk of one sequence: causal over everything before it."""
+    key, value = cache.read(module, module.layer_idx, item.blocks)
+    total = item.start + item.count
+    key, value = key[:total], value[:total]
+    kv_heads, dim = key.shape[1:]
+    rows = slice(item.row, item.row + item.count)
+    query_HGCD = query[0, :, rows].view(kv_heads, -1, item.count, dim)
+    at = torch.arange(item.start, total, device=query.device)[:, None]
+    seen = torch.arange(total, device=query.device)[None, :]
+    mask = seen <= at
+    if window is not None:
+        mask = mask & (seen > at - window)
+    groups = query_HGCD.shape[1]
+    out = scaled_dot_product_attention(
+        query_HGCD,
+        key.transpose(0, 1)[:, None].expand(-1, groups, -1, -1),
+        value.transpose(0, 1)[:, None].expand(-1, groups, -1, -1),
+        attn_mask=mask,
+        scale=scale,
+    )
+    out_THD[rows] = out.reshape(-1, item.count, out.shape[-1]).transpose(0, 1)

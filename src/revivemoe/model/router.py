@@ -1,0 +1,114 @@
+"""Routers that can leave out missing experts: masking acts on what top-k sees.
+
+`transformers` has no hook for routers, so each router module is wrapped after construction. While
+nothing is missing the original runs, untouched. A masked form is only used for a router whose
+unmasked output it reproduces bit for bit; any other router is reported as not maskable.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+MaskedForm = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+NEG_INF = float("-inf")
+
+
+def softmax_then_top_k(
+    router: Any, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Qwen, Mixtral, OLMoE: masked logits are minus infinity before the softmax.
+
+    Returns (logits [T, E], weights [T, K], experts [T, K]). If fewer than K experts are left, the
+    surplus choices have weight 0.
+    """
+    hidden_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1])
+    logits_TE = linear(hidden_TH, router.weight).masked_fill(missing_E, NEG_INF)
+    probs_TE = torch.nn.functional.softmax(logits_TE.float(), dim=-1)
+    weights_TK, experts_TK = torch.topk(probs_TE, router.top_k, dim=-1)
+    if getattr(router, "norm_topk_prob", True):
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    if hasattr(router, "norm_topk_prob"):
+        weights_TK = weights_TK.to(logits_TE.dtype)
+    return logits_TE, weights_TK, experts_TK
+
+
+def grouped_sigmoid(
+    router: Any, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """DeepSeek-V3, GLM-4: a masked expert cannot be chosen whatever its correction bias.
+
+    A masked expert adds 0 to its group's score, so a group with one healthy expert stays
+    selectable; a group with none is never selected. Weights of surplus choices are 0.
+    """
+    hidden_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1]).float()
+    logits_TE = linear(hidden_TH, router.weight.float())
+    scores_TE = logits_TE.sigmoid()
+    choice_TE = scores_TE + router.e_score_correction_bias
+    num_groups, per_group = router.num_group, router.num_experts // router.num_group
+    by_group = choice_TE.masked_fill(missing_E, 0.0).view(-1, num_groups, per_group)
+    group_scores = by_group.topk(min(2, per_group), dim=-1)[0].sum(dim=-1)
+    dead_G = missing_E.view(num_groups, per_group).all(dim=-1)
+    group_scores = group_scores.masked_fill(dead_G, NEG_INF)
+    chosen_groups = group_scores.topk(router.topk_group, dim=-1, sorted=False)[1]
+    open_TG = torch.zeros_like(group_scores).scatter_(1, chosen_groups, 1).bool()
+    open_TE = open_TG.repeat_interleave(per_group, dim=-1)
+    choice_TE = choice_TE.masked_fill(~open_TE | missing_E, NEG_INF)
+    picked_TK, experts_TK = torch.topk(choice_TE, router.top_k, dim=-1, sorted=False)
+    weights_TK = scores_TE.gather(1, experts_TK).masked_fill(picked_TK == NEG_INF, 0.0)
+    if router.norm_topk_prob:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return logits_TE, weights_TK * router.routed_scaling_factor, experts_TK
+
+
+MASKED_FORMS: tuple[MaskedForm, ...] = (softmax_then_top_k, grouped_sigmoid)
+
+
+class MaskableRouter(nn.Module):
+    """The original router, or its masked form while experts of this layer are missing."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.form = find_masked_form(original)
+        self._missing_E: torch.Tensor | None = None
+
+    def set_missing(self, missing_E: torch.Tensor) -> None:
+        """Mask the experts where the [E] bool tensor is True."""
+        any_missing = bool(missing_E.any())
+        assert not any_missing or self.form is not None, "this router cannot be masked"
+        self._missing_E = missing_E if any_missing else None
+
+    def forward(self, hidden_TH: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._missing_E is None or self.form is None:
+            return self.original(hidden_TH, *args, **kwargs)
+        return self.form(self.original, hidden_TH, self._missing_E)
+
+
+@torch.no_grad()
+def find_masked_form(router: Any) -> MaskedForm | None:
+    """The masked form that reproduces this router exactly when nothing is masked, if any does."""
+    weight = getattr(router, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.is_meta:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(32, weight.shape[1], generator=generator).to(weight)
+    nothing = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+    for form in MASKED_FORMS:
+        try:
+            expected, got = router(hidden), form(router, hidden, nothing)
+        except (AttributeError, TypeError, RuntimeError):
+            continue  # another family's router
+        if _same(expected, got):
+            return form
+    return None
+
+
+def _same(expected: Any, got: tuple[torch.Tensor, ...]) -> bool:
+    if not isinstance(expected, tuple) or len(expected) != len(got):
+        return False
+    return all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got, strict=True)
+    )

@@ -1,0 +1,75 @@
+"""How `/v1/chat/completions` writes a choice."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from revivemoe.detokenizer import Vocabulary
+from revivemoe.messages import TokenLogprobs
+from revivemoe.server.logprobs import chat_logprobs
+from revivemoe.server.reply import Choice
+from revivemoe.server.schema import ChatRequest
+from revivemoe.streams import Delta, PromptLogprobsReady, Submission
+
+
+class ChatShape:
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, form: ChatRequest, submission: Submission, vocabulary: Vocabulary) -> None:
+        self._form = form
+        self._prompt_ids = submission.prompts[0]
+        self._vocabulary = vocabulary
+
+    def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None:
+        """Chat never asks for them."""
+
+    def body_extra(self) -> dict[str, Any]:
+        if not self._form.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self._prompt_ids)}
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.token_ids, choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+            **self._token_ids(choice.token_ids),
+        }
+
+    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, Any]]:
+        if first:
+            role = {"role": "assistant", "content": ""}
+            yield {
+                "index": delta.index,
+                "delta": role,
+                "logprobs": None,
+                "finish_reason": None,
+                **self._token_ids(()),
+            }
+        shown = self._form.return_token_ids or delta.logprobs or delta.finish_reason
+        if delta.text or shown:
+            yield self._written(delta)
+
+    def _written(self, delta: Delta) -> dict[str, Any]:
+        written = {
+            "index": delta.index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
+            "finish_reason": delta.finish_reason,
+            **self._token_ids(delta.token_ids),
+        }
+        if delta.finish_reason is not None:
+            written["stop_reason"] = delta.stop_reason
+        return written
+
+    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(token_ids)} if self._form.return_token_ids else {}
+
+    def _logprobs(
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
+    ) -> dict[str, Any] | None:
+        if not self._form.logprobs:
+            return None
+        return chat_logprobs(self._vocabulary, token_ids, entries)

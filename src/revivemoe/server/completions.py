@@ -1,0 +1,86 @@
+"""How `/v1/completions` writes a choice."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from revivemoe.detokenizer import Vocabulary
+from revivemoe.messages import TokenLogprobs
+from revivemoe.server.logprobs import CompletionLogprobs
+from revivemoe.server.prompts import TokenIds
+from revivemoe.server.reply import Choice
+from revivemoe.server.schema import CompletionRequest
+from revivemoe.streams import Delta, PromptLogprobsReady, Submission
+
+
+class CompletionShape:
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        form: CompletionRequest,
+        submission: Submission,
+        echoes: Sequence[str],
+        vocabulary: Vocabulary,
+    ) -> None:
+        """`echoes`: the text of each prompt, used with `echo`."""
+        self._form = form
+        self._submission = submission
+        self._echoes = echoes
+        self._prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        total = len(submission.prompts) * submission.n
+        self._logprobs = [CompletionLogprobs(vocabulary) for _ in range(total)]
+
+    def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None:
+        self._prompt_logprobs[ready.prompt_index] = ready.entries
+
+    def body_extra(self) -> dict[str, Any]:
+        return {}
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        whole = Delta(
+            index=choice.index,
+            token_ids=tuple(choice.token_ids),
+            text=choice.text,
+            logprobs=tuple(choice.logprobs),
+            finish_reason="stop" if choice.finish_reason == "stop" else "length",
+            stop_reason=choice.stop_reason,
+        )
+        return self._written(whole, first=True)
+
+    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, Any]]:
+        written = self._written(delta, first)
+        shown = self._form.return_token_ids or delta.logprobs or delta.finish_reason
+        if written["text"] or shown:
+            yield written
+
+    def _written(self, delta: Delta, first: bool) -> dict[str, Any]:
+        written: dict[str, Any] = {
+            "index": delta.index,
+            "text": self._echo(delta.index, first) + delta.text,
+            "logprobs": self._written_logprobs(delta, first),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if self._form.return_token_ids:
+            written["token_ids"] = list(delta.token_ids)
+            if first:
+                written["prompt_token_ids"] = list(self._prompt(delta.index))
+        return written
+
+    def _echo(self, index: int, first: bool) -> str:
+        return self._echoes[index // self._submission.n] if first and self._form.echo else ""
+
+    def _written_logprobs(self, delta: Delta, first: bool) -> dict[str, Any] | None:
+        if self._form.logprobs is None:
+            return None
+        token_ids: tuple[int, ...] = delta.token_ids
+        entries: tuple[TokenLogprobs | None, ...] = delta.logprobs
+        if first and self._form.echo:
+            token_ids = self._prompt(delta.index) + token_ids
+            known = self._prompt_logprobs.get(delta.index // self._submission.n, ())
+            entries = (None, *known, *entries)
+        return self._logprobs[delta.index].render(token_ids, entries)
+
+    def _prompt(self, index: int) -> TokenIds:
+        return self._submission.prompts[index // self._submission.n]

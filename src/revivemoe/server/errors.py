@@ -1,0 +1,139 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`."""
+
+import logging
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from revivemoe.streams import EngineUnavailable
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RETRY_AFTER_S = 5.0
+
+_TYPE_OF_STATUS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """Ends a request with `status` and an error object."""
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": _error_type(self.status),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        headers = {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 503:
+            headers["Retry-After"] = retry_after(self.retry_after_s)
+        return JSONResponse(self.document(), self.status, headers)
+
+
+def retry_after(seconds: float | None) -> str:
+    """Value of the `Retry-After` header: whole seconds, at least one."""
+    return str(max(1, math.ceil(DEFAULT_RETRY_AFTER_S if seconds is None else seconds)))
+
+
+def unavailable(error: EngineUnavailable) -> ApiError:
+    return ApiError(str(error), 503, code="engine_unavailable", retry_after_s=error.retry_after_s)
+
+
+def internal_error() -> ApiError:
+    return ApiError("internal error; the server's log has the details", 500)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(EngineUnavailable, _on_unavailable)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(LastResort)
+
+
+class LastResort:
+    """The process boundary: our own bug in a handler becomes a 500 and one line in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except Exception as error:
+            logger.error("%s: %s", scope.get("path"), describe(error))
+            if started:
+                raise
+            await internal_error().response()(scope, receive, send)
+
+
+def describe(error: Exception) -> str:
+    """One line: type, message and the place it was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = ""
+    if trace is not None:
+        place = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+    return f"{type(error).__name__}: {error}{place}".replace("\n", " ")
+
+
+def _error_type(status: int) -> str:
+    if status in _TYPE_OF_STATUS:
+        return _TYPE_OF_STATUS[status]
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _on_unavailable(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, EngineUnavailable)
+    return unavailable(error).response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    response = ApiError(message, error.status_code).response()
+    response.headers.update(error.headers or {})
+    return response

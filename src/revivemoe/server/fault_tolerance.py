@@ -1,0 +1,107 @@
+"""The fault-tolerance API: look at recoveries, ask for them, cause faults to test them."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
+from pydantic import Field
+from starlette.responses import Response
+
+from revivemoe.server.auth import Keys
+from revivemoe.server.errors import ApiError
+from revivemoe.server.lifetime import Lifetime, cancel_all
+from revivemoe.server.schema import Strict, read_json, validate
+from revivemoe.server.sse import EventStream, event
+from revivemoe.streams import ServingEngine
+
+KEEP_ALIVE_S = 15.0
+KEEP_ALIVE = ": keep-alive\n\n"
+
+
+class ApplyRequest(Strict):
+    instruction: str = Field(min_length=1)
+    params: dict[str, Any] = Field({})
+    request_id: str | None = Field(None, min_length=1, max_length=256)
+
+
+def fault_tolerance_routes(
+    engine: ServingEngine, keys: Keys, lifetime: Lifetime, enable_fault_injection: bool
+) -> APIRouter:
+    router = APIRouter(tags=["fault tolerance"])
+    reader = [Depends(keys.require_reader)]
+    admin = [Depends(keys.require_admin)]
+
+    @router.get("/v1/fault_tolerance/status", dependencies=reader)
+    @router.get("/fault_tolerance/status", dependencies=reader)
+    async def status() -> Response:
+        return JSONResponse(engine.status())
+
+    @router.get("/v1/fault_tolerance/events", dependencies=reader)
+    async def events() -> Response:
+        return EventStream(_events(engine, lifetime), lifetime, last="")
+
+    @router.post("/v1/fault_tolerance/apply", dependencies=admin)
+    async def apply(request: Request) -> Response:
+        return await _apply(engine, validate(ApplyRequest, await read_json(request)))
+
+    @router.post("/v1/fault_tolerance/inject", dependencies=admin)
+    async def inject(request: Request) -> Response:
+        if not enable_fault_injection:
+            raise _no_injection("start the server with --enable-fault-injection to inject faults")
+        return await _inject(engine, await read_json(request))
+
+    return router
+
+
+async def _apply(engine: ServingEngine, form: ApplyRequest) -> Response:
+    request_id = form.request_id or f"ft-{uuid.uuid4().hex}"
+    try:
+        document = await engine.apply(form.instruction, form.params, request_id)
+    except ValueError as error:
+        raise ApiError(str(error)) from error
+    if document is not None:
+        return JSONResponse(document)
+    return JSONResponse({"request_id": request_id}, 202)
+
+
+async def _inject(engine: ServingEngine, fault: dict[str, Any]) -> Response:
+    try:
+        injection_id = await engine.inject(fault)
+    except ValueError as error:
+        raise ApiError(str(error)) from error
+    except PermissionError as error:
+        raise _no_injection(str(error)) from error
+    return JSONResponse({"injection_id": injection_id}, 202)
+
+
+def _no_injection(message: str) -> ApiError:
+    return ApiError(message, 403, code="fault_injection_disabled")
+
+
+async def _events(engine: ServingEngine, lifetime: Lifetime) -> AsyncGenerator[str, None]:
+    """What the engine tells, with a comment now and then so that proxies keep the line open."""
+    yield KEEP_ALIVE
+    draining = asyncio.ensure_future(lifetime.draining.wait())
+    source = engine.events()
+    following = asyncio.ensure_future(anext(source))
+    try:
+        while not draining.done():
+            await asyncio.wait(
+                {following, draining}, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not following.done():
+                yield KEEP_ALIVE
+                continue
+            try:
+                document = following.result()
+            except StopAsyncIteration:
+                return
+            yield event(document)
+            following = asyncio.ensure_future(anext(source))
+    finally:
+        await cancel_all(following, draining)
+        if isinstance(source, AsyncGenerator):
+            await source.aclose()

@@ -1,0 +1,186 @@
+"""From the engine's stream to the answer of a request: one body, or chunks as they come.
+
+What a choice looks like is the endpoint's (`Shape`); the rest is the same for both.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from revivemoe.messages import TokenLogprobs
+from revivemoe.server.errors import ApiError
+from revivemoe.server.sse import event
+from revivemoe.streams import (
+    Delta,
+    PromptLogprobsReady,
+    Stream,
+    StreamFailed,
+    Submission,
+)
+
+DEGRADED = "degraded"
+
+
+@dataclass
+class Choice:
+    """Everything that one choice generated."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+
+
+class Shape(Protocol):
+    """How an endpoint writes its choices."""
+
+    object: str
+    chunk_object: str
+
+    def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None: ...
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        """A finished choice of the body."""
+        ...
+
+    def body_extra(self) -> dict[str, Any]:
+        """Further fields of the body, and of the first chunk of each choice."""
+        ...
+
+    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, Any]]:
+        """Chunk choices for new output; none when there is nothing to show yet."""
+        ...
+
+
+class Reply:
+    """One request's answer. Use either `body` or `events`, once."""
+
+    def __init__(
+        self,
+        submission: Submission,
+        stream: Stream,
+        shape: Shape,
+        model: str,
+        include_usage: bool = False,
+        discard_output: bool = False,
+    ) -> None:
+        self._submission = submission
+        self._stream = stream
+        self._shape = shape
+        self._model = model
+        self._include_usage = include_usage
+        self._discard_output = discard_output
+        self._created = int(time.time())
+        self._degraded = stream.degraded_from_start
+        self._num_output = 0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self._stream.degraded_from_start:
+            return {"x-revivemoe-quality": DEGRADED}
+        return {}
+
+    async def body(self) -> dict[str, Any]:
+        """The whole answer. Raises ApiError when the stream fails."""
+        total = len(self._submission.prompts) * self._submission.n
+        choices = [Choice(index) for index in range(total)]
+        async with aclosing(self._deltas()) as deltas:
+            async for delta in deltas:
+                choices[delta.index].add(delta)
+        return {
+            **self._head(self._shape.object),
+            "choices": [self._shape.choice(choice) for choice in choices],
+            "usage": self._usage(),
+            **self._shape.body_extra(),
+            **self._quality(),
+        }
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        """Chunks as server-sent events. Raises ApiError when the stream fails."""
+        started: set[int] = set()
+        async with aclosing(self._deltas()) as deltas:
+            async for delta in deltas:
+                first = delta.index not in started
+                started.add(delta.index)
+                for k, choice in enumerate(self._shape.chunks(delta, first)):
+                    yield self._chunk(choice, first and k == 0)
+        if self._include_usage:
+            head = self._head(self._shape.chunk_object)
+            yield event({**head, "choices": [], "usage": self._usage(), **self._quality()})
+
+    def close(self) -> None:
+        self._stream.close()
+
+    async def _deltas(self) -> AsyncGenerator[Delta, None]:
+        """Every delta until all choices are finished; the stream is closed however this ends."""
+        unfinished = len(self._submission.prompts) * self._submission.n
+        try:
+            async with aclosing(self._received()) as received:
+                async for delta in received:
+                    unfinished -= delta.finish_reason is not None
+                    yield delta
+                    if not unfinished:
+                        return
+        finally:
+            self.close()
+        raise ApiError("the engine ended the stream before it was finished", 500)
+
+    async def _received(self) -> AsyncGenerator[Delta, None]:
+        async for item in self._stream:
+            match item:
+                case Delta():
+                    yield self._noted(item)
+                case PromptLogprobsReady():
+                    self._shape.note_prompt_logprobs(item)
+                case StreamFailed(message, status):
+                    raise ApiError(message, status, code="generation_failed")
+
+    def _noted(self, delta: Delta) -> Delta:
+        self._degraded = self._degraded or delta.degraded
+        if self._discard_output:
+            end = delta.finish_reason and "length"
+            return replace(
+                delta, token_ids=(), text="", logprobs=(), finish_reason=end, stop_reason=None
+            )
+        self._num_output += len(delta.token_ids)
+        return delta
+
+    def _chunk(self, choice: dict[str, Any], first: bool) -> str:
+        chunk = {**self._head(self._shape.chunk_object), "choices": [choice]}
+        if self._include_usage:
+            chunk["usage"] = None
+        if first:
+            chunk.update(self._shape.body_extra())
+        if choice["finish_reason"] is not None:
+            chunk.update(self._quality())
+        return event(chunk)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._submission.request_id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+        }
+
+    def _usage(self) -> dict[str, int]:
+        num_prompt = sum(len(prompt) for prompt in self._submission.prompts)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": self._num_output,
+            "total_tokens": num_prompt + self._num_output,
+        }
+
+    def _quality(self) -> dict[str, str]:
+        return {"quality": DEGRADED} if self._degraded else {}

@@ -1,0 +1,109 @@
+"""Runs the application inside an event loop that is already there, and stops it in bounded time."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from revivemoe.server.lifetime import Lifetime
+
+_LAST_WORDS_S = 1.0
+"""Time for the error events of the streams that were cut to be written."""
+_BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to whoever runs the loop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 lets the system choose. Raises OSError naming host and port."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return bound
+
+
+async def serve_app(
+    app: FastAPI,
+    host: str,
+    port: int,
+    *,
+    stop: asyncio.Event,
+    on_started: Callable[[str, int], None] = lambda host, port: None,
+    shutdown_timeout_s: float = 3.0,
+) -> None:
+    """Serve until `stop` is set; returns at most `shutdown_timeout_s` + 2 s after that.
+
+    `on_started` gets the host and the port in use once requests are accepted. Streams still open
+    when the time is over end with an error event. Raises OSError when it cannot listen.
+    """
+    with bind(host, port) as listener:
+        server = _Server(_config(app, shutdown_timeout_s))
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
+        try:
+            await _until_started(server, serving)
+            on_started(host, listener.getsockname()[1])
+            await _first_of(serving, stop)
+        finally:
+            await _shut_down(server, serving, app.state.lifetime, shutdown_timeout_s)
+        if not serving.cancelled():
+            serving.result()
+
+
+def _config(app: FastAPI, shutdown_timeout_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=round(shutdown_timeout_s + _LAST_WORDS_S),
+    )
+
+
+async def _until_started(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    if serving.done():
+        await serving
+
+
+async def _first_of(serving: asyncio.Task[None], stop: asyncio.Event) -> None:
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+
+
+async def _shut_down(
+    server: uvicorn.Server, serving: asyncio.Task[None], lifetime: Lifetime, timeout_s: float
+) -> None:
+    server.should_exit = True
+    lifetime.draining.set()
+    _, open_still = await asyncio.wait({serving}, timeout=timeout_s)
+    lifetime.cut.set()
+    if open_still:
+        await asyncio.wait({serving}, timeout=2 * _LAST_WORDS_S)
+    if not serving.done():
+        serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)

@@ -1,0 +1,97 @@
+"""Server-sent events: a response that ends with its client, and never without a last word."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from revivemoe.server.errors import ApiError, describe, internal_error
+from revivemoe.server.lifetime import (
+    Lifetime,
+    cancel_all,
+    shutting_down,
+    wait_for_disconnect,
+)
+
+logger = logging.getLogger(__name__)
+
+DONE = "data: [DONE]\n\n"
+
+
+def dumps(document: Any) -> str:
+    """Compact and ASCII: U+2028 and the like would end a line for some readers of events."""
+    return json.dumps(document, separators=(",", ":"))
+
+
+def event(document: Any) -> str:
+    return f"data: {dumps(document)}\n\n"
+
+
+def error_event(error: ApiError) -> str:
+    return f"event: error\n{event(error.document())}"
+
+
+class EventStream(Response):
+    """Sends the strings of `events` until they end, the client goes away or the server is cut.
+
+    An ApiError raised by `events` becomes an `error` event. `on_close` runs however it ends.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        lifetime: Lifetime,
+        on_close: Callable[[], None] = lambda: None,
+        headers: dict[str, str] | None = None,
+        last: str = DONE,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", **(headers or {})})
+        self._events = events
+        self._lifetime = lifetime
+        self._on_close = on_close
+        self._last = last
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._respond(receive, send)
+        finally:
+            self._on_close()
+            await self._events.aclose()
+
+    async def _respond(self, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        written = asyncio.ensure_future(self._write_all(send))
+        gone = asyncio.ensure_future(wait_for_disconnect(receive))
+        cut = asyncio.ensure_future(self._lifetime.cut.wait())
+        try:
+            await asyncio.wait({written, gone, cut}, return_when=asyncio.FIRST_COMPLETED)
+            complete, client_gone = written.done(), gone.done()
+        finally:
+            await cancel_all(written, gone, cut)
+        if not complete and not client_gone:
+            await _write(send, error_event(shutting_down()))
+        if not client_gone:
+            await _write(send, self._last, more=False)
+
+    async def _write_all(self, send: Send) -> None:
+        try:
+            async for text in self._events:
+                await _write(send, text)
+        except ApiError as error:
+            await _write(send, error_event(error))
+        except Exception as error:
+            logger.error("stream: %s", describe(error))
+            await _write(send, error_event(internal_error()))
+
+
+async def _write(send: Send, text: str, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": text.encode(), "more_body": more})

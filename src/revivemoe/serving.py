@@ -1,0 +1,265 @@
+"""One instance under asyncio: the engine, its ranks as local processes, and streams for HTTP."""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any
+
+from revivemoe.checkpoint.inspect import CheckpointInfo
+from revivemoe.cluster.local import Callbacks, LocalCluster
+from revivemoe.config import EngineConfig
+from revivemoe.detokenizer import Vocabulary
+from revivemoe.engine import Engine, FailedState, Serving, first_topology_epoch
+from revivemoe.executor.spec import RankSpec, SegmentSpec
+from revivemoe.ids import Incarnation, LayerId, RankId
+from revivemoe.ledger import LiveRequest
+from revivemoe.messages import Inject, Report
+from revivemoe.metrics import render_metrics
+from revivemoe.placement import place
+from revivemoe.status import status_document
+from revivemoe.streams import ModelInfo, StreamEvent, Submission
+from revivemoe.topology import collocated
+
+TICK_S = 0.05
+KEPT_EVENTS = 1000
+INJECTABLE = ("kill",)
+
+
+class QueueStream:
+    """Events of one submission, from the engine's callback to one async reader."""
+
+    def __init__(self, instance: "Instance", degraded: bool) -> None:
+        self.degraded_from_start = degraded
+        self.request: LiveRequest | None = None
+        self._instance = instance
+        self._events: deque[StreamEvent] = deque()
+        self._ended = False
+        self._arrived = asyncio.Event()
+
+    def push(self, event: StreamEvent) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        while True:
+            while self._events:
+                yield self._events.popleft()
+            if self._ended:
+                return
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def close(self) -> None:
+        if self.request is not None and not self._ended:
+            self._instance.engine.abort(self.request)
+
+
+class Instance:
+    """Everything one `serve` owns. An async context manager; implements `ServingEngine`."""
+
+    def __init__(self, config: EngineConfig, info: CheckpointInfo, tokenizer: Any) -> None:
+        """`config` is resolved. Raises ValueError for a placement that cannot be."""
+        assert config.max_model_len is not None
+        self.config, self.info = config, info
+        self.model = ModelInfo(
+            name=config.served_model_name,
+            model_dir=str(info.model_dir),
+            max_model_len=config.max_model_len,
+            vocab_size=info.vocab_size,
+            eos_token_ids=info.eos_token_ids,
+        )
+        topology = collocated(first_topology_epoch(), config.data_parallel_size)
+        placement = place(
+            info.num_experts,
+            info.moe_layers,
+            topology.experts,
+            config.redundant_experts,
+            config.spare_expert_slots,
+        )
+        self._cluster = LocalCluster(
+            self._rank_spec,
+            _segment(config, info) if config.comm_backend == "shm" else None,
+            config.comm_backend,
+            Callbacks(self._on_report, self._on_exit, self._on_forkserver_gone),
+        )
+        self.engine = Engine(
+            config,
+            topology,
+            placement,
+            Vocabulary(tokenizer),
+            self._cluster,
+            time.monotonic,
+            self._on_event,
+        )
+        self.serving = asyncio.Event()
+        """Set when the instance serves for the first time."""
+        self.ended = asyncio.Event()
+        """Set when the instance has failed."""
+        self._recent: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
+        self._subscribers: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Instance":
+        await self._cluster.__aenter__()
+        self.engine.start(time.monotonic())
+        self._ticker = asyncio.create_task(self._tick(), name="engine tick")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._ticker is not None
+        self._ticker.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._ticker
+        self.engine.stop()
+        deadline = time.monotonic() + 2.0
+        while self._cluster.living and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        await self._cluster.__aexit__(kind, error, traceback)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._cluster.drain()
+            self.engine.tick(time.monotonic())
+
+    # ---- from the cluster ------------------------------------------------------------------------
+
+    def _on_report(self, report: Report) -> None:
+        self.engine.on_report(report, time.monotonic())
+
+    def _on_exit(self, rank: RankId, incarnation: Incarnation, detail: str) -> None:
+        self.engine.on_exit(rank, incarnation, detail, time.monotonic())
+
+    def _on_forkserver_gone(self) -> None:
+        """A fault of its own: the ranks it forked live on. Only new ranks would need it."""
+        self._on_event({"event": "forkserver_gone"})
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        stamped = {"time": time.time(), **event}
+        self._recent.append(stamped)
+        for subscriber in self._subscribers:
+            subscriber.put_nowait(stamped)
+        if isinstance(self.engine.state, Serving):
+            self.serving.set()
+        elif isinstance(self.engine.state, FailedState):
+            self.ended.set()
+
+    # ---- for the server ----------------------------------------------------------------------------
+
+    async def submit(self, submission: Submission) -> QueueStream:
+        stream = QueueStream(self, self.engine.degraded)
+        stream.request = self.engine.submit(submission, stream)
+        return stream
+
+    def status(self) -> dict[str, Any]:
+        return status_document(self.engine, time.monotonic(), time.time())
+
+    def metrics(self) -> bytes:
+        return render_metrics(self.engine, time.monotonic())
+
+    @property
+    def alive(self) -> bool:
+        return not isinstance(self.engine.state, FailedState)
+
+    @property
+    def ready(self) -> bool:
+        return isinstance(self.engine.state, Serving)
+
+    async def apply(self, instruction: str, params: dict[str, Any], request_id: str) -> Any:
+        if instruction == "whatif":
+            return self.engine.what_if(_ids(params))
+        raise ValueError(f"instruction {instruction!r} is not supported yet: only 'whatif' is")
+
+    async def inject(self, fault: dict[str, Any]) -> str:
+        return self._inject(fault)
+
+    def _inject(self, fault: dict[str, Any]) -> str:
+        kind, at = fault.get("kind"), fault.get("at") or {}
+        if kind not in INJECTABLE:
+            raise ValueError(f"kind {kind!r} is not supported yet: only {', '.join(INJECTABLE)}")
+        injection_id = f"inj-{time.monotonic_ns():x}"
+        inject = Inject(
+            injection_id=injection_id,
+            kind=kind,
+            step=at.get("step"),
+            layer=at.get("layer"),
+            phase=at.get("phase"),
+            params=fault.get("params") or {},
+        )
+        self.engine.inject(inject, RankId(_int(fault, "id")))
+        return injection_id
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        for event in self._recent:
+            queue.put_nowait(event)
+        self._subscribers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._subscribers.discard(queue)
+
+    # ---- helpers -----------------------------------------------------------------------------------
+
+    def _rank_spec(
+        self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
+    ) -> RankSpec:
+        config, info = self.config, self.info
+        assert config.max_model_len is not None
+        return RankSpec(
+            rank=rank,
+            incarnation=incarnation,
+            model_dir=str(info.model_dir),
+            slots={LayerId(k): v for k, v in zip(info.moe_layers, slots, strict=True)},
+            num_experts=info.num_experts,
+            top_k=info.top_k,
+            dtype=config.dtype,
+            device=config.rank_device(rank),
+            threads=config.threads_per_rank,
+            block_size=config.block_size,
+            num_kv_blocks=config.num_kv_blocks,
+            kv_memory_share=0.5 / config.data_parallel_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            commands="",
+            reports="",
+            allow_faults=config.enable_fault_injection,
+        )
+
+
+def _segment(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:
+    return SegmentSpec(
+        num_ranks=config.data_parallel_size,
+        max_tokens=config.max_num_batched_tokens,
+        hidden=info.hidden_size,
+        itemsize=2 if config.dtype == "bfloat16" else 4,
+        top_k=info.top_k,
+    )
+
+
+def _int(document: dict[str, Any], key: str) -> int:
+    value = document.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key!r} must be an integer")
+    return value
+
+
+def _ids(params: dict[str, Any]) -> list[RankId]:
+    ids = params.get("ids")
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise ValueError("'ids' must be a list of rank ids")
+    return [RankId(i) for i in ids]

@@ -1,0 +1,97 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from unit.server.tiny_tokenizer import tiny_tokenizer
+
+from revivemoe.detokenizer import REPLACEMENT, Vocabulary
+
+TOKENIZER = tiny_tokenizer()
+VOCABULARY = Vocabulary(TOKENIZER)
+any_ids = st.lists(st.integers(0, len(TOKENIZER) + 3), max_size=40)
+
+
+def pieces(vocabulary: Vocabulary, ids, prompt=()) -> list[str]:
+    detokenizer = vocabulary.detokenizer(prompt)
+    return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
+
+
+@given(any_ids, st.booleans())
+def test_any_ids_give_the_text_of_decode(ids, skip):
+    text = "".join(pieces(Vocabulary(TOKENIZER, skip), ids))
+    assert text == TOKENIZER.decode(ids, skip_special_tokens=skip)
+
+
+@given(st.text())
+def test_any_text_comes_back_with_no_broken_character(text):
+    got = pieces(VOCABULARY, TOKENIZER.encode(text))
+    assert "".join(got) == text
+    assert got[-1] == "", "whole characters are not held back"
+    assert all(REPLACEMENT not in piece for piece in got) or REPLACEMENT in text
+
+
+def test_a_character_is_held_until_it_is_whole():
+    assert pieces(VOCABULARY, TOKENIZER.encode("a€"))[:4] == ["a", "", "", "€"]
+
+
+def test_an_incomplete_end_is_flushed_as_replacement():
+    ids = TOKENIZER.encode("a€")[:-1]
+    assert pieces(VOCABULARY, ids) == ["a", "", "", REPLACEMENT]
+
+
+def test_special_tokens_have_no_text_and_split_no_character():
+    euro = TOKENIZER.encode("€")
+    ids = [*euro[:1], TOKENIZER.eos_token_id, *euro[1:]]
+    assert "".join(pieces(VOCABULARY, ids)) == "€"
+
+
+def test_token_bytes_of_half_a_character_and_of_added_tokens():
+    assert VOCABULARY.token_bytes(TOKENIZER.encode("é")[0]) == b"\xc3"
+    assert VOCABULARY.token_text(TOKENIZER.encode("é")[0]) == REPLACEMENT
+    assert VOCABULARY.token_text(TOKENIZER.eos_token_id) == "<|im_end|>"
+    assert VOCABULARY.token_text(TOKENIZER.convert_tokens_to_ids("ein Wört")) == "ein Wört"
+    assert VOCABULARY.token_bytes(10**6) == b""
+
+
+class Sentencepiece:
+    """The decoder of Llama-like and Mixtral tokenizers: metaspace with byte fallback."""
+
+    def __init__(self) -> None:
+        words = ["<unk>", "▁the", "▁cat", "s", "▁", "é"]
+        words += [f"<0x{b:02X}>" for b in range(256)]
+        self.backend_tokenizer = Tokenizer(
+            models.BPE(vocab={w: k for k, w in enumerate(words)}, merges=[], byte_fallback=True)
+        )
+        self.backend_tokenizer.decoder = decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+
+
+SENTENCEPIECE = Sentencepiece()
+
+
+@given(st.lists(st.integers(0, 5), max_size=30))
+def test_sentencepiece_words_give_the_text_of_decode(ids):
+    got = "".join(pieces(Vocabulary(SENTENCEPIECE), ids))
+    assert got == SENTENCEPIECE.backend_tokenizer.decode(ids)
+
+
+@given(st.text(max_size=20))
+def test_sentencepiece_bytes_never_show_a_broken_character(text):
+    got = pieces(Vocabulary(SENTENCEPIECE), [6 + b for b in text.encode()], prompt=[1])
+    assert "".join(got) == text
+    assert all(REPLACEMENT not in piece for piece in got) or REPLACEMENT in text
+
+
+def test_sentencepiece_keeps_the_space_between_prompt_and_output():
+    assert "".join(pieces(Vocabulary(SENTENCEPIECE), [2], prompt=[1])) == " cat"
+
+
+def test_a_tokenizer_without_backend_is_refused():
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        Vocabulary(object())
