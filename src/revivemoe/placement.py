@@ -111,4 +111,21 @@ def _place_layer(num_experts: int, num_ranks: int, redundant: int) -> list[list[
         expert = owner_order[i % num_experts]
         free = [r for r in range(num_ranks) if expert not in held[r]]
         held[min(free, key=lambda r: (len(held[r]), r))].append(expert)
+    base = [bounds[r + 1] - bounds[r] for r in range(num_ranks)]
+    while _level(held, base):
+        pass
     return held
+
+
+def _level(held: list[list[int]], base: list[int]) -> bool:
+    """Move one replica from the fullest rank to the emptiest that may take it, if that levels."""
+    fullest = max(range(len(held)), key=lambda r: (len(held[r]), -r))
+    for emptiest in sorted(range(len(held)), key=lambda r: (len(held[r]), r)):
+        if len(held[fullest]) - len(held[emptiest]) < 2:
+            return False
+        for expert in held[fullest][base[fullest] :]:
+            if expert not in held[emptiest]:
+                held[fullest].remove(expert)
+                held[emptiest].append(expert)
+                return True
+    return False

@@ -1,1 +1,1 @@
-"""Measurements that a user can repeat: each module's `run` returns its figures and prints a table."""
+"""Measurements that a user can repeat: `run` returns figures, prints a table."""

@@ -89,9 +89,11 @@ def _publish(path: Path, fields: dict[str, Any]) -> None:
 def _random_model(arch: str, size: Preset, seed: int, dtype: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
 
     config = AutoConfig.for_model(arch, **config_fields(arch, size))
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with no_init_weights():  # every tensor is overwritten below
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     for module in model.modules():
         if hasattr(module, "e_score_correction_bias"):  # published in float32 whatever the rest is
             module.e_score_correction_bias = module.e_score_correction_bias.float()

@@ -1,4 +1,22 @@
-"""Random weights that behave: wide margins, varied output, every expert felt."""
+"""Random weights that behave: wide margins, varied output, every expert felt.
+
+Embeddings have unit variance and each block adds about as much again, so that the output depends
+on the whole context; logits have a standard deviation of 4. Measured on the tiny preset, float32,
+8 prompts of 24 random tokens and 200 greedy tokens, over the five architectures:
+
+- Another chunking moves logits by 3e-6 (root mean square; 4e-5 at most) and what the routers'
+  top-k sees by 5e-8 to 9e-8 (1e-6 at most).
+- Best logit less the second: median 0.8, 1 % below 0.01, 0 to 0.2 % below 0.001.
+- k-th score less the next, smallest over the layers: median 0.003 (softmax, k = 4) to 0.018
+  (sigmoid), 0 to 0.2 % of tokens below 1e-5.
+- No greedy text fell into a cycle; at least 120 different tokens among 200. One token in 300 to
+  1,600 ends the text.
+- Without one expert of the first MoE layer 12 to 44 % of the next tokens differ, of the last
+  layer 3 to 16 %. Every expert gets 2 to 11 % of its layer's choices (6 % is even).
+
+Negative: sharper attention (gain 1.6) made no text more varied, only the arithmetic noise larger
+(Mixtral: logits off by up to 6e-5); so did weaker experts (down projection 1.5) with less variety.
+"""
 
 import hashlib
 from typing import TYPE_CHECKING, Any

@@ -4,8 +4,8 @@ Legend for shapes: T tokens of this rank, K experts per token, H hidden size, N 
 per rank, M rows sent, R rows received. A row is one token on its way to one rank: a token goes to
 each rank at most once, however many of its experts are there.
 
-    row to the experts   | K slot ids int64, of the domain | K weights float32 | pad | H hidden | pad |
-    row back             | H partial sum |
+    to the experts   | K slot ids int64, of the domain | K weights float32 | pad | H hidden | pad |
+    back             | H partial sum |
 """
 
 from dataclasses import dataclass

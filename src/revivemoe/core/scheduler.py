@@ -28,22 +28,20 @@ class Scheduler:
     def schedule(self, step: int, mask_key: bytes) -> Batch:
         """The batch of the next step; empty only if no sequence is live."""
         budget = self._limits.max_num_batched_tokens
-        items, preempted = self._schedule_running(budget)
-        if self._queues.waiting and not preempted:
-            budget -= sum(item.count for item in items)
-            items += self._admit_waiting(budget, mask_key)
+        items = self._schedule_running(budget)
+        budget -= sum(item.count for item in items)
+        items += self._admit_waiting(budget, mask_key)
         assert items or not self._queues.live, "live sequences, but nothing was scheduled"
         return Batch(step=step, items=tuple(items))
 
-    def _schedule_running(self, budget: int) -> tuple[list[ScheduledSequence], bool]:
-        """Shares of the running sequences, and whether any of them had to be preempted.
+    def _schedule_running(self, budget: int) -> list[ScheduledSequence]:
+        """Shares of the running sequences, as far as the budget goes.
 
         Visited by age, so whoever is preempted (the youngest) has no share yet. Decoding goes on
         beside long prefills because one token is kept back for every decode still to come; as
         no more than `budget` sequences run, the oldest prefill gets a token as well.
         """
         running = self._queues.running
-        num_running = len(running)
         reserved = sum(sequence.num_remaining == 1 for sequence in running)
         items: list[ScheduledSequence] = []
         index = 0
@@ -57,7 +55,7 @@ class Scheduler:
                 items.append(_share(sequence, count))
                 budget -= count
             index += 1
-        return items, len(running) < num_running
+        return items
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Blocks for `count` more tokens, taken from the youngest. False: that was itself."""
@@ -76,30 +74,27 @@ class Scheduler:
     def _admit_waiting(self, budget: int, mask_key: bytes) -> list[ScheduledSequence]:
         """Admit by age while there is room; nobody overtakes, so nobody starves.
 
-        Room means blocks for the whole known history, beside what running sequences still need
-        for theirs: an admission that would only lead to a preemption is not worth its prefill.
+        Room means blocks for the whole known history, though the first chunk may need fewer: an
+        admission that soon ends in a preemption is not worth its prefill. Running sequences have
+        theirs: what they leave of the budget, they have no use for. Nor is a sequence admitted
+        that was preempted just now: less is free than it had.
         """
         running, waiting = self._queues.running, self._queues.waiting
-        claimed = sum(self._unfilled(sequence) for sequence in running)
         items: list[ScheduledSequence] = []
         while waiting and budget > 0 and len(running) < self._limits.max_num_seqs:
             sequence = waiting[0]
             cached = self._cached_prefix(sequence, mask_key)
-            taken = self._unfilled(sequence) - sum(not self._pool.is_free(b) for b in cached)
-            if taken > self._pool.num_free - claimed:
+            held_by_others = sum(not self._pool.is_free(block) for block in cached)
+            needed = self._limits.blocks_for(len(sequence.history)) - held_by_others
+            if needed > self._pool.num_free:
                 break
             self._journal.admit(sequence, cached, len(cached) * self._limits.block_size)
             count = min(sequence.num_remaining, budget)
             roomy = self._make_room(sequence, count)
             assert roomy, "admitted without room"
             items.append(_share(sequence, count))
-            claimed += self._unfilled(sequence)
             budget -= count
         return items
-
-    def _unfilled(self, sequence: Sequence) -> int:
-        """Blocks that the KV of the known history needs beyond the table."""
-        return self._limits.blocks_for(len(sequence.history)) - len(sequence.block_table)
 
     def _cached_prefix(self, sequence: Sequence, mask_key: bytes) -> list[BlockId]:
         """Cached blocks that hold the beginning of a waiting sequence's history."""

@@ -74,7 +74,7 @@ def test_sums_are_float32_in_the_order_of_ranks(out_dtype):
 
 def test_the_worst_case_fills_the_region_and_no_more():
     """All tokens to all ranks; sums come back in float32, twice the size of the hidden states."""
-    tokens, hidden, num = 33, 7, 3
+    tokens, hidden, num = 33, 201, 3
     slots = torch.tensor([[0, 2, 4, 5]] * tokens)
 
     def act(rank: int, dispatcher: Dispatcher) -> bool:

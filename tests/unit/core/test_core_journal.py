@@ -125,3 +125,18 @@ def test_preempted_readmitted_and_overwritten_within_one_step(executed: bool):
     assert bench.young.block_table == ([] if executed else table)
     assert executed or not bench.young.cacheable
     bench.check()
+
+
+def test_grown_preempted_and_overwritten_within_one_step():
+    bench = Bench()
+    bench.journal.preempt(bench.old)
+    bench.journal.admit(bench.old, [], 0)
+    bench.journal.clear()
+    bench.journal.allocate(bench.young)
+    bench.journal.preempt(bench.young)
+    for _ in range(4):
+        bench.journal.allocate(bench.old)
+    assert bench.journal.roll_back(executed=True) == [bench.young]
+    assert (bench.young.block_table, bench.young.num_computed) == ([], 0)
+    assert bench.pool.num_free == 4
+    bench.check()

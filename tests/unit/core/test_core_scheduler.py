@@ -36,7 +36,7 @@ def test_a_young_decode_goes_on_beside_an_older_prefill():
     solo = Solo(limits(num_blocks=32)).enter()
     solo.add(spec(5, [1] * 3, max_tokens=9))
     shares(solo)
-    solo.add(spec(6, [2] * 30, arrival=1))
+    solo.add(spec(6, [2] * 40, arrival=1))
     shares(solo)
     assert shares(solo) == [(6, 15, 15), (5, 4, 1)]
 
@@ -85,13 +85,26 @@ def test_nobody_overtakes_the_oldest_waiting_sequence():
     assert (running(solo), waiting(solo)) == ([0], [1, 2])
 
 
-def test_admission_leaves_the_blocks_that_a_running_prefill_still_needs():
+def test_a_sequence_is_admitted_only_with_room_for_all_its_history():
     solo = Solo(limits(num_blocks=8)).enter()
-    solo.add(spec(0, [1] * 24, max_tokens=2))
+    solo.add(spec(0, [1] * 7, max_tokens=9))
     shares(solo)
-    solo.add(spec(1, [2] * 12, max_tokens=2))
-    assert shares(solo) == [(0, 16, 8)]
+    solo.add(spec(1, [2] * 25, max_tokens=2))
+    assert shares(solo) == [(0, 7, 1)]
     assert waiting(solo) == [1]
+    solo.rank.abort(spec(0, [1]).seq_id)
+    assert shares(solo) == [(1, 0, 16)]
+
+
+def test_an_older_waiting_sequence_may_take_the_place_of_a_preempted_one():
+    solo = Solo(limits(num_blocks=5, block_size=2, max_model_len=9)).enter()
+    solo.add(spec(3, [1], max_tokens=5, arrival=0))
+    solo.add(spec(4, [4, 4, 4, 4, 4], max_tokens=4))
+    shares(solo)
+    shares(solo)
+    solo.add(spec(5, [2, 2, 2], max_tokens=2, arrival=1))
+    assert shares(solo) == [(3, 2, 1), (5, 0, 3)]
+    assert waiting(solo) == [4]
 
 
 def test_no_more_sequences_run_than_allowed():
@@ -154,3 +167,16 @@ def test_a_sequence_that_lived_through_a_change_of_mask_names_no_more_blocks():
     for _ in range(5):
         solo.step()
     assert solo.rank.pool.cached() == named
+
+
+def test_computed_again_from_the_start_its_blocks_have_names_again():
+    solo = Solo().enter()
+    solo.add(spec(0, [1, 2, 3, 4, 2], max_tokens=20))
+    solo.step()
+    solo.enter(b"masked")
+    solo.step()
+    (sequence,) = solo.rank.queues.running
+    solo.rank.journal.preempt(sequence)
+    solo.rank.journal.clear()
+    assert shares(solo) == [(0, 0, 7)]
+    assert len(solo.rank.pool.cached()) == 2

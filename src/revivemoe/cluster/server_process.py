@@ -1,0 +1,118 @@
+"""A `revivemoe serve` as a child process: started, awaited, asked, and surely ended."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+
+class ServerProcess:
+    """Owns one server and, through it, its ranks. A context manager."""
+
+    def __init__(self, model_dir: Path, flags: Sequence[str], start_timeout_s: float = 120.0):
+        self._command = [
+            sys.executable, "-m", "revivemoe.cli.main", "serve", str(model_dir),
+            "--port", "0", *flags,
+        ]  # fmt: skip
+        self._start_timeout_s = start_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.NamedTemporaryFile(prefix="revivemoe-serve-", suffix=".log")  # noqa: SIM115
+        self.url = ""
+        self.start_s = 0.0
+        """From the launch until the instance served, seconds."""
+
+    def __enter__(self) -> "ServerProcess":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Launch and wait until it is ready. Raises RuntimeError with the log's end if it is not."""
+        began = time.monotonic()
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._log.file,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        deadline = began + self._start_timeout_s
+        while not self._ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start:\n{self.log_tail()}")
+            time.sleep(0.02)
+        self.start_s = time.monotonic() - began
+
+    def stop(self, timeout_s: float = 15.0) -> int | None:
+        """SIGTERM, then SIGKILL; returns the exit status."""
+        process = self._process
+        if process is None:
+            return None
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._process = None
+        return process.returncode
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server is not running"
+        return self._process.pid
+
+    def status(self) -> dict[str, Any]:
+        """The status document."""
+        response = httpx.get(f"{self.url}/v1/fault_tolerance/status", timeout=10)
+        document: dict[str, Any] = response.json()
+        return document
+
+    def rank_pid(self, rank: int) -> int:
+        """Process id of one rank."""
+        return int(self.status()["engines"][rank]["pid"])
+
+    def kill_rank(self, rank: int, number: signal.Signals = signal.SIGKILL) -> float:
+        """Send a rank a signal, for real; returns the monotonic time just before."""
+        pid = self.rank_pid(rank)
+        at = time.monotonic()
+        os.kill(pid, number)
+        return at
+
+    def log_tail(self, lines: int = 15) -> str:
+        """The end of the server's log."""
+        text = Path(self._log.name).read_text(errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def _ready(self) -> bool:
+        if not self.url:
+            text = Path(self._log.name).read_text(errors="replace")
+            match = re.search(r"listening on (http://\S+)", text)
+            if match is None:
+                return False
+            self.url = match.group(1)
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False

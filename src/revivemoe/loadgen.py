@@ -1,0 +1,76 @@
+"""Streams requests to a running server and keeps what came back and when. For demo and benches."""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+
+@dataclass
+class StreamResult:
+    """What one streamed completion yielded."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    times: list[float] = field(default_factory=list)
+    """Monotonic arrival time of each token, seconds."""
+    started: float = 0.0
+    finish_reason: str | None = None
+    quality: str | None = None
+    error: str | None = None
+
+    def longest_gap_s(self, after: float = 0.0) -> float:
+        """Longest time between two consecutive tokens that ended later than `after`."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        return max((b - a for a, b in pairs if b > after), default=0.0)
+
+
+async def stream_completion(
+    client: httpx.AsyncClient, body: dict[str, Any], into: StreamResult | None = None
+) -> StreamResult:
+    """POST /v1/completions with `stream`; `into` may be watched while it fills."""
+    result = into if into is not None else StreamResult()
+    result.started = time.monotonic()
+    request = {**body, "stream": True, "return_token_ids": True}
+    async with client.stream("POST", "/v1/completions", json=request) as response:
+        if response.status_code != 200:
+            result.error = (await response.aread()).decode()
+            return result
+        async for line in response.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                _take(json.loads(line[6:]), result)
+    return result
+
+
+def _take(chunk: dict[str, Any], result: StreamResult) -> None:
+    if "error" in chunk:
+        result.error = chunk["error"]["message"]
+        return
+    result.quality = chunk.get("quality", result.quality)
+    for choice in chunk.get("choices", []):
+        ids = choice.get("token_ids") or []
+        now = time.monotonic()
+        result.token_ids.extend(ids)
+        result.times.extend([now] * len(ids))
+        result.text += choice.get("text") or ""
+        result.finish_reason = choice.get("finish_reason") or result.finish_reason
+
+
+async def stream_all(
+    url: str,
+    bodies: Sequence[dict[str, Any]],
+    into: Sequence[StreamResult] | None = None,
+    timeout_s: float = 120.0,
+) -> list[StreamResult]:
+    """All completions at once; results in order."""
+    results = list(into) if into is not None else [StreamResult() for _ in bodies]
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits) as client:
+        await asyncio.gather(
+            *(stream_completion(client, b, r) for b, r in zip(bodies, results, strict=True))
+        )
+    return results
