@@ -380,8 +380,11 @@ class Engine:
         )
         if finished is not None:
             self._finish(finished)
-        elif (plan := self.coordinator.plan) is not None and plan.placement.missing():
-            self.ledger.mark_degraded()
+        elif (plan := self.coordinator.plan) is not None:
+            if plan.placement.missing():
+                self.ledger.mark_degraded()
+            moved = [self.ledger.request_id(m.seq_id) for m in plan.migrations]
+            self._event("migrated", {"epoch": plan.topology.epoch, "requests": moved})
 
     def _world(self, now: float) -> World:
         horizon = now - self.config.policy.window_s

@@ -129,6 +129,10 @@ class Ledger:
         self._sequences[seq_id] = LiveSequence(seq_id, log, request, arrival)
         request.unfinished.add(seq_id)
 
+    def request_id(self, seq_id: SeqId) -> str:
+        """The submission an unfinished sequence belongs to."""
+        return self._sequences[seq_id].request.submission.request_id
+
     def assign_waiting(self, ranks: Iterable[RankId]) -> int:
         """Give every sequence without a rank to the one with the fewest tokens, oldest first."""
         load = dict.fromkeys(ranks, 0)

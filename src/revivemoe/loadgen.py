@@ -19,6 +19,7 @@ class StreamResult:
     times: list[float] = field(default_factory=list)
     """Monotonic arrival time of each token, seconds."""
     started: float = 0.0
+    request_id: str = ""
     finish_reason: str | None = None
     quality: str | None = None
     error: str | None = None
@@ -50,6 +51,7 @@ def _take(chunk: dict[str, Any], result: StreamResult) -> None:
     if "error" in chunk:
         result.error = chunk["error"]["message"]
         return
+    result.request_id = chunk.get("id", result.request_id)
     result.quality = chunk.get("quality", result.quality)
     for choice in chunk.get("choices", []):
         ids = choice.get("token_ids") or []

@@ -235,6 +235,7 @@ class Instance:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
+            prefill_tokens_beside_decodes=config.prefill_tokens_beside_decodes,
             commands="",
             reports="",
             allow_faults=config.enable_fault_injection,

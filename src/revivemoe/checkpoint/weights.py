@@ -15,7 +15,7 @@ on the whole context; logits have a standard deviation of 4. Measured on the tin
   layer 3 to 16 %. Every expert gets 2 to 11 % of its layer's choices (6 % is even).
 
 Negative: sharper attention (gain 1.6) made no text more varied, only the arithmetic noise larger
-(Mixtral: logits off by up to 6e-5); so did weaker experts (down projection 1.5) with less variety.
+(Mixtral: logits off by up to 6e-5); weaker experts (down projection 1.5) made it less varied.
 """
 
 import hashlib

@@ -59,6 +59,9 @@ def serve(
     max_num_batched_tokens: Annotated[
         int, typer.Option(help="Tokens per rank and step.")
     ] = 512,
+    max_prefill_beside_decodes: Annotated[
+        int, typer.Option(help="Prefill tokens per rank and step while some stream decodes.")
+    ] = 64,
     block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
     num_kv_blocks: Annotated[
         int | None, typer.Option(help="KV blocks per rank; default: by need and free memory.")
@@ -98,6 +101,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        prefill_tokens_beside_decodes=max_prefill_beside_decodes,
         block_size=block_size,
         num_kv_blocks=num_kv_blocks,
         seed=seed,

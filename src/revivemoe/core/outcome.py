@@ -26,11 +26,10 @@ class Outcome:
 def outcome_of(item: ScheduledSequence, result: StepResult, limits: RankLimits) -> Outcome:
     """The outcome of one share. Asserts that the result is one for this share."""
     assert item.samples == (result.token_id is not None), "a token is drawn at the end only"
-    decode = item.count == 1 and item.samples and bool(item.sequence.output_ids)
     return Outcome(
         item=item,
         num_computed=item.start + item.count,
-        num_prefilled=0 if decode else item.count,
+        num_prefilled=0 if item.is_decode else item.count,
         token=_token(item, result),
         prompt_logprobs=_prompt_logprobs(item, result),
         names=_names(item, limits),

@@ -41,6 +41,8 @@ class Rank:
         self._scheduler = Scheduler(limits, self.pool, self.queues, self.journal)
         self._counters = Counters()
         self._wake = 0
+        self._domain_decodes = False
+        """Whether some member decoded in the last step that all agreed on."""
 
     # ---- requests: valid in every state, between steps ---------------------------------------
 
@@ -71,7 +73,7 @@ class Rank:
         """Open a step. Its batch is empty if and only if no sequence is live here."""
         state = self._in_domain()
         assert state.open is None, f"step {state.step} is open already"
-        batch = self._scheduler.schedule(state.step, state.mask_key)
+        batch = self._scheduler.schedule(state.step, state.mask_key, self._domain_decodes)
         self.state = replace(state, open=OpenStep(batch))
         return batch
 
@@ -84,6 +86,7 @@ class Rank:
             num_tokens=open_step.batch.num_tokens,
             has_work=int(bool(self.queues.live)),
             wake=self._wake,
+            num_decodes=open_step.batch.num_decodes,
         )
 
     def agree(self, headers: abc.Sequence[StepHeader]) -> Agreement:
@@ -94,6 +97,7 @@ class Rank:
         """
         state, open_step = self._open_step()
         agreement = agree(headers)
+        self._domain_decodes = any(header.num_decodes for header in headers)
         if isinstance(agreement, Run):
             return agreement
         assert not open_step.batch.items, "this rank's own header is missing"

@@ -25,21 +25,31 @@ class Scheduler:
         self._queues = queues
         self._journal = journal
 
-    def schedule(self, step: int, mask_key: bytes) -> Batch:
-        """The batch of the next step; empty only if no sequence is live."""
-        budget = self._limits.max_num_batched_tokens
+    def schedule(self, step: int, mask_key: bytes, beside_decodes: bool = False) -> Batch:
+        """The batch of the next step; empty only if no sequence is live.
+
+        `beside_decodes`: some member of the domain decodes, so prefill keeps its bound.
+        """
+        budget = self._budget(beside_decodes)
         items = self._schedule_running(budget)
         budget -= sum(item.count for item in items)
         items += self._admit_waiting(budget, mask_key)
         assert items or not self._queues.live, "live sequences, but nothing was scheduled"
         return Batch(step=step, items=tuple(items))
 
+    def _budget(self, beside_decodes: bool) -> int:
+        most, bound = self._limits.max_num_batched_tokens, self._limits.prefill_tokens_beside_decodes
+        if bound is None or not beside_decodes:
+            return most
+        ready = sum(sequence.num_remaining == 1 for sequence in self._queues.running)
+        return min(most, ready + bound)
+
     def _schedule_running(self, budget: int) -> list[ScheduledSequence]:
         """Shares of the running sequences, as far as the budget goes.
 
         Visited by age, so whoever is preempted (the youngest) has no share yet. Decoding goes on
-        beside long prefills because one token is kept back for every decode still to come; as
-        no more than `budget` sequences run, the oldest prefill gets a token as well.
+        beside long prefills because one token is kept back for every decode still to come; the
+        budget exceeds their number, so the oldest prefill gets a token as well.
         """
         running = self._queues.running
         reserved = sum(sequence.num_remaining == 1 for sequence in running)

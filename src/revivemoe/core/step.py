@@ -19,6 +19,8 @@ class StepHeader(NamedTuple):
     """1 while any sequence is live here, scheduled in this step or not."""
     wake: int
     """Highest wake counter this rank has seen."""
+    num_decodes: int = 0
+    """Sequences that take their next token in this step without any prefill."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class ScheduledSequence:
     """True if the last of these tokens is the end of the history, so a token is drawn after it."""
 
     @property
+    def is_decode(self) -> bool:
+        """One token that follows a drawn one: no prefill."""
+        return self.count == 1 and self.samples and bool(self.sequence.output_ids)
+
+    @property
     def num_prompt_logprobs(self) -> int:
         """Entries that `StepResult.prompt_logprobs` has to have; 0 when none are owed."""
         if not self.sequence.owes_prompt_logprobs:
@@ -77,6 +84,10 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(item.count for item in self.items)
+
+    @property
+    def num_decodes(self) -> int:
+        return sum(item.is_decode for item in self.items)
 
 
 @dataclass(frozen=True)

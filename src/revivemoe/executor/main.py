@@ -77,6 +77,7 @@ def _serve(
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
             max_model_len=spec.max_model_len,
+            prefill_tokens_beside_decodes=spec.prefill_tokens_beside_decodes,
         )
         rank = Rank(spec.rank, spec.incarnation, limits)
         with Domains(fence, segment_fd, device=spec.device) as domains:

@@ -29,6 +29,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    prefill_tokens_beside_decodes: int
     commands: str
     """ZeroMQ endpoint of this process alone: it binds, so that what the engine sends waits for it."""
     reports: str
