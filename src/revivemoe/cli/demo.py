@@ -61,7 +61,7 @@ def requests() -> list[dict[str, Any]]:
     """The demo's completions: half greedy, half seeded sampling."""
     from revivemoe.checkpoint.presets import SIZES
 
-    draw, vocab_size = random.Random(PROMPT_SEED), SIZES["tiny"].vocab_size
+    draw, vocab_size = random.Random(PROMPT_SEED), SIZES["tiny"].vocab
     return [
         {
             "model": "model",
