@@ -48,7 +48,7 @@ class EngineConfig:
 def count_cuda_devices() -> int:
     """GPUs of this host that CUDA_VISIBLE_DEVICES leaves visible, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len([p for p in Path("/dev").glob("nvidia[0-9]*")])
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if visible is None:
         return present
     return min(present, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))

@@ -143,9 +143,7 @@ class Engine:
         self.config, self.topology, self.placement = config, topology, placement
         self.detector = Detector()
         self.ledger = Ledger(vocabulary, config.max_model_len, self._send, self._incarnation)
-        self.coordinator = Coordinator(
-            cluster, self.ledger, config.policy, clock, self._event
-        )
+        self.coordinator = Coordinator(cluster, self.ledger, config.policy, clock, self._event)
         self.ranks: dict[RankId, RankView] = {
             rank: RankView(rank, Incarnation(1), config.rank_device(rank))
             for rank in topology.members
@@ -163,7 +161,7 @@ class Engine:
         self._starts: deque[float] = deque(maxlen=256)
         """When recent recoveries began."""
 
-    # ---- life --------------------------------------------------------------------------------------
+    # ---- life --------------------------------------------------------------------------------
 
     def start(self, now: float) -> None:
         """Launch every rank."""
@@ -197,7 +195,7 @@ class Engine:
             case _:
                 pass
 
-    # ---- requests ----------------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------
 
     def submit(self, submission: Submission, sink: Sink) -> LiveRequest:
         """Admit a request. While starting or recovering its sequences wait for a rank.
@@ -227,7 +225,7 @@ class Engine:
             for rank in self.topology.members:
                 self._send(rank, Wake(self._wake))
 
-    # ---- what ranks report -------------------------------------------------------------------------
+    # ---- what ranks report -------------------------------------------------------------------
 
     def on_report(self, report: Report, now: float) -> None:
         """Take one message of a rank's present process; those of the accused are dropped."""
@@ -352,7 +350,7 @@ class Engine:
         if report.user_error and isinstance(self.state, Starting):
             self._fail(view.last_words, user_error=True)
 
-    # ---- recovery ----------------------------------------------------------------------------------
+    # ---- recovery ----------------------------------------------------------------------------
 
     def _accuse(self, faults: list[Fault], now: float) -> None:
         for fault in faults:
@@ -421,7 +419,7 @@ class Engine:
         for view in self.ranks.values():
             self._cluster.kill(view.rank)
 
-    # ---- helpers -----------------------------------------------------------------------------------
+    # ---- helpers -----------------------------------------------------------------------------
 
     def _enter(self, state: State) -> None:
         self.state = state

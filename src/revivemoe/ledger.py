@@ -12,7 +12,7 @@ import msgspec
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.ids import Incarnation, RankId, SeqId
-from revivemoe.messages import Abort, Add, Command, SequenceSpec, Tokens
+from revivemoe.messages import Abort, Add, Command, SequenceSpec, TokenLogprobs, Tokens
 from revivemoe.recovery.planner import SequenceView
 from revivemoe.streams import (
     PromptLogprobsReady,
@@ -87,16 +87,14 @@ class Ledger:
         self.gaps = 0
         """Reports that skipped a position; each was mended by handing the sequence over anew."""
 
-    # ---- admission and routing -------------------------------------------------------------------
+    # ---- admission and routing ---------------------------------------------------------------
 
     def admit(self, submission: Submission, sink: Sink, degraded: bool) -> LiveRequest:
         """Open the logs of a submission. Its sequences wait for a rank."""
         request = LiveRequest(submission, sink)
         arrival = self._next_arrival
         self._next_arrival += 1
-        for index, (prompt, choice) in enumerate(
-            choice_indices(submission.prompts, submission.n)
-        ):
+        for index, (prompt, choice) in enumerate(choice_indices(submission.prompts, submission.n)):
             self._open(request, index, prompt, choice, arrival, degraded)
         return request
 
@@ -148,7 +146,7 @@ class Ledger:
             self.hand_over(sequence.seq_id, target)
         return len(waiting)
 
-    # ---- what ranks report -------------------------------------------------------------------------
+    # ---- what ranks report -------------------------------------------------------------------
 
     def on_tokens(self, report: Tokens) -> Arrival:
         """Append what belongs to the logs; drop what is stale, repeated or not the owner's."""
@@ -178,10 +176,10 @@ class Ledger:
         return Arrival(new_tokens, first_tokens, tuple(finished))
 
     def _append_prompt_logprobs(
-        self, sequence: LiveSequence, start: int, entries: list[msgspec.Struct]
+        self, sequence: LiveSequence, start: int, entries: list[TokenLogprobs]
     ) -> None:
         try:
-            complete = sequence.log.append_prompt_logprobs(start, entries)  # type: ignore[arg-type]
+            complete = sequence.log.append_prompt_logprobs(start, entries)
         except TokenGap:
             self._refill(sequence)
             return
@@ -210,7 +208,7 @@ class Ledger:
         if not request.unfinished:
             request.sink.end()
 
-    # ---- ends that the engine decides --------------------------------------------------------------
+    # ---- ends that the engine decides --------------------------------------------------------
 
     def abort(self, request: LiveRequest) -> None:
         """Forget whatever is unfinished of a request. Idempotent."""
@@ -230,7 +228,7 @@ class Ledger:
         for sequence in self._sequences.values():
             sequence.log.mark_degraded()
 
-    # ---- recovery's `SequenceOwner` ----------------------------------------------------------------
+    # ---- recovery's `SequenceOwner` ----------------------------------------------------------
 
     def unfinished(self) -> tuple[SequenceView, ...]:
         return tuple(

@@ -13,7 +13,7 @@ EMPTY = -1
 
 
 class ExpertPlacement(msgspec.Struct, frozen=True):
-    """Experts in slots. `slots[rank][i][s]` is the expert in slot s of MoE layer `layers[i]`, or -1."""
+    """Experts in slots: `slots[rank][i][s]` is what slot s of MoE layer `layers[i]` holds, or -1."""
 
     num_experts: int
     layers: tuple[LayerId, ...]
@@ -72,7 +72,7 @@ def place(
     redundant: int = 0,
     spare: int = 0,
 ) -> ExpertPlacement:
-    """Place experts and `redundant` extra replicas per layer; keep `spare` slots empty on each rank.
+    """Place experts and `redundant` extra replicas per layer; leave `spare` slots empty per rank.
 
     Coverage first: no two replicas of an expert share a rank, and the budget covers whole ranks one
     after another, which maximises the number of single-rank losses that leave no expert missing.

@@ -11,8 +11,9 @@ FinishReason = Literal["stop", "length"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Everything besides logits and token history that decides the next token.
 
-    The next token is a pure function of (logits, these parameters, position, prompt ids, output ids).
-    `seed` is always set: an unseeded request gets one at admission, so that any rank can continue it.
+    The next token is a pure function of (logits, these parameters, position, prompt ids, output
+    ids). `seed` is always set: an unseeded request gets one at admission, so that any rank can
+    continue it.
     """
 
     seed: int
@@ -34,7 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Empty when the request ignores end-of-sequence."""
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
-    """Alternatives to report beside each drawn token; None for no log-probabilities at all."""
+    """Alternatives to report beside each drawn token; None: no log-probabilities."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens (`echo` with `logprobs`)."""
 

@@ -134,7 +134,7 @@ class Instance:
             self._cluster.drain()
             self.engine.tick(time.monotonic())
 
-    # ---- from the cluster ------------------------------------------------------------------------
+    # ---- from the cluster --------------------------------------------------------------------
 
     def _on_report(self, report: Report) -> None:
         self.engine.on_report(report, time.monotonic())
@@ -156,7 +156,7 @@ class Instance:
         elif isinstance(self.engine.state, FailedState):
             self.ended.set()
 
-    # ---- for the server ----------------------------------------------------------------------------
+    # ---- for the server ----------------------------------------------------------------------
 
     async def submit(self, submission: Submission) -> QueueStream:
         stream = QueueStream(self, self.engine.degraded)
@@ -212,7 +212,7 @@ class Instance:
         finally:
             self._subscribers.discard(queue)
 
-    # ---- helpers -----------------------------------------------------------------------------------
+    # ---- helpers -----------------------------------------------------------------------------
 
     def _rank_spec(
         self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]

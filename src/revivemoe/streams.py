@@ -47,7 +47,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class PromptLogprobsReady:
-    """Log-probabilities of a prompt's tokens 1..len-1, sent before the first `Delta` of its choices."""
+    """Log-probabilities of a prompt's tokens 1..len-1; sent before the first `Delta`."""
 
     prompt_index: int
     entries: tuple[TokenLogprobs, ...]

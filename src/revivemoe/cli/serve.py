@@ -50,15 +50,15 @@ def serve(
     ] = 1,
     comm_backend: Annotated[str, typer.Option(help="auto, shm, gloo or nccl.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16.")
+    ] = "auto",
     max_model_len: Annotated[
         int | None,
         typer.Option(help="Prompt plus output, tokens; default: the model's own, at most 4096."),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences running at once per rank.")] = 32,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Tokens per rank and step.")
-    ] = 512,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per rank and step.")] = 512,
     max_prefill_beside_decodes: Annotated[
         int, typer.Option(help="Prefill tokens per rank and step while some stream decodes.")
     ] = 64,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from types import TracebackType
+from typing import assert_never
 
 import msgspec
 
@@ -118,6 +119,8 @@ class Launcher:
                 return LaunchedProcess(launched, fds[0])
             case Exited() as exited:
                 return exited
+            case unknown:
+                assert_never(unknown)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Close the socket and the lifeline: fork server and ranks exit; kill what does not."""

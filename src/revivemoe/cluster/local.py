@@ -70,6 +70,10 @@ class LocalCluster:
         self._encoder = msgspec.msgpack.Encoder()
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    @property
+    def _inbox_fd(self) -> int:
+        return int(self._inbox.getsockopt(zmq.FD))
+
     async def __aenter__(self) -> "LocalCluster":
         self._loop = asyncio.get_running_loop()
         self._inbox.setsockopt(zmq.RCVHWM, 0)
@@ -77,7 +81,7 @@ class LocalCluster:
         self._launcher.start()
         if self._store is not None:
             await self._loop.run_in_executor(None, self._store.start)
-        self._loop.add_reader(self._inbox.getsockopt(zmq.FD), self.drain)
+        self._loop.add_reader(self._inbox_fd, self.drain)
         self._loop.add_reader(self._launcher.fileno, self._on_launcher)
         return self
 
@@ -88,7 +92,7 @@ class LocalCluster:
         traceback: TracebackType | None,
     ) -> None:
         assert self._loop is not None
-        self._loop.remove_reader(self._inbox.getsockopt(zmq.FD))
+        self._loop.remove_reader(self._inbox_fd)
         with contextlib.suppress(AssertionError):
             self._loop.remove_reader(self._launcher.fileno)
         for key in list(self._pidfds):
@@ -101,7 +105,7 @@ class LocalCluster:
         if self._store is not None:
             self._store.close()
 
-    # ---- what the engine asks for --------------------------------------------------------------
+    # ---- what the engine asks for ------------------------------------------------------------
 
     def launch(
         self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
@@ -149,7 +153,7 @@ class LocalCluster:
         """Processes that have not exited."""
         return len(self._pidfds)
 
-    # ---- what happens --------------------------------------------------------------------------
+    # ---- what happens ------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Take in every report that has come (the socket's descriptor is edge-triggered)."""

@@ -47,7 +47,7 @@ class ServerProcess:
         self.stop()
 
     def start(self) -> None:
-        """Launch and wait until it is ready. Raises RuntimeError with the log's end if it is not."""
+        """Launch and wait until it is ready. Raises RuntimeError with the end of its log."""
         began = time.monotonic()
         self._process = subprocess.Popen(
             self._command,

@@ -17,7 +17,11 @@ from revivemoe.messages import DomainSpec
 
 
 class Domains:
-    """Enters and leaves the domains of one process. A context manager; leaves at its end."""
+    """Enters and leaves the domains of one process. A context manager; leaves at its end.
+
+    Leaving waits for nobody, but an ordinary interpreter exit frees abandoned gloo groups and so
+    joins their threads, up to the time-out of the stuck work: a rank should end by `os._exit`.
+    """
 
     def __init__(
         self,

@@ -38,7 +38,10 @@ class Scheduler:
         return Batch(step=step, items=tuple(items))
 
     def _budget(self, beside_decodes: bool) -> int:
-        most, bound = self._limits.max_num_batched_tokens, self._limits.prefill_tokens_beside_decodes
+        most, bound = (
+            self._limits.max_num_batched_tokens,
+            self._limits.prefill_tokens_beside_decodes,
+        )
         if bound is None or not beside_decodes:
             return most
         ready = sum(sequence.num_remaining == 1 for sequence in self._queues.running)

@@ -33,7 +33,8 @@ class Progress:
 
 
 class ControlThread:
-    """Owns the command socket (the rank binds it, the engine connects). A context manager: the thread runs inside the `with`."""
+    """Owns the command socket (the rank binds it, the engine connects). A context manager:
+    the thread runs inside the `with`."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class ControlThread:
         """Serve whatever comes until the next heartbeat is due."""
         until = time.monotonic() + self._spec.heartbeat_s
         while (left_s := until - time.monotonic()) > 0 and not self._stopping.is_set():
-            ready = dict(poller.poll(left_s * 1000))
+            ready = dict(poller.poll(max(1, round(left_s * 1000))))
             if self._lifeline in ready:
                 os._exit(ENGINE_GONE)
             if inbox in ready:

@@ -32,8 +32,8 @@ from revivemoe.messages import (
     RankStats,
     Report,
     Resumed,
-    Stop,
     StepAborted,
+    Stop,
     Wake,
 )
 from revivemoe.model.runner import ModelRunner
@@ -83,12 +83,14 @@ class StepLoop:
     def _stepping(self) -> bool:
         return self._transport is not None and isinstance(self._rank.state, InDomain)
 
-    # ---- commands ------------------------------------------------------------------------------
+    # ---- commands ----------------------------------------------------------------------------
 
     def _take_commands(self, wait: bool) -> None:
         """Handle what has come, in order. With `wait`, sleep until something does (bounded)."""
         try:
-            self._handle(self._commands.get(timeout=IDLE_WAIT_S) if wait else self._commands.get_nowait())
+            self._handle(
+                self._commands.get(timeout=IDLE_WAIT_S) if wait else self._commands.get_nowait()
+            )
             while not self._stopped:
                 self._handle(self._commands.get_nowait())
         except queue.Empty:
@@ -122,9 +124,7 @@ class StepLoop:
             self._report(msgspec.structs.replace(ack, rollback_s=rollback_s))
 
     def _configure(self, command: Configure) -> None:
-        if not self._rank.configure(
-            command.epoch, command.step, mask_key(command), command.wake
-        ):
+        if not self._rank.configure(command.epoch, command.step, mask_key(command), command.wake):
             return
         began = time.monotonic()
         try:
@@ -141,7 +141,7 @@ class StepLoop:
         self._domain_s = time.monotonic() - began
         self._transport, self._entered = transport, command
 
-    # ---- the step ------------------------------------------------------------------------------
+    # ---- the step ----------------------------------------------------------------------------
 
     def _step(self) -> None:
         try:

@@ -31,12 +31,11 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     prefill_tokens_beside_decodes: int
     commands: str
-    """ZeroMQ endpoint of this process alone: it binds, so that what the engine sends waits for it."""
+    """ZeroMQ endpoint that this process binds; what the engine sends before that waits."""
     reports: str
     """ZeroMQ endpoint of the engine: everything that ranks say."""
     heartbeat_s: float = 0.1
     allow_faults: bool = False
-
 
 
 class SegmentSpec(msgspec.Struct, frozen=True):

@@ -123,11 +123,11 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.data.to("meta"), requires_grad=False)
         original(module, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = original
 
 
 def _shrink_to_slots(experts: Any, num_slots: int) -> None:

@@ -137,7 +137,7 @@ class PagedCache:
             return key, value
         latent, rotary = (x.view(-1, *x.shape[-3:]).transpose(1, 2) for x in (key, value))
         full_key, full_value = module.expand_kv(latent, rotary)
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             x.transpose(1, 2).reshape(*batch_shape, x.shape[2], x.shape[1], x.shape[3])
             for x in (full_key, full_value)
         )

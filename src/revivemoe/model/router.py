@@ -109,6 +109,4 @@ def find_masked_form(router: Any) -> MaskedForm | None:
 def _same(expected: Any, got: tuple[torch.Tensor, ...]) -> bool:
     if not isinstance(expected, tuple) or len(expected) != len(got):
         return False
-    return all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got, strict=True)
-    )
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got, strict=True))

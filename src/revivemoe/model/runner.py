@@ -72,9 +72,7 @@ class ModelRunner:
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Lay out the KV pages, zeroed."""
-        self._cache = PagedCache(
-            self._kv_shapes, num_blocks, block_size, self._dtype, self._device
-        )
+        self._cache = PagedCache(self._kv_shapes, num_blocks, block_size, self._dtype, self._device)
         for module in self._attention_modules():
             module.revive_cache = self._cache
 

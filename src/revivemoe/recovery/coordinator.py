@@ -128,9 +128,7 @@ class Coordinator:
             state.acks[ack.rank] = ack
             self._step = max(self._step, ack.next_step)
 
-    def proceed(
-        self, world: Callable[[], World], domain: DomainSpec, wake: int
-    ) -> Finished | None:
+    def proceed(self, world: Callable[[], World], domain: DomainSpec, wake: int) -> Finished | None:
         """Once all survivors are fenced: plan, migrate, configure."""
         state = self.state
         if not isinstance(state, Fencing) or state.waiting:
