@@ -13,7 +13,7 @@ EMPTY = -1
 
 
 class ExpertPlacement(msgspec.Struct, frozen=True):
-    """Experts in slots: `slots[rank][i][s]` is what slot s of MoE layer `layers[i]` holds, or -1."""
+    """Experts in slots: `slots[rank][i][s]` is what slot s of layer `layers[i]` holds, or -1."""
 
     num_experts: int
     layers: tuple[LayerId, ...]

@@ -45,7 +45,7 @@ def finish_reason(
 ) -> FinishReason | None:
     """Why a sequence with these committed tokens is over, or None while it goes on.
 
-    Rank and engine both call this, so they can never disagree. Stop *strings* are the engine's alone.
+    Rank and engine both call this, so they cannot disagree. Stop *strings* are the engine's.
     """
     num_output = len(output_ids)
     if num_output and num_output > params.min_tokens:

@@ -1,36 +1,23 @@
 """`revivemoe demo`: a real kill under load, and proof that no stream noticed."""
 
 import asyncio
-import json
 import random
 import sys
 import tempfile
-import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
 from revivemoe.cluster.server_process import ServerProcess
+from revivemoe.faultrun import FaultRun, run_with_kill
 from revivemoe.loadgen import StreamResult, stream_all
 
 RANKS, STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, VICTIM = 4, 16, 32, 96, 2
 PROMPT_SEED = 0
 """These prompts' logit and router margins were checked against `transformers` to be wide
 (tests/unit/cli/test_demo_prompts.py), so equality does not depend on how steps were batched."""
-
-
-@dataclass(frozen=True)
-class FaultRun:
-    """What a run with a kill showed."""
-
-    results: list[StreamResult]
-    killed_at: float
-    migrated: frozenset[str]
-    status: dict[str, Any]
 
 
 def demo() -> None:
@@ -81,7 +68,7 @@ def _compare(console: Console, server: ServerProcess) -> bool:
     asyncio.run(stream_all(server.url, bodies))  # warm-up
     calm = asyncio.run(stream_all(server.url, bodies))
     console.print(f"{STREAMS} streams again, and SIGKILL to rank {VICTIM} while they run ...")
-    fault = asyncio.run(_run_with_kill(server, bodies))
+    fault = asyncio.run(run_with_kill(server, bodies, VICTIM, STREAMS * OUTPUT_TOKENS // 3))
     identical = sum(
         a.token_ids == b.token_ids and b.error is None and b.finish_reason == a.finish_reason
         for a, b in zip(calm, fault.results, strict=True)
@@ -96,39 +83,6 @@ def _compare(console: Console, server: ServerProcess) -> bool:
         f"[bold]{identical}/{STREAMS} streams identical to the run without the fault[/bold]"
     )
     return identical == STREAMS and recovered
-
-
-async def _run_with_kill(server: ServerProcess, bodies: list[dict[str, Any]]) -> FaultRun:
-    results = [StreamResult() for _ in bodies]
-    streaming = asyncio.create_task(stream_all(server.url, bodies, results))
-    half = len(bodies) * OUTPUT_TOKENS // 3
-    while sum(len(r.token_ids) for r in results) < half and not streaming.done():
-        await asyncio.sleep(0.002)
-    killed_at = await asyncio.to_thread(server.kill_rank, VICTIM)
-    await streaming
-    status = await asyncio.to_thread(server.status)
-    migrated = await asyncio.to_thread(migrated_requests, server.url, status["epoch"])
-    return FaultRun(results, killed_at, migrated, status)
-
-
-def migrated_requests(url: str, epoch: int, timeout_s: float = 5.0) -> frozenset[str]:
-    """Ids of the requests that recovery into `epoch` moved, from the event stream."""
-    found: list[frozenset[str]] = []
-
-    def read() -> None:
-        with httpx.stream("GET", f"{url}/v1/fault_tolerance/events", timeout=timeout_s) as stream:
-            for line in stream.iter_lines():
-                if not line.startswith("data: "):
-                    continue
-                event = json.loads(line[6:])
-                if event.get("event") == "migrated" and event["epoch"] == epoch:
-                    found.append(frozenset(event["requests"]))
-                    return
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    reader.join(timeout_s)
-    return found[0] if found else frozenset()
 
 
 def _print_recovery(console: Console, fault: FaultRun) -> None:
@@ -150,20 +104,12 @@ def _print_recovery(console: Console, fault: FaultRun) -> None:
 
 
 def _print_gaps(console: Console, calm: list[StreamResult], fault: FaultRun) -> None:
-    survivors, migrated = split(fault)
     table = Table(title="longest gap between two tokens of a stream")
     table.add_column("streams")
     table.add_column("ms", justify="right")
     table.add_row("without a fault", f"{max(r.longest_gap_s() for r in calm) * 1e3:.0f}")
-    for name, group in (("survivors' after the kill", survivors), ("migrated", migrated)):
+    for name, group in (("survivors' after the kill", fault.survivors), ("migrated", fault.moved)):
         if group:
             worst = max(r.longest_gap_s(fault.killed_at) for r in group)
             table.add_row(name, f"{worst * 1e3:.0f}")
     console.print(table)
-
-
-def split(fault: FaultRun) -> tuple[list[StreamResult], list[StreamResult]]:
-    """Streams whose rank lived on, and those that moved."""
-    moved = [r for r in fault.results if r.request_id in fault.migrated]
-    stayed = [r for r in fault.results if r.request_id not in fault.migrated]
-    return stayed, moved

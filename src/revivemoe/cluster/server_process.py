@@ -63,6 +63,13 @@ class ServerProcess:
             time.sleep(0.02)
         self.start_s = time.monotonic() - began
 
+    def restart(self) -> None:
+        """Start again after `stop`, with the same flags."""
+        self._log.file.truncate(0)
+        self._log.file.seek(0)
+        self.url = ""
+        self.start()
+
     def stop(self, timeout_s: float = 15.0) -> int | None:
         """SIGTERM, then SIGKILL; returns the exit status."""
         process = self._process
@@ -95,7 +102,10 @@ class ServerProcess:
 
     def kill_rank(self, rank: int, number: signal.Signals = signal.SIGKILL) -> float:
         """Send a rank a signal, for real; returns the monotonic time just before."""
-        pid = self.rank_pid(rank)
+        return self.kill_pid(self.rank_pid(rank), number)
+
+    def kill_pid(self, pid: int, number: signal.Signals = signal.SIGKILL) -> float:
+        """The same for a process id that is known already."""
         at = time.monotonic()
         os.kill(pid, number)
         return at

@@ -1,0 +1,77 @@
+"""A served checkpoint whose ranks can be killed and whose state can be awaited."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from revivemoe.cluster.server_process import ServerProcess
+
+Status = dict[str, Any]
+
+
+class Deployment(ServerProcess):
+    """A `revivemoe serve` on CPU in fp32."""
+
+    def pids(self) -> dict[int, int]:
+        """Process of each rank that is not dead."""
+        return {e["id"]: e["pid"] for e in self.status()["engines"] if e["status"] != "dead"}
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10)
+
+    def await_status(self, holds: Callable[[Status], bool], timeout_s: float = 20.0) -> Status:
+        """The first status document of which something holds."""
+        deadline = time.monotonic() + timeout_s
+        while not holds(status := self.status()):
+            assert time.monotonic() < deadline, f"never came: {status}"
+            time.sleep(0.01)
+        return status
+
+    def await_recovery(self, num_dead: int = 1) -> Status:
+        """Serving again without so many ranks."""
+        return self.await_status(
+            lambda s: s["state"] == "serving" and len(with_status(s, "dead")) == num_dead
+        )
+
+    def await_idle(self) -> Status:
+        """No rank has a sequence or a block in use."""
+        figures = ("running", "waiting", "kv_blocks_used")
+        return self.await_status(lambda s: not any(e[f] for e in s["engines"] for f in figures))
+
+    def per_rank(self, name: str) -> dict[int, float]:
+        """A metric by rank."""
+        return {
+            int(sample.labels["rank"]): sample.value
+            for family in text_string_to_metric_families(self.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == name
+        }
+
+
+def with_status(status: Status, name: str) -> list[Status]:
+    """The ranks in one condition."""
+    return [engine for engine in status["engines"] if engine["status"] == name]
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def deployed(model_dir: Path, num_ranks: int, *flags: str) -> Iterator[Deployment]:
+    """Serve a checkpoint; on an error the end of the server's log is printed."""
+    fixed = ["--data-parallel-size", str(num_ranks), "--device", "cpu", "--dtype", "float32"]
+    with Deployment(model_dir, [*fixed, *flags]) as server:
+        try:
+            yield server
+        except BaseException:
+            print(server.log_tail(40))
+            raise
