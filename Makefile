@@ -43,7 +43,7 @@ fmt: setup
 # On a machine with a CUDA device and torch already there: make gpu-check GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 gpu-check:
-	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -q -p no:cacheprovider tests/gpu
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -q tests/gpu tests/unit/comm/test_nccl.py tests/unit/model/test_sampling.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
