@@ -106,7 +106,8 @@ def _place_layer(num_experts: int, num_ranks: int, redundant: int) -> list[list[
     """Experts held by each rank (by position) in one layer."""
     bounds = [r * num_experts // num_ranks for r in range(num_ranks + 1)]
     held = [list(range(bounds[r], bounds[r + 1])) for r in range(num_ranks)]
-    owner_order = [e for r in range(num_ranks) for e in range(bounds[r], bounds[r + 1])]
+    cheapest_first = sorted(range(num_ranks), key=lambda r: bounds[r + 1] - bounds[r])
+    owner_order = [e for r in cheapest_first for e in range(bounds[r], bounds[r + 1])]
     for i in range(redundant):
         expert = owner_order[i % num_experts]
         free = [r for r in range(num_ranks) if expert not in held[r]]

@@ -23,6 +23,9 @@ class Deployment(ServerProcess):
         """Process of each rank that is not dead."""
         return {e["id"]: e["pid"] for e in self.status()["engines"] if e["status"] != "dead"}
 
+    def num_dead(self) -> int:
+        return len(with_status(self.status(), "dead"))
+
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=10)
 

@@ -1,6 +1,5 @@
 """One-shot faults at an exact (step, layer, phase). Real ones: `kill` is SIGKILL to ourselves."""
 
-import os
 import signal
 
 from revivemoe.messages import Inject
@@ -41,4 +40,4 @@ def _matches(fault: Inject, step: int, phase: str, layer: int) -> bool:
 
 def _strike(fault: Inject) -> None:
     assert fault.kind in SUPPORTED, f"unknown kind of fault {fault.kind!r}"
-    os.kill(os.getpid(), signal.SIGKILL)
+    signal.raise_signal(signal.SIGKILL)

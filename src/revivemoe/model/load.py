@@ -30,6 +30,8 @@ ATTENTION = "revivemoe_paged"
 EXPERTS = "revivemoe_dispatch"
 
 _EXPERT_KEY = re.compile(r"^(?P<head>.*\.layers\.(?P<layer>\d+)\..*\bexperts\.)(?P<rest>.+)$")
+_EXPERTS_MARKS = ("num_experts", "is_transposed", "has_bias", "_apply_gate")
+"""What the experts interface of `transformers` gives every module that goes through it."""
 _LAYER_KEY = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -77,7 +79,7 @@ def find_experts(model: nn.Module) -> dict[LayerId, Any]:
     """Modules that call the experts registry, by decoder layer."""
     found: dict[LayerId, Any] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "_is_expert_parallel") and hasattr(module, "num_experts"):
+        if all(hasattr(module, mark) for mark in _EXPERTS_MARKS):
             match = _LAYER_KEY.search(f"{name}.")
             assert match is not None, f"experts module {name} lies outside the decoder layers"
             found[LayerId(int(match.group(1)))] = module

@@ -1,0 +1,84 @@
+"""One rank in this process: the real model runner and state machine, without transport or HTTP."""
+
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+
+import torch
+
+from revivemoe.checkpoint.inspect import inspect_checkpoint
+from revivemoe.comm.dispatch import Dispatcher
+from revivemoe.comm.fence import FenceFlag
+from revivemoe.comm.transport import SoloTransport
+from revivemoe.comm.wait import Waiter
+from revivemoe.core.limits import RankLimits
+from revivemoe.core.rank import Rank
+from revivemoe.core.step import Run, StepHeader
+from revivemoe.ids import Epoch, Incarnation, LayerId, RankId, SeqId
+from revivemoe.messages import SequenceSpec
+from revivemoe.model.runner import ModelRunner
+from revivemoe.placement import EMPTY, ExpertPlacement
+from revivemoe.sampling_params import SamplingParams
+from revivemoe.topology import collocated
+
+EPOCH, ME = Epoch(1), RankId(0)
+
+
+class SoloRank:
+    """Runs sequences to their ends. `masked`: experts that the placement lacks, by layer."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        limits: RankLimits,
+        masked: Mapping[int, Set[int]] | None = None,
+    ) -> None:
+        info = inspect_checkpoint(model_dir)
+        layers = [LayerId(layer) for layer in info.moe_layers]
+        slots = {layer: _slots(info.num_experts, (masked or {}).get(layer, ())) for layer in layers}
+        placement = ExpertPlacement(info.num_experts, tuple(layers), {ME: tuple(slots.values())})
+        device = torch.device("cpu")
+        self.runner = ModelRunner(
+            model_dir, slots, info.num_experts, info.top_k, torch.float32, device
+        )
+        self.runner.allocate(limits.num_blocks, limits.block_size)
+        transport = SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, ME, device)
+        dispatcher = Dispatcher(transport, placement.slots_per_rank)
+        self.runner.enter(dispatcher, placement, collocated(EPOCH, 1), ME)
+        self.rank = Rank(ME, Incarnation(1), limits)
+        self.rank.configure(EPOCH, 0, b"", 0)
+        self.num_mixed_steps = 0
+        """Steps in which one sequence decoded and another was in its prefill."""
+
+    def run(
+        self, prompts: Sequence[list[int]], params: SamplingParams, steps_apart: int = 0
+    ) -> list[list[int]]:
+        """Output tokens of each prompt; prompt i arrives before step i * steps_apart."""
+        outputs: dict[SeqId, list[int]] = {SeqId(i): [] for i in range(len(prompts))}
+        waiting = [
+            SequenceSpec(SeqId(i), list(prompt), [], params, arrival=i)
+            for i, prompt in enumerate(prompts)
+        ]
+        step = 0
+        while waiting or self.rank.queues.live:
+            while waiting and waiting[0].arrival * steps_apart <= step:
+                self.rank.add(waiting.pop(0))
+            for seq_id, token_id in self._step():
+                outputs[seq_id].append(token_id)
+            step += 1
+        return list(outputs.values())
+
+    def _step(self) -> list[tuple[SeqId, int]]:
+        batch = self.rank.begin_step()
+        if not isinstance(self.rank.agree([StepHeader(*self.rank.header())]), Run):
+            self.rank.wake(self.rank.header().wake + 1)
+            return []
+        decodes = sum(item.is_decode for item in batch.items)
+        self.num_mixed_steps += 0 < decodes < len(batch.items)
+        self.rank.mark_executing()
+        tokens = self.rank.commit(self.runner.execute(batch))
+        self.rank.check_invariants()
+        return [(token.seq_id, token.token_id) for token in tokens.tokens]
+
+
+def _slots(num_experts: int, masked: Sequence[int] | Set[int]) -> tuple[int, ...]:
+    return tuple(EMPTY if e in masked else e for e in range(num_experts))
