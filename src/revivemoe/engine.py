@@ -22,6 +22,7 @@ from revivemoe.messages import (
     Configure,
     DomainSpec,
     Fatal,
+    Fence,
     FenceAck,
     Heartbeat,
     Hello,
@@ -47,6 +48,8 @@ from revivemoe.topology import Topology
 log = logging.getLogger("revivemoe.engine")
 
 KEPT_RECORDS = 100
+LAST_EPOCH = Epoch(1 << 40)
+"""No epoch comes after it: a fence to it ends a rank's part in the instance."""
 
 
 class Cluster(Protocol):
@@ -174,9 +177,10 @@ class Engine:
             self._cluster.launch(rank, view.incarnation, slots)
 
     def stop(self) -> None:
-        """Ask every living rank to exit."""
+        """Ask every living rank to exit. The fence frees those that wait for each other."""
         for view in self.ranks.values():
             if not view.dead:
+                self._cluster.send(view.rank, Fence(LAST_EPOCH))
                 self._cluster.send(view.rank, Stop())
 
     def tick(self, now: float) -> None:

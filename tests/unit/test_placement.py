@@ -54,6 +54,11 @@ def test_ranks_of_any_id() -> None:
     assert sorted(place(4, [0], [RankId(7), RankId(3)]).slots) == [3, 7]
 
 
+def owned(experts: int, num_ranks: int) -> list[list[int]]:
+    """What each rank holds without any replica: that stays where it is."""
+    return [held_by(row) for row in rows(place(experts, [0], ranks(num_ranks)))]
+
+
 SIZES = st.integers(1, 6).flatmap(
     lambda num_ranks: st.integers(num_ranks, 24).flatmap(
         lambda experts: st.tuples(
@@ -76,8 +81,13 @@ def test_every_placement_is_sound(sizes: tuple[int, int, int, int]) -> None:
     assert sorted(replicas) == list(range(experts)), "an expert is not placed"
     assert sum(replicas.values()) == experts + redundant, "the budget is not used"
     assert max(replicas.values()) - min(replicas.values()) <= 1, "some expert is favoured"
-    counts = [len(on_rank) for on_rank in held]
-    assert max(counts) - min(counts) <= (1 if experts % num_ranks == 0 else 2), "not level"
+    assert not any(
+        len(full) - len(empty) > 1 and set(full) - set(empty) - set(own)
+        for full, own in zip(held, owned(experts, num_ranks), strict=True)
+        for empty in held
+    ), "moving a replica would level"
+    if redundant % experts == 0 and experts % num_ranks == 0:
+        assert len({len(on_rank) for on_rank in held}) == 1
     assert min(row.count(EMPTY) for row in rows(placement)) == spare
     assert placement.missing() == []
 
@@ -90,7 +100,7 @@ def test_the_budget_covers_as_many_ranks_as_it_can(sizes: tuple[int, int, int, i
     unhurt = [
         rank for rank in ranks(num_ranks) if not placement.without(frozenset({rank})).missing()
     ]
-    prices = sorted(len(held_by(row)) for row in rows(place(experts, [0], ranks(num_ranks))))
+    prices = sorted(len(own) for own in owned(experts, num_ranks))
     affordable = sum(total <= redundant for total in accumulate(prices))
     assert len(unhurt) == (affordable if num_ranks > 1 else 0)
 

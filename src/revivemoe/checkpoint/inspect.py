@@ -37,7 +37,8 @@ def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
     architecture = (config.get("architectures") or ["unknown"])[0]
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization is not None:
-        method = quantization.get("quant_method", "unknown")
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown") if known else quantization
         raise ValueError(
             f"{model_dir} is quantised ({method}): quantised checkpoints are not supported yet; "
             "use a bfloat16 or float32 one"
@@ -80,9 +81,15 @@ def _config(model_dir: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object: not a Hugging Face checkpoint")
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if not isinstance(config.get(key), int):
+        if not _is_int(config.get(key)):
             raise ValueError(f"{path} has no {key}: only text-only decoder models can be served")
+    if not _is_int(config.get("max_position_embeddings", 4096)):
+        raise ValueError(f"{path}: max_position_embeddings is not a whole number: correct it")
     return config
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _tensor_shapes(model_dir: Path) -> dict[str, list[int]]:
@@ -92,9 +99,9 @@ def _tensor_shapes(model_dir: Path) -> dict[str, list[int]]:
     if index.exists():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            files = [model_dir / name for name in sorted(names)]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index} cannot be read: {error}") from None
-        files = [model_dir / name for name in sorted(names)]
     if not files:
         raise ValueError(
             f"{model_dir} holds no .safetensors files: convert the checkpoint with "
@@ -119,11 +126,11 @@ def _header(file: Path) -> dict[str, list[int]]:
         )
         if 8 + length + end > size:
             raise ValueError("it is cut short (an interrupted download?)")
+        return {name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"}
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the checkpoint is incomplete") from None
-    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    return {name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"}
 
 
 def _experts(shapes: dict[str, list[int]], num_layers: int) -> tuple[tuple[int, ...], int]:
@@ -146,7 +153,7 @@ def _experts(shapes: dict[str, list[int]], num_layers: int) -> tuple[tuple[int, 
 
 def _top_k(config: dict[str, Any], model_dir: Path) -> int:
     for key in ("num_experts_per_tok", "moe_top_k", "num_experts_per_token", "moe_topk"):
-        if isinstance(config.get(key), int):
+        if _is_int(config.get(key)):
             return int(config[key])
     raise ValueError(f"{model_dir}/config.json does not say how many experts a token uses")
 
@@ -157,13 +164,15 @@ def _dtype(config: dict[str, Any]) -> str:
 
 
 def _eos_ids(model_dir: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    eos = config.get("eos_token_id")
+    eos, source = config.get("eos_token_id"), model_dir / "config.json"
     generation = model_dir / "generation_config.json"
     if generation.exists():
         try:
-            eos = json.loads(generation.read_text()).get("eos_token_id", eos)
-        except (OSError, ValueError) as error:
+            fields = json.loads(generation.read_text())
+            eos, source = fields.get("eos_token_id", eos), generation
+        except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"{generation} cannot be read: {error}") from None
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(_is_int(i) for i in ids):
+        raise ValueError(f"{source}: eos_token_id must be a token id or a list of them, not {eos}")
+    return tuple(ids)
