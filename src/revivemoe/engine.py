@@ -48,6 +48,8 @@ from revivemoe.topology import Topology
 log = logging.getLogger("revivemoe.engine")
 
 KEPT_RECORDS = 100
+LAST_WORDS_S = 0.5
+"""How long the last words of a rank that ended while starting may take to arrive."""
 LAST_EPOCH = Epoch(1 << 40)
 """No epoch comes after it: a fence to it ends a rank's part in the instance."""
 
@@ -92,6 +94,9 @@ class Starting:
     deadline: float
     waiting: set[RankId]
     """Members that have not met the others yet."""
+    exited: Fault | None = None
+    """The first rank whose process has ended. Why, its last words may say."""
+    exited_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,8 @@ class Engine:
             case Starting(deadline=deadline) if now > deadline:
                 slow = sorted(r for r, v in self.ranks.items() if not v.ready)
                 self._fail(f"ranks {slow} did not start within {self.config.start_timeout_s:.0f} s")
+            case Starting(exited=Fault() as fault, exited_at=at) if now - at > LAST_WORDS_S:
+                self._fail_start(fault)
             case Recovering():
                 overdue = self.coordinator.overdue(now)
                 if overdue:
@@ -271,8 +278,11 @@ class Engine:
             view.dead = True
             return
         if isinstance(self.state, Starting):
-            view.dead, view.fault = True, fault
-            self._fail(f"rank {rank} ended while starting: {view.last_words or detail}")
+            view.fault = fault
+            if self.state.exited is None:
+                self.state.exited, self.state.exited_at = fault, now
+            if view.last_words:
+                self._fail_start(fault)
             return
         self._accuse([fault], now)
 
@@ -377,12 +387,14 @@ class Engine:
         self._proceed(now)
 
     def _proceed(self, now: float) -> None:
+        carried_out = self.coordinator.plan
         finished = self.coordinator.proceed(
             lambda: self._world(now), self._cluster.domain(), self._wake
         )
+        plan = self.coordinator.plan
         if finished is not None:
             self._finish(finished)
-        elif (plan := self.coordinator.plan) is not None:
+        elif plan is not None and plan is not carried_out:
             if plan.placement.missing():
                 self.ledger.mark_degraded()
             moved = [self.ledger.request_id(m.seq_id) for m in plan.migrations]
@@ -409,11 +421,18 @@ class Engine:
         match finished:
             case Recovered(plan=plan):
                 self.topology, self.placement = plan.topology, plan.placement
+                if self.degraded:
+                    self.ledger.mark_degraded()
                 log.info("epoch %d: %s", plan.topology.epoch, record.reason)
                 self._enter(Serving())
                 self._assign()
             case Failed(reason=reason):
                 self._fail(reason)
+
+    def _fail_start(self, fault: Fault) -> None:
+        view = self.ranks[fault.rank]
+        view.dead = True
+        self._fail(f"rank {fault.rank} ended while starting: {view.last_words or fault.detail}")
 
     def _fail(self, reason: str, user_error: bool = False) -> None:
         log.error("failed: %s", reason)

@@ -12,7 +12,15 @@ from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.cluster.local import Callbacks, LocalCluster
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.engine import Engine, FailedState, Serving, first_topology_epoch
+from revivemoe.engine import (
+    Engine,
+    FailedState,
+    Recovering,
+    Serving,
+    Starting,
+    first_topology_epoch,
+    state_name,
+)
 from revivemoe.executor.spec import RankSpec, SegmentSpec
 from revivemoe.ids import Incarnation, LayerId, RankId
 from revivemoe.ledger import LiveRequest
@@ -20,10 +28,12 @@ from revivemoe.messages import Inject, Report
 from revivemoe.metrics import render_metrics
 from revivemoe.placement import place
 from revivemoe.status import status_document
-from revivemoe.streams import ModelInfo, StreamEvent, Submission
+from revivemoe.streams import EngineUnavailable, ModelInfo, StreamEvent, Submission
 from revivemoe.topology import collocated
 
 TICK_S = 0.05
+ADMISSION_WAIT_S = 60.0
+"""How long a new request waits for a recovery (or the start) before it gets 503."""
 KEPT_EVENTS = 1000
 INJECTABLE = ("kill",)
 
@@ -102,6 +112,8 @@ class Instance:
         """Set when the instance serves for the first time."""
         self.ended = asyncio.Event()
         """Set when the instance has failed."""
+        self._changed = asyncio.Event()
+        """Set at every event; whoever waits for a state clears it and looks again."""
         self._recent: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
         self._subscribers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -151,6 +163,7 @@ class Instance:
         self._recent.append(stamped)
         for subscriber in self._subscribers:
             subscriber.put_nowait(stamped)
+        self._changed.set()
         if isinstance(self.engine.state, Serving):
             self.serving.set()
         elif isinstance(self.engine.state, FailedState):
@@ -159,9 +172,25 @@ class Instance:
     # ---- for the server ----------------------------------------------------------------------
 
     async def submit(self, submission: Submission) -> QueueStream:
+        """Admit a request once the instance serves: only then is its quality known.
+
+        Raises EngineUnavailable if that takes longer than `ADMISSION_WAIT_S`, or has failed.
+        """
+        await self._until_settled()
         stream = QueueStream(self, self.engine.degraded)
         stream.request = self.engine.submit(submission, stream)
         return stream
+
+    async def _until_settled(self) -> None:
+        deadline = time.monotonic() + ADMISSION_WAIT_S
+        while isinstance(self.engine.state, Starting | Recovering):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                name = state_name(self.engine.state)
+                raise EngineUnavailable(f"still {name} after {ADMISSION_WAIT_S:.0f} s", 5.0)
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left_s)
 
     def status(self) -> dict[str, Any]:
         return status_document(self.engine, time.monotonic(), time.time())

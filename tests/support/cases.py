@@ -81,7 +81,9 @@ def plain_cases(
             Request(COMPLETIONS, {**body_of(params), "prompt": s.prompt_ids}),
             [s.output_ids],
         )
-        for i, s in enumerate(screen(weights.model, params, count, prompt_lens=prompt_lens, seed=seed))
+        for i, s in enumerate(
+            screen(weights.model, params, count, prompt_lens=prompt_lens, seed=seed)
+        )
     ]
 
 
@@ -214,7 +216,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 
 def _texts(seed: int) -> list[str]:
     draw = random.Random(seed)
-    words = "rank expert router token block epoch stream prefix cache dispatch combine".split()
+    words = ("rank", "expert", "router", "token", "block", "epoch", "stream", "prefix", "cache")
     return [" ".join(draw.choices(words, k=12)) for _ in range(30)]
 
 
@@ -238,4 +240,3 @@ def check_all(cases: Sequence[Case], answers: Sequence[Answer]) -> list[str]:
 
 def requests_of(cases: Sequence[Case]) -> list[Request]:
     return [case.request for case in cases]
-

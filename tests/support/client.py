@@ -196,7 +196,7 @@ def _scored(logprobs: dict[str, Any]) -> list[Scored]:
 
 
 def differences(expected: Answer, got: Answer) -> list[str]:
-    """What two answers to the same request do not agree on; log-probabilities within a tolerance."""
+    """What two answers to one request disagree on; log-probabilities within a tolerance."""
     found = []
     if got.error is not None:
         found.append(f"error: {got.error}")

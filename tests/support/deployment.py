@@ -26,6 +26,12 @@ class Deployment(ServerProcess):
     def num_dead(self) -> int:
         return len(with_status(self.status(), "dead"))
 
+    def inject_kill(self, rank: int, **at: int | str) -> None:
+        """Arm a SIGKILL of a rank by itself, at a point of its step loop."""
+        body = {"id": rank, "kind": "kill", "at": at}
+        response = httpx.post(f"{self.url}/v1/fault_tolerance/inject", json=body, timeout=10)
+        assert response.status_code == 202, response.text
+
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=10)
 

@@ -183,16 +183,19 @@ def _group_score(scores_TM: Tensor) -> Tensor:
 @contextmanager
 def masked_experts(model: Any, masked: Masked) -> Iterator[None]:
     """While inside, the routers of `masked` layers choose among the other experts only."""
-    patched = [
-        (router, masked[layer]) for layer, router in routers(model).items() if layer in masked
-    ]
+    patched = [r for layer, r in routers(model).items() if layer in masked]
+    before = [r.__dict__.get("forward") for r in patched]
     try:
-        for router, experts in patched:
-            router.forward = _masked_forward(router, experts)
+        for layer, router in routers(model).items():
+            if layer in masked:
+                router.forward = _masked_forward(router, masked[layer])
         yield
     finally:
-        for router, _ in patched:
-            router.__dict__.pop("forward", None)  # the class's own shows through again
+        for router, forward in zip(patched, before, strict=True):
+            if forward is None:
+                del router.forward  # the class's own shows through again
+            else:
+                router.forward = forward
 
 
 def _masked_forward(router: Any, masked: Set[int]) -> Any:

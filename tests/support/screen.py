@@ -6,6 +6,7 @@ along prompt and output is that close; on the prompts kept, equality is exact an
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def _screen(
     max_model_len: int,
 ) -> Screening:
     rng = random.Random(seed)
-    wanted = {n: len(range(i, count, len(prompt_lens))) for i, n in enumerate(prompt_lens)}
+    wanted = Counter(prompt_lens[i % len(prompt_lens)] for i in range(count))
     kept: dict[int, list[Screened]] = {}
     tried = passed = 0
     for length, needed in wanted.items():
@@ -189,7 +190,7 @@ def is_safe(
 
     Also checks that this forward, chunked unlike the generation, chooses the same tokens.
     """
-    with _observed_gaps(model, masked) as gaps:
+    with masked_experts(model, masked), _observed_gaps(model, masked) as gaps:
         logits_TV = model(input_ids=torch.tensor([prompt_ids + output_ids])).logits[0]
     if float(gaps.smallest()[:-1].min()) < ROUTER_GAP:  # the last token's output goes nowhere
         return False

@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ CONFIG = EngineConfig(model_dir=Path("/models/some"))
 
 
 @pytest.fixture(autouse=True)
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many CUDA devices this host shows."""
     shown = {"count": 0}
     monkeypatch.setattr(config_module, "count_cuda_devices", lambda: shown["count"])
-    yield shown
+    return shown
 
 
 @pytest.mark.parametrize(
@@ -56,10 +55,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         ("dtype", "int4", "--dtype 'int4'", "auto, float32, bfloat16"),
     ],
 )
-def test_each_bad_flag_is_named_with_its_mend(
-    field: str, value: Any, flag: str, mend: str
-) -> None:
-    with pytest.raises(ValueError) as raised:
+def test_each_bad_flag_is_named_with_its_mend(field: str, value: Any, flag: str, mend: str) -> None:
+    with pytest.raises(ValueError, match=flag) as raised:
         resolve(replace(CONFIG, **{field: value}), INFO)
     message = str(raised.value)
     assert message.startswith(flag)

@@ -105,7 +105,9 @@ def test_the_budget_covers_as_many_ranks_as_it_can(sizes: tuple[int, int, int, i
     assert len(unhurt) == (affordable if num_ranks > 1 else 0)
 
 
-@pytest.mark.parametrize(("redundant", "unhurt"), [(0, 0), (3, 0), (4, 1), (8, 2), (12, 3), (16, 4)])
+@pytest.mark.parametrize(
+    ("redundant", "unhurt"), [(0, 0), (3, 0), (4, 1), (8, 2), (12, 3), (16, 4)]
+)
 def test_each_rank_covered_costs_its_experts(redundant: int, unhurt: int) -> None:
     placement = place(16, [0, 1], ranks(4), redundant)
     lost = [placement.without(frozenset({r})).missing() for r in ranks(4)]

@@ -15,7 +15,7 @@ from revivemoe.faultrun import FaultRun, run_with_kill
 from revivemoe.loadgen import StreamResult, stream_all
 
 RANKS, STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, VICTIM = 4, 16, 32, 96, 2
-PROMPT_SEED = 0
+PROMPT_SEEDS = (0, 1, 2, 35, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 31)
 """These prompts' logit and router margins were checked against `transformers` to be wide
 (tests/unit/cli/test_demo_prompts.py), so equality does not depend on how steps were batched."""
 
@@ -48,7 +48,8 @@ def requests() -> list[dict[str, Any]]:
     """The demo's completions: half greedy, half seeded sampling."""
     from revivemoe.checkpoint.presets import SIZES
 
-    draw, vocab_size = random.Random(PROMPT_SEED), SIZES["tiny"].vocab
+    vocab_size = SIZES["tiny"].vocab
+    draws = [random.Random(seed) for seed in PROMPT_SEEDS]
     return [
         {
             "model": "model",
@@ -58,7 +59,7 @@ def requests() -> list[dict[str, Any]]:
             "seed": i,
             "ignore_eos": True,
         }
-        for i in range(STREAMS)
+        for i, draw in enumerate(draws)
     ]
 
 

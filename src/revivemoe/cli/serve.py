@@ -132,14 +132,18 @@ def configure_logging() -> None:
 def load_tokenizer(model_dir: Path) -> Any:
     """The checkpoint's fast tokenizer. Raises ValueError if there is none."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{model_dir} has no usable tokenizer: {first}") from None
-    if not tokenizer.is_fast:
-        raise ValueError(f"{model_dir}: only fast tokenizers (tokenizer.json) are supported")
+    if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"{model_dir} has no usable tokenizer: only fast ones (tokenizer.json) are supported"
+        )
     return tokenizer
 
 
@@ -154,9 +158,11 @@ async def _serve(
     """Returns the exit status: 0 after a signal, 2 for bad input found by a rank, 1 for failure."""
     from revivemoe.engine import FailedState
     from revivemoe.server.app import create_app
-    from revivemoe.server.run import serve_app
+    from revivemoe.server.run import bind, serve_app
     from revivemoe.serving import Instance
 
+    with bind(host, port):  # whether it can be had is known before anything is loaded
+        pass
     tokenizer = load_tokenizer(info.model_dir)
     stop = asyncio.Event()
     with _stop_on_signals(stop):

@@ -111,10 +111,17 @@ def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:
     """Blocks of the KV cache. Raises OutOfMemoryForKV if one longest sequence does not fit."""
     per_sequence = -(-spec.max_model_len // spec.block_size)
     per_block = runner.kv_bytes_per_block(spec.block_size)
+    free = _free_bytes(spec.device)
     if spec.num_kv_blocks is not None:
         num_blocks = spec.num_kv_blocks
+        if num_blocks * per_block > free:
+            raise OutOfMemoryForKV(
+                f"KV cache of rank {spec.rank}: --num-kv-blocks {num_blocks} takes "
+                f"{num_blocks * per_block / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free: "
+                "lower --num-kv-blocks"
+            )
     else:
-        affordable = int(_free_bytes(spec.device) * spec.kv_memory_share) // per_block
+        affordable = int(free * spec.kv_memory_share) // per_block
         num_blocks = min(affordable, per_sequence * spec.max_num_seqs)
     if num_blocks < per_sequence:
         raise OutOfMemoryForKV(

@@ -105,7 +105,10 @@ def _find_router(model: nn.Module, experts: nn.Module) -> tuple[nn.Module, str]:
 def _construct(model_dir: Path, dtype: torch.dtype) -> Any:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{model_dir}/config.json: {_first_line(error)}") from None
     with no_init_weights(), _parameters_on_meta():
         return AutoModelForCausalLM.from_config(
             config,
@@ -113,6 +116,10 @@ def _construct(model_dir: Path, dtype: torch.dtype) -> Any:
             attn_implementation=ATTENTION,
             experts_implementation=EXPERTS,
         )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -238,7 +245,12 @@ def _fill(model: Any, state: dict[str, Any], dtype: torch.dtype, model_dir: Path
     info, _ = convert_and_load_state_dict_in_model(model, state, config)
     model.tie_weights()
     left = [name for name, param in model.named_parameters() if param.is_meta and param.numel()]
-    problems = [*left, *info.conversion_errors, *(str(m) for m in info.mismatched_keys)]
+    wrong = {
+        name: f"{name} has shape {list(found)} instead of {list(needed)}"
+        for name, found, needed in info.mismatched_keys
+    }
+    left = [name for name in left if name not in wrong]
+    problems = [*left, *info.conversion_errors, *wrong.values()]
     if problems:
         raise CheckpointError(
             f"{model_dir} does not fill the model: {', '.join(sorted(problems)[:4])}"

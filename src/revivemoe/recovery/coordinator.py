@@ -101,16 +101,10 @@ class Coordinator:
 
     def begin(self, topology: Topology, faults: Sequence[Fault], now: float) -> None:
         """Fence: a new epoch, the accused are killed, the survivors leave the broken domain."""
-        faults, started, last_old_step = list(faults), now, None
-        if not isinstance(self.state, Idle):
-            previous = self.state.record
-            known = {f.rank for f in previous.faults}
-            faults = [*previous.faults, *(f for f in faults if f.rank not in known)]
-            started, last_old_step = previous.started, previous.last_old_step
         epoch = Epoch(max(self._highest_epoch, topology.epoch) + 1)
         self._highest_epoch = epoch
-        record = RecoveryRecord(epoch, faults, started, last_old_step=last_old_step)
-        lost = {f.rank for f in faults}
+        record = self._open_record(epoch, faults, now)
+        lost = {f.rank for f in record.faults}
         survivors = {rank for rank in topology.members if rank not in lost}
         deadline = now + self._policy.fence_timeout_s
         self.state = Fencing(epoch, deadline, record, survivors)
@@ -119,6 +113,22 @@ class Coordinator:
         for rank in lost:
             self._ranks.kill(rank)
         self._events("fence", {"epoch": epoch, "lost": sorted(lost), "survivors": len(survivors)})
+
+    def _open_record(self, epoch: Epoch, faults: Sequence[Fault], now: float) -> RecoveryRecord:
+        """A new one; if a recovery is under way it goes on, with the union of the faults."""
+        if isinstance(self.state, Idle):
+            return RecoveryRecord(epoch, list(faults), now)
+        previous = self.state.record
+        known = {f.rank for f in previous.faults}
+        return RecoveryRecord(
+            epoch,
+            [*previous.faults, *(f for f in faults if f.rank not in known)],
+            previous.started,
+            last_old_step=previous.last_old_step,
+            migrated=previous.migrated,
+            recomputed_tokens=previous.recomputed_tokens,
+            reconciled=previous.reconciled,
+        )
 
     def on_ack(self, ack: FenceAck) -> None:
         """A survivor has left and rolled back."""

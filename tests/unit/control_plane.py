@@ -1,0 +1,271 @@
+"""A whole instance in one thread: the real engine over ranks that only keep books.
+
+The clock stands still until a test moves it, and nothing a rank says arrives until a test delivers
+it. A rank's tokens are a function of prompt and position, so every stream is known beforehand.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unit.server.tiny_tokenizer import tiny_tokenizer
+
+from revivemoe.config import EngineConfig
+from revivemoe.detokenizer import Vocabulary
+from revivemoe.engine import Engine
+from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
+from revivemoe.ledger import LiveRequest
+from revivemoe.messages import (
+    Abort,
+    Add,
+    Command,
+    CommittedToken,
+    Configure,
+    DomainSpec,
+    Fence,
+    FenceAck,
+    Heartbeat,
+    Hello,
+    RankStats,
+    Ready,
+    Report,
+    Resumed,
+    StepAborted,
+    TokenLogprobs,
+    Tokens,
+)
+from revivemoe.placement import place
+from revivemoe.recovery.policy import Policy
+from revivemoe.sampling_params import SamplingParams
+from revivemoe.streams import Delta, StopStrings, StreamEvent, StreamFailed, Submission
+from revivemoe.topology import collocated
+
+TOKENIZER = tiny_tokenizer()
+VOCABULARY = Vocabulary(TOKENIZER)
+
+
+class Sink:
+    """Keeps what a stream was told."""
+
+    def __init__(self) -> None:
+        self.events: list[StreamEvent] = []
+        self.ended = 0
+
+    def push(self, event: StreamEvent) -> None:
+        assert not self.ended, "an event after the end"
+        self.events.append(event)
+
+    def end(self) -> None:
+        self.ended += 1
+
+    def deltas(self, index: int = 0) -> list[Delta]:
+        return [e for e in self.events if isinstance(e, Delta) and e.index == index]
+
+    def token_ids(self, index: int = 0) -> list[int]:
+        return [token for delta in self.deltas(index) for token in delta.token_ids]
+
+    @property
+    def failure(self) -> StreamFailed | None:
+        last = self.events[-1] if self.events else None
+        return last if isinstance(last, StreamFailed) else None
+
+
+def submission(
+    prompt: tuple[int, ...] = (1, 2, 3),
+    *,
+    n: int = 1,
+    prompts: tuple[tuple[int, ...], ...] | None = None,
+    stop: tuple[str, ...] = (),
+    request_id: str = "request",
+    **params: Any,
+) -> Submission:
+    fields: dict[str, Any] = {"seed": 0, "temperature": 0, "max_tokens": 8} | params
+    return Submission(
+        request_id=request_id,
+        prompts=prompts or (prompt,),
+        n=n,
+        params=SamplingParams(**fields),
+        stop=StopStrings(stop),
+    )
+
+
+def answer(prompt: tuple[int, ...] | list[int], length: int) -> list[int]:
+    """What every rank continues this prompt with."""
+    return [(sum(prompt) + 7 * k) % 90 for k in range(length)]
+
+
+@dataclass
+class FakeRank:
+    """Follows the protocol of a rank: sequences, steps, fence, configure; no batches, no KV."""
+
+    rank: RankId
+    incarnation: Incarnation
+    say: Any
+    live: dict[SeqId, tuple[list[int], list[int], SamplingParams]] = field(default_factory=dict)
+    """Prompt, output, parameters."""
+    epoch: int = 0
+    step: int = 0
+    in_domain: bool = False
+    mute: bool = False
+    """Hears everything, answers nothing."""
+
+    def handle(self, command: Command) -> None:
+        match command:
+            case Add(sequence=spec) if spec.seq_id not in self.live:
+                held = (list(spec.prompt_ids), list(spec.output_ids), spec.params)
+                self.live[spec.seq_id] = held
+            case Abort(seq_id=seq_id):
+                self.live.pop(seq_id, None)
+            case Fence(epoch=epoch):
+                self.epoch, self.in_domain = epoch, False
+                self.acknowledge(epoch)
+            case Configure():
+                assert command.step >= self.step
+                self.epoch, self.step, self.in_domain = command.epoch, command.step, True
+                resumed = Resumed(self.rank, self.incarnation, command.epoch, self.step, 0.25)
+                self.report(resumed)
+            case _:
+                pass
+
+    def acknowledge(self, epoch: Epoch) -> None:
+        held = {seq_id: len(output) for seq_id, (_, output, _) in self.live.items()}
+        self.report(FenceAck(self.rank, self.incarnation, epoch, self.step, held, True, 0.125))
+
+    def run_step(self) -> None:
+        """Commit one token of every sequence."""
+        assert self.in_domain
+        tokens = []
+        for seq_id, (prompt, output, params) in list(self.live.items()):
+            token = answer(prompt, len(output) + 1)[-1]
+            logprobs = None if params.logprobs is None else TokenLogprobs(-0.5, [(token, -0.5)])
+            tokens.append(CommittedToken(seq_id, len(output), token, logprobs))
+            output.append(token)
+            if len(output) == params.max_tokens:
+                del self.live[seq_id]
+        if tokens:
+            self.report(Tokens(self.rank, self.incarnation, self.epoch, self.step, tokens))
+        self.step += 1
+
+    def beat(self) -> None:
+        stats = RankStats(running=len(self.live), kv_blocks_used=2, kv_blocks_total=64)
+        self.report(Heartbeat(self.rank, self.incarnation, 0, stats))
+
+    def abort_step(self) -> None:
+        self.in_domain = False
+        lost = StepAborted(self.rank, self.incarnation, self.epoch, self.step, "peer is gone")
+        self.report(lost)
+
+    def report(self, report: Report) -> None:
+        if not self.mute:
+            self.say(report)
+
+
+class FakeCluster:
+    """Ranks in memory. What they say lies in `reports` until it is delivered."""
+
+    def __init__(self) -> None:
+        self.ranks: dict[RankId, FakeRank] = {}
+        self.reports: deque[Report] = deque()
+        self.killed: list[RankId] = []
+        self.sent: list[tuple[RankId, Command]] = []
+        self.maskable = True
+
+    def launch(
+        self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
+    ) -> None:
+        fake = FakeRank(rank, incarnation, self.reports.append)
+        self.ranks[rank] = fake
+        fake.report(Hello(rank, incarnation, 1000 + rank, "here"))
+        fake.report(Ready(rank, incarnation, "cpu", 64, 0.5, self.maskable))
+
+    def send(self, rank: RankId, command: Command) -> None:
+        self.sent.append((rank, command))
+        if rank in self.ranks:
+            self.ranks[rank].handle(command)
+
+    def kill(self, rank: RankId) -> None:
+        self.killed.append(rank)
+        self.ranks.pop(rank, None)
+
+    def domain(self) -> DomainSpec:
+        return DomainSpec("shm")
+
+    def commands(self, kind: type, rank: int | None = None) -> list[Any]:
+        return [c for r, c in self.sent if isinstance(c, kind) and rank in (None, r)]
+
+
+class Instance:
+    """Engine, ranks and a clock."""
+
+    def __init__(
+        self,
+        num_ranks: int = 4,
+        redundant: int = 8,
+        policy: Policy | None = None,
+        max_model_len: int = 256,
+    ) -> None:
+        self.now = 100.0
+        self.cluster = FakeCluster()
+        self.events: list[dict[str, Any]] = []
+        topology = collocated(Epoch(1), num_ranks)
+        config = EngineConfig(
+            model_dir=Path("/models/some"),
+            data_parallel_size=num_ranks,
+            max_model_len=max_model_len,
+            device="cpu",
+            policy=policy or Policy(),
+        )
+        self.engine = Engine(
+            config,
+            topology,
+            place(8, [0, 1], topology.experts, redundant),
+            VOCABULARY,
+            self.cluster,
+            lambda: self.now,
+            self.events.append,
+        )
+
+    def start(self) -> "Instance":
+        self.engine.start(self.now)
+        self.deliver()
+        return self
+
+    def submit(self, prompt: tuple[int, ...] = (1, 2, 3), **options: Any) -> Sink:
+        return self.submit_request(prompt, **options)[0]
+
+    def submit_request(
+        self, prompt: tuple[int, ...] = (1, 2, 3), **options: Any
+    ) -> tuple[Sink, LiveRequest]:
+        sink = Sink()
+        return sink, self.engine.submit(submission(prompt, **options), sink)
+
+    def deliver(self) -> None:
+        """Let the engine take in everything the ranks have said."""
+        while self.cluster.reports:
+            self.engine.on_report(self.cluster.reports.popleft(), self.now)
+
+    def step(self, count: int = 1, deliver: bool = True) -> None:
+        """A step of 10 ms on every rank."""
+        for _ in range(count):
+            self.now += 0.01
+            for fake in list(self.cluster.ranks.values()):
+                if fake.in_domain and not fake.mute:
+                    fake.run_step()
+            if deliver:
+                self.deliver()
+
+    def die(self, rank: int, deliver: bool = True) -> None:
+        """The process is gone; what it said before may still be under way."""
+        fake = self.cluster.ranks.pop(RankId(rank))
+        self.engine.on_exit(fake.rank, fake.incarnation, "process exited", self.now)
+        if deliver:
+            self.deliver()
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.engine.tick(self.now)
+        self.deliver()
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["event"] == event]
