@@ -119,14 +119,15 @@ def _place_layer(num_experts: int, num_ranks: int, redundant: int) -> list[list[
 
 
 def _level(held: list[list[int]], base: list[int]) -> bool:
-    """Move one replica from the fullest rank to the emptiest that may take it, if that levels."""
-    fullest = max(range(len(held)), key=lambda r: (len(held[r]), -r))
-    for emptiest in sorted(range(len(held)), key=lambda r: (len(held[r]), r)):
-        if len(held[fullest]) - len(held[emptiest]) < 2:
-            return False
-        for expert in held[fullest][base[fullest] :]:
-            if expert not in held[emptiest]:
-                held[fullest].remove(expert)
-                held[emptiest].append(expert)
-                return True
+    """Move one replica from a full rank to an emptier one that may take it, if that levels."""
+    by_load = sorted(range(len(held)), key=lambda r: (len(held[r]), r))
+    for full in reversed(by_load):
+        for empty in by_load:
+            if len(held[full]) - len(held[empty]) < 2:
+                break
+            for expert in held[full][base[full] :]:
+                if expert not in held[empty]:
+                    held[full].remove(expert)
+                    held[empty].append(expert)
+                    return True
     return False

@@ -1,5 +1,6 @@
 """One rank in this process: the real model runner and state machine, without transport or HTTP."""
 
+import random
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class SoloRank:
         self.runner.enter(dispatcher, placement, collocated(EPOCH, 1), ME)
         self.rank = Rank(ME, Incarnation(1), limits)
         self.rank.configure(EPOCH, 0, b"", 0)
+        self._wake = 0
         self.num_mixed_steps = 0
         """Steps in which one sequence decoded and another was in its prefill."""
 
@@ -67,15 +69,41 @@ class SoloRank:
             step += 1
         return list(outputs.values())
 
-    def _step(self) -> list[tuple[SeqId, int]]:
+    def run_interrupted(
+        self, prompts: Sequence[list[int]], params: SamplingParams, draw: random.Random
+    ) -> list[list[int]]:
+        """As `run`, but many a step is undone after its forward, and others come in before it is
+        taken again, older than some that run: as when a recovery brings migrated sequences.
+        """
+        outputs: dict[SeqId, list[int]] = {SeqId(i): [] for i in range(len(prompts))}
+        arrivals = draw.sample(range(len(prompts)), len(prompts))
+        waiting = [
+            SequenceSpec(SeqId(i), list(prompt), [], params, arrival)
+            for i, (prompt, arrival) in enumerate(zip(prompts, arrivals, strict=True))
+        ]
+        while waiting or self.rank.queues.live:
+            interrupted = draw.random() < 0.3
+            for seq_id, token_id in self._step(undo=interrupted):
+                outputs[seq_id].append(token_id)
+            if waiting and (interrupted or not self.rank.queues.live):
+                self.rank.add(waiting.pop())
+        return list(outputs.values())
+
+    def _step(self, undo: bool = False) -> list[tuple[SeqId, int]]:
         batch = self.rank.begin_step()
         if not isinstance(self.rank.agree([StepHeader(*self.rank.header())]), Run):
-            self.rank.wake(self.rank.header().wake + 1)
+            self._wake += 1
+            self.rank.wake(self._wake)
             return []
         decodes = sum(item.is_decode for item in batch.items)
         self.num_mixed_steps += 0 < decodes < len(batch.items)
         self.rank.mark_executing()
-        tokens = self.rank.commit(self.runner.execute(batch))
+        results = self.runner.execute(batch)
+        if undo:
+            self.rank.roll_back()
+            self.rank.check_invariants()
+            return []
+        tokens = self.rank.commit(results)
         self.rank.check_invariants()
         return [(token.seq_id, token.token_id) for token in tokens.tokens]
 
