@@ -166,6 +166,7 @@ class Engine:
         self._unresumed: RecoveryRecord | None = None
         """A recovery whose first step in the new epoch has not been seen."""
         self._symptom_since: float | None = None
+        self._stopping = False
         self._starts: deque[float] = deque(maxlen=256)
         """When recent recoveries began."""
 
@@ -182,7 +183,11 @@ class Engine:
             self._cluster.launch(rank, view.incarnation, slots)
 
     def stop(self) -> None:
-        """Ask every living rank to exit. The fence frees those that wait for each other."""
+        """Ask every living rank to exit. The fence frees those that wait for each other.
+
+        From here on nothing is judged: that ranks end is what was asked for.
+        """
+        self._stopping = True
         for view in self.ranks.values():
             if not view.dead:
                 self._cluster.send(view.rank, Fence(LAST_EPOCH))
@@ -274,7 +279,7 @@ class Engine:
         if fault is None:
             return
         view = self.ranks[rank]
-        if isinstance(self.state, FailedState) or view.dead:
+        if self._stopping or isinstance(self.state, FailedState) or view.dead:
             view.dead = True
             return
         if isinstance(self.state, Starting):

@@ -34,6 +34,8 @@ from revivemoe.topology import collocated
 TICK_S = 0.05
 ADMISSION_WAIT_S = 60.0
 """How long a new request waits for a recovery (or the start) before it gets 503."""
+STOP_TIMEOUT_S = 1.0
+"""For ranks to exit of their own accord; then they are killed."""
 KEPT_EVENTS = 1000
 INJECTABLE = ("kill",)
 
@@ -135,7 +137,7 @@ class Instance:
         with contextlib.suppress(asyncio.CancelledError):
             await self._ticker
         self.engine.stop()
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + STOP_TIMEOUT_S
         while self._cluster.living and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         await self._cluster.__aexit__(kind, error, traceback)

@@ -72,8 +72,8 @@ class SoloRank:
     def run_interrupted(
         self, prompts: Sequence[list[int]], params: SamplingParams, draw: random.Random
     ) -> list[list[int]]:
-        """As `run`, but many a step is undone after its forward, and others come in before it is
-        taken again, older than some that run: as when a recovery brings migrated sequences.
+        """As `run`, but many a step is undone after its forward. Before it is taken again, the
+        oldest sequence may leave for a while, and others come in: as when a recovery moves them.
         """
         outputs: dict[SeqId, list[int]] = {SeqId(i): [] for i in range(len(prompts))}
         arrivals = draw.sample(range(len(prompts)), len(prompts))
@@ -85,9 +85,19 @@ class SoloRank:
             interrupted = draw.random() < 0.3
             for seq_id, token_id in self._step(undo=interrupted):
                 outputs[seq_id].append(token_id)
+            if interrupted and self.rank.queues.running and draw.random() < 0.5:
+                waiting.append(self._take_oldest())
             if waiting and (interrupted or not self.rank.queues.live):
-                self.rank.add(waiting.pop())
+                self.rank.add(waiting.pop(draw.randrange(len(waiting))))
         return list(outputs.values())
+
+    def _take_oldest(self) -> SequenceSpec:
+        """Remove a sequence with what it has so far."""
+        taken = self.rank.queues.running[0]
+        self.rank.abort(taken.seq_id)
+        return SequenceSpec(
+            taken.seq_id, taken.prompt_ids, taken.output_ids, taken.params, taken.order[0]
+        )
 
     def _step(self, undo: bool = False) -> list[tuple[SeqId, int]]:
         batch = self.rank.begin_step()

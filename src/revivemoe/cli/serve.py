@@ -17,6 +17,9 @@ from revivemoe.recovery.policy import Policy
 
 log = logging.getLogger("revivemoe.serve")
 
+SHUTDOWN_TIMEOUT_S = 2.0
+"""For open streams to come to their own end after a signal; then they get an error event."""
+
 
 def serve(
     model_dir: Annotated[Path, typer.Argument(help="Checkpoint in the Hugging Face layout.")],
@@ -111,9 +114,9 @@ def serve(
     info = inspect_checkpoint(model_dir)
     config = resolve(config, info)
     configure_logging()
-    status = asyncio.run(
-        _serve(config, info, host, port, api_key, admin_api_key),
-    )
+    # Until the handlers are in place there is nothing to clean up: a signal ends the process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    status = asyncio.run(_serve(config, info, host, port, api_key, admin_api_key))
     raise typer.Exit(status)
 
 
@@ -175,7 +178,14 @@ async def _serve(
                 enable_fault_injection=config.enable_fault_injection,
             )
             server = asyncio.create_task(
-                serve_app(app, host, port, stop=stop, on_started=_say_where)
+                serve_app(
+                    app,
+                    host,
+                    port,
+                    stop=stop,
+                    on_started=_say_where,
+                    shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+                )
             )
             watch = asyncio.create_task(_watch_start(instance, stop))
             try:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 
@@ -74,12 +75,19 @@ class ForkServer:
                     poller.unregister(fd)
                     self._reap(fd)
                     continue
-                raw = self._sock.recv(MAX_MESSAGE)
+                raw = self._receive()
                 if not raw:
                     self._kill_all()
                     return
                 launch = msgspec.msgpack.decode(raw, type=Launch)
                 poller.register(self._fork(launch.spec, run_rank), select.POLLIN)
+
+    def _receive(self) -> bytes:
+        """One message; empty when the engine is gone, even if it left some of ours unread."""
+        try:
+            return self._sock.recv(MAX_MESSAGE)
+        except ConnectionResetError:
+            return b""
 
     def _fork(self, spec: RankSpec, run_rank: Callable[[RankSpec, int, int | None], int]) -> int:
         pid = os.fork()
@@ -121,7 +129,13 @@ class ForkServer:
             socket.send_fds(self._sock, [msgspec.msgpack.encode(reply)], fds)
         except OSError:
             self._kill_all()
-            sys.exit(0)
+            _exit_at_once()
+
+
+def _exit_at_once() -> NoReturn:
+    """Taking the interpreter down with torch in it would take seconds, and somebody waits."""
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _name_process(name: str) -> None:
@@ -152,6 +166,7 @@ def main(argv: list[str]) -> None:
     warm = msgspec.msgpack.encode(Warm(time.monotonic() - began))
     socket.send_fds(sock, [warm], [] if segment_fd is None else [segment_fd])
     ForkServer(sock, lifeline, segment_fd).run(run_rank)
+    _exit_at_once()
 
 
 if __name__ == "__main__":
