@@ -50,6 +50,8 @@ log = logging.getLogger("revivemoe.engine")
 KEPT_RECORDS = 100
 LAST_WORDS_S = 0.5
 """How long the last words of a rank that ended while starting may take to arrive."""
+OWN_STALL_S = 1.0
+"""A longer time between two ticks means that the engine itself stood still."""
 LAST_EPOCH = Epoch(1 << 40)
 """No epoch comes after it: a fence to it ends a rank's part in the instance."""
 
@@ -149,6 +151,8 @@ class Engine:
     ) -> None:
         assert config.max_model_len is not None, "the config is resolved beforehand"
         self.config, self.topology, self.placement = config, topology, placement
+        self.missing = placement.missing()
+        """Experts that no rank holds, of the present placement."""
         self.detector = Detector()
         self.ledger = Ledger(vocabulary, config.max_model_len, self._send, self._incarnation)
         self.coordinator = Coordinator(cluster, self.ledger, config.policy, clock, self._event)
@@ -167,6 +171,7 @@ class Engine:
         """A recovery whose first step in the new epoch has not been seen."""
         self._symptom_since: float | None = None
         self._stopping = False
+        self._last_tick = clock()
         self._starts: deque[float] = deque(maxlen=256)
         """When recent recoveries began."""
 
@@ -194,22 +199,40 @@ class Engine:
                 self._cluster.send(view.rank, Stop())
 
     def tick(self, now: float) -> None:
-        """Judge deadlines. Called a few times a second, after the inbox has been drained."""
+        """Judge deadlines. Called a few times a second, after the inbox has been drained.
+
+        After a stall of its own the engine judges nobody in this tick, and moves the deadlines.
+        """
+        if stalled_s := self._own_stall_s(now):
+            self.coordinator.postpone(stalled_s)
+            return
         match self.state:
             case Starting(deadline=deadline) if now > deadline:
                 slow = sorted(r for r, v in self.ranks.items() if not v.ready)
                 self._fail(f"ranks {slow} did not start within {self.config.start_timeout_s:.0f} s")
             case Starting(exited=Fault() as fault, exited_at=at) if now - at > LAST_WORDS_S:
                 self._fail_start(fault)
-            case Recovering():
-                overdue = self.coordinator.overdue(now)
-                if overdue:
-                    self._accuse(overdue, now)
-            case Serving() if self._symptom_since is not None:
-                if now - self._symptom_since > self.config.policy.symptom_grace_s:
-                    self._recover([], now)
+            case Recovering() if (overdue := self.coordinator.overdue(now)) is not None:
+                self._again(overdue, now)
+            case Serving() | Recovering() if self._symptom_lasts(now):
+                self._again([], now)
             case _:
                 pass
+
+    def _own_stall_s(self, now: float) -> float:
+        """How long the engine itself stood still before this tick, seconds."""
+        gap_s, self._last_tick = now - self._last_tick, now
+        return gap_s if gap_s > OWN_STALL_S else 0.0
+
+    def _symptom_lasts(self, now: float) -> bool:
+        since = self._symptom_since
+        return since is not None and now - since > self.config.policy.symptom_grace_s
+
+    def _again(self, faults: list[Fault], now: float) -> None:
+        """Begin (again) from the fence. Each time counts towards the policy's limit."""
+        if self.coordinator.active:
+            self._starts.append(now)
+        self._accuse(faults, now)
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -233,7 +256,7 @@ class Engine:
     @property
     def degraded(self) -> bool:
         """Whether experts are missing."""
-        return bool(self.placement.missing())
+        return bool(self.missing)
 
     def _assign(self) -> None:
         if self.ledger.assign_waiting(self.topology.attention):
@@ -291,12 +314,23 @@ class Engine:
             return
         self._accuse([fault], now)
 
+    def on_forkserver_gone(self) -> None:
+        """Its ranks live on. Only ranks that are still to start need it."""
+        self._event("forkserver_gone", {})
+        if isinstance(self.state, Starting) and not all(v.ready for v in self.ranks.values()):
+            self._fail("the fork server ended while ranks were starting")
+
+    def fail(self, reason: str) -> None:
+        """An error of the engine's own host: nothing can be relied upon."""
+        if not isinstance(self.state, FailedState):
+            self._fail(reason)
+
     def inject(self, fault: Inject, rank: RankId) -> None:
         """Hand a fault to a living rank. Raises ValueError if there is none of that id."""
         view = self.ranks.get(rank)
         if view is None or view.dead:
             raise ValueError(f"id {rank} is not a living rank")
-        if fault.step is not None and fault.step < self.last_step:
+        if fault.step is not None and fault.step <= self.last_step:
             raise ValueError(f"step {fault.step} is past: the instance is at {self.last_step}")
         self._send(rank, fault)
 
@@ -350,18 +384,30 @@ class Engine:
         if isinstance(self.state, Starting):
             self.state.waiting.discard(report.rank)
             if not self.state.waiting:
-                self._enter(Serving())
-                self._assign()
+                self._begin_serving(self.state.exited, now)
             return
         finished = self.coordinator.on_resumed(report, now)
         if finished is not None:
             self._finish(finished)
 
+    def _begin_serving(self, exited: Fault | None, now: float) -> None:
+        """All have met. One that exited just after that is a fault like any later one."""
+        self._enter(Serving())
+        if exited is not None:
+            self._accuse([exited], now)
+        else:
+            self._assign()
+
     def _on_symptom(self, report: StepAborted, now: float) -> None:
         self.totals.symptoms += 1
         self._event("symptom", {"id": report.rank, "detail": report.detail})
-        if isinstance(self.state, Serving) and report.epoch == self.topology.epoch:
-            self._symptom_since = self._symptom_since or now
+        if isinstance(self.state, Starting):
+            self._fail(f"the ranks could not meet: {report.detail}")
+            return
+        plan = self.coordinator.plan
+        present = plan.topology.epoch if plan is not None else self.topology.epoch
+        if report.epoch == present and self._symptom_since is None:
+            self._symptom_since = now
 
     def _on_fatal(self, view: RankView, report: Fatal) -> None:
         lines = report.detail.strip().splitlines()
@@ -426,6 +472,7 @@ class Engine:
         match finished:
             case Recovered(plan=plan):
                 self.topology, self.placement = plan.topology, plan.placement
+                self.missing = plan.placement.missing()
                 if self.degraded:
                     self.ledger.mark_degraded()
                 log.info("epoch %d: %s", plan.topology.epoch, record.reason)

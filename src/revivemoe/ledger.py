@@ -15,6 +15,7 @@ from revivemoe.ids import Incarnation, RankId, SeqId
 from revivemoe.messages import Abort, Add, Command, SequenceSpec, TokenLogprobs, Tokens
 from revivemoe.recovery.planner import SequenceView
 from revivemoe.streams import (
+    Delta,
     PromptLogprobsReady,
     StreamEvent,
     StreamFailed,
@@ -57,6 +58,22 @@ class LiveRequest:
     submission: Submission
     sink: Sink
     unfinished: set[SeqId] = field(default_factory=set)
+    held: dict[int, list[Delta]] = field(default_factory=dict)
+    """By prompt index: deltas that wait for the prompt's log-probabilities, which come first."""
+
+    def emit(self, delta: Delta) -> None:
+        """Pass a delta on, or hold it back."""
+        waiting = self.held.get(delta.index // self.submission.n)
+        if waiting is None:
+            self.sink.push(delta)
+        else:
+            waiting.append(delta)
+
+    def release(self, prompt_index: int, entries: tuple[TokenLogprobs, ...]) -> None:
+        """The prompt's log-probabilities are complete: they, then what waited for them."""
+        self.sink.push(PromptLogprobsReady(prompt_index, entries))
+        for delta in self.held.pop(prompt_index, []):
+            self.sink.push(delta)
 
 
 @dataclass(frozen=True)
@@ -126,6 +143,8 @@ class Ledger:
         self._next_seq_id += 1
         self._sequences[seq_id] = LiveSequence(seq_id, log, request, arrival)
         request.unfinished.add(seq_id)
+        if scored is not None and len(prompt_ids) > 1:
+            request.held[prompt] = []
 
     def request_id(self, seq_id: SeqId) -> str:
         """The submission an unfinished sequence belongs to."""
@@ -169,7 +188,7 @@ class Ledger:
                 continue
             new_tokens += 1
             first_tokens += token.position == 0
-            sequence.request.sink.push(delta)
+            sequence.request.emit(delta)
             if delta.finish_reason is not None:
                 finished.append(delta.finish_reason)
                 self._close(sequence, ended_by_engine=isinstance(delta.stop_reason, str))
@@ -185,7 +204,7 @@ class Ledger:
             return
         if complete is not None:
             prompt_index = sequence.log.index // sequence.request.submission.n
-            sequence.request.sink.push(PromptLogprobsReady(prompt_index, complete))
+            sequence.request.release(prompt_index, complete)
 
     def _owned(self, seq_id: SeqId, owner: tuple[RankId, Incarnation]) -> LiveSequence | None:
         sequence = self._sequences.get(seq_id)

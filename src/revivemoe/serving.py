@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
+
+import msgspec
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.cluster.local import Callbacks, LocalCluster
@@ -30,6 +33,8 @@ from revivemoe.placement import place
 from revivemoe.status import status_document
 from revivemoe.streams import EngineUnavailable, ModelInfo, StreamEvent, Submission
 from revivemoe.topology import collocated
+
+log = logging.getLogger("revivemoe.serving")
 
 TICK_S = 0.05
 ADMISSION_WAIT_S = 60.0
@@ -124,6 +129,7 @@ class Instance:
         await self._cluster.__aenter__()
         self.engine.start(time.monotonic())
         self._ticker = asyncio.create_task(self._tick(), name="engine tick")
+        self._ticker.add_done_callback(self._on_ticker_done)
         return self
 
     async def __aexit__(
@@ -134,13 +140,19 @@ class Instance:
     ) -> None:
         assert self._ticker is not None
         self._ticker.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._ticker
-        self.engine.stop()
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while self._cluster.living and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        await self._cluster.__aexit__(kind, error, traceback)
+        try:
+            self.engine.stop()
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while self._cluster.living and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+        finally:
+            await self._cluster.__aexit__(kind, error, traceback)
+
+    def _on_ticker_done(self, ticker: "asyncio.Task[None]") -> None:
+        """Without its tick no deadline is judged any more: that must not go unseen."""
+        if not ticker.cancelled() and (error := ticker.exception()) is not None:
+            log.error("engine tick failed", exc_info=error)
+            self.engine.fail(f"internal error: {error!r}")
 
     async def _tick(self) -> None:
         while True:
@@ -157,8 +169,7 @@ class Instance:
         self.engine.on_exit(rank, incarnation, detail, time.monotonic())
 
     def _on_forkserver_gone(self) -> None:
-        """A fault of its own: the ranks it forked live on. Only new ranks would need it."""
-        self._on_event({"event": "forkserver_gone"})
+        self.engine.on_forkserver_gone()
 
     def _on_event(self, event: dict[str, Any]) -> None:
         stamped = {"time": time.time(), **event}
@@ -220,15 +231,16 @@ class Instance:
         kind, at = fault.get("kind"), fault.get("at") or {}
         if kind not in INJECTABLE:
             raise ValueError(f"kind {kind!r} is not supported yet: only {', '.join(INJECTABLE)}")
+        if not isinstance(at, dict) or not at.keys() <= {"step", "layer", "phase"}:
+            raise ValueError("'at' must be an object with step, layer, phase")
         injection_id = f"inj-{time.monotonic_ns():x}"
-        inject = Inject(
-            injection_id=injection_id,
-            kind=kind,
-            step=at.get("step"),
-            layer=at.get("layer"),
-            phase=at.get("phase"),
-            params=fault.get("params") or {},
-        )
+        document = {**at, "injection_id": injection_id, "kind": kind}
+        try:  # what is sent must be what a rank can decode
+            inject = msgspec.convert(
+                {"type": "Inject", **document, "params": fault.get("params") or {}}, Inject
+            )
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from None
         self.engine.inject(inject, RankId(_int(fault, "id")))
         return injection_id
 

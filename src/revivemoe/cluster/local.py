@@ -95,7 +95,8 @@ class LocalCluster:
         self._loop.remove_reader(self._inbox_fd)
         with contextlib.suppress(AssertionError):
             self._loop.remove_reader(self._launcher.fileno)
-        for key in list(self._pidfds):
+        for key, pidfd in list(self._pidfds.items()):
+            _kill(pidfd)
             self._forget(key)
         for _, outbox in self._outboxes.values():
             outbox.close(linger=0)
@@ -142,7 +143,7 @@ class LocalCluster:
         held = self._outboxes.get(rank)
         pid = self._pids.get(held[0]) if held is not None else None
         if pid is not None and held is not None:
-            signal.pidfd_send_signal(self._pidfds[held[0]], signal.SIGKILL)
+            _kill(self._pidfds[held[0]])
 
     def domain(self) -> DomainSpec:
         address = self._store.address if self._store is not None else None
@@ -203,6 +204,9 @@ class LocalCluster:
         pid = self._pids[key]
         self._forget(key)
         self.drain()
+        held = self._outboxes.get(key[0])
+        if held is not None and held[0] == key:
+            self._outboxes.pop(key[0])[1].close(linger=0)
         self._callbacks.on_exit(*key, f"process {pid} exited")
 
     def _forget(self, key: Key) -> None:
@@ -211,6 +215,11 @@ class LocalCluster:
         self._pids.pop(key)
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
+
+
+def _kill(pidfd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has gone meanwhile
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def describe_status(status: int) -> str:

@@ -6,8 +6,10 @@ the process when the engine is gone: an orphan rank would hold its memory and it
 
 import os
 import queue
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import TracebackType
 
@@ -18,6 +20,8 @@ from revivemoe.comm.fence import FenceFlag
 from revivemoe.executor.spec import RankSpec
 from revivemoe.messages import Command, Fence, Heartbeat, Hello, RankStats, Report
 
+DEAF = 3
+"""Exit status of a rank whose control thread failed."""
 ENGINE_GONE = 4
 """Exit status of a rank whose engine went away."""
 
@@ -51,7 +55,7 @@ class ControlThread:
         self._stopping = threading.Event()
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._encoder = msgspec.msgpack.Encoder()
-        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._thread = threading.Thread(target=self._run_or_exit, name="control", daemon=True)
 
     def __enter__(self) -> "ControlThread":
         self._thread.start()
@@ -65,6 +69,15 @@ class ControlThread:
     ) -> None:
         self._stopping.set()
         self._thread.join(timeout=2 * self._spec.heartbeat_s + 1.0)
+
+    def _run_or_exit(self) -> None:
+        """A rank that has gone deaf must not live on: its exit is what its owner can see."""
+        try:
+            self._run()
+        except Exception:
+            sys.stderr.write(f"rank {self._spec.rank}: control thread: {traceback.format_exc()}")
+            sys.stderr.flush()
+            os._exit(DEAF)
 
     def _run(self) -> None:
         with (

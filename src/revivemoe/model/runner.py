@@ -63,6 +63,8 @@ class ModelRunner:
     @property
     def maskable(self) -> bool:
         """Whether every MoE layer's router can leave experts out."""
+        if self._routers.keys() != self.exchange.layers.keys():
+            return False
         return all(router.form is not None for router in self._routers.values())
 
     def kv_bytes_per_block(self, block_size: int) -> int:

@@ -208,7 +208,9 @@ def _draw(edited_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     draws = [uniform(r.params.seed, r.params.choice, len(r.output_ids)) for r in rows]
     # Below the total even after rounding: the last token kept must end the search.
     target_B1 = torch.minimum(_column(draws, cdf_BV) * total_B1, total_B1 * (1 - 2.0**-52))
-    return torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0].tolist()
+    # With NaN logits no draw means anything; the clamp only keeps the id inside the vocabulary.
+    last = cdf_BV.shape[1] - 1
+    return torch.searchsorted(cdf_BV, target_B1, right=True)[:, 0].clamp(max=last).tolist()
 
 
 def _sampled_logprobs(

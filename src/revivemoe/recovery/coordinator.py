@@ -202,14 +202,24 @@ class Coordinator:
         self.state = Idle()
         return Recovered(state.plan, record)
 
-    def overdue(self, now: float) -> list[Fault]:
-        """Survivors that missed the present stage's deadline: faults of their own."""
+    def overdue(self, now: float) -> list[Fault] | None:
+        """What to begin again with once the present stage has missed its deadline; None before.
+
+        A fence is answered by each rank for itself: whoever did not is a fault. In the resume
+        stage all wait for the one that is stuck, so nobody is accused: the next fence finds it.
+        """
         state = self.state
         if isinstance(state, Idle) or now < state.deadline:
+            return None
+        if isinstance(state, Resuming):
             return []
-        stage = "fence" if isinstance(state, Fencing) else "resume"
-        detail = f"no answer to the {stage} stage within its deadline"
-        return [Fault(rank, f"{stage}_timeout", detail) for rank in sorted(state.waiting)]
+        detail = "the fence was not answered within its deadline"
+        return [Fault(rank, "fence_timeout", detail) for rank in sorted(state.waiting)]
+
+    def postpone(self, seconds: float) -> None:
+        """The engine itself stood still for so long: nobody else is late by that."""
+        if not isinstance(self.state, Idle):
+            self.state.deadline += seconds
 
 
 def _at_epoch(topology: Topology, epoch: Epoch) -> Topology:

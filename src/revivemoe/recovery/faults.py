@@ -14,7 +14,7 @@ class Fault:
 
     rank: RankId
     kind: str
-    """process_exit | fence_timeout | resume_timeout | launch_timeout"""
+    """process_exit | fence_timeout"""
     detail: str
     level: int = ISOLATE
     detect_s: float = 0.0
