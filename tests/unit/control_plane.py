@@ -109,6 +109,8 @@ class FakeRank:
     in_domain: bool = False
     mute: bool = False
     """Hears everything, answers nothing."""
+    meets_nobody: bool = False
+    """Enters domains, but never gets to the first agreement: some member is stuck."""
 
     def handle(self, command: Command) -> None:
         match command:
@@ -124,7 +126,8 @@ class FakeRank:
                 assert command.step >= self.step
                 self.epoch, self.step, self.in_domain = command.epoch, command.step, True
                 resumed = Resumed(self.rank, self.incarnation, command.epoch, self.step, 0.25)
-                self.report(resumed)
+                if not self.meets_nobody:
+                    self.report(resumed)
             case _:
                 pass
 
@@ -263,9 +266,17 @@ class Instance:
             self.deliver()
 
     def wait(self, seconds: float) -> None:
+        """Let time pass, with the engine ticking as it should."""
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(until, self.now + 0.5)
+            self.engine.tick(self.now)
+            self.deliver()
+
+    def stall(self, seconds: float) -> None:
+        """The engine itself stands still; what ranks said meanwhile is not delivered yet."""
         self.now += seconds
         self.engine.tick(self.now)
-        self.deliver()
 
     def named(self, event: str) -> list[dict[str, Any]]:
         return [e for e in self.events if e["event"] == event]

@@ -607,3 +607,52 @@ def test_a_sink_of_the_same_submission_twice() -> None:
         instance.engine.submit(submission((5, 5), request_id="same"), sink)
     instance.step(8)
     assert [sink.token_ids() for sink in sinks] == [answer((5, 5), 8)] * 2
+
+
+# ---- found by review ------------------------------------------------------------------------
+
+
+def test_one_rank_stuck_in_the_resume_stage_does_not_take_the_others_with_it() -> None:
+    instance = serving(redundant=16, num_ranks=4)
+    sinks = loaded(instance)
+    instance.step(2)
+    for rank in (0, 2, 3):
+        instance.cluster.ranks[RankId(rank)].meets_nobody = True
+    instance.die(1)
+    instance.wait(19.5)
+    for rank in (0, 2, 3):
+        instance.cluster.ranks[RankId(rank)].meets_nobody = False
+    instance.cluster.ranks[RankId(3)].mute = True
+    instance.wait(1.5)
+    assert isinstance(instance.engine.state, Recovering), "fenced again"
+    assert not any(instance.engine.ranks[RankId(r)].dead for r in (0, 2, 3)), "nobody accused"
+    instance.wait(10.5)
+    assert isinstance(instance.engine.state, Serving)
+    assert instance.engine.topology.members == (0, 2)
+    instance.step(12)
+    assert_whole(sinks)
+
+
+def test_a_stall_of_the_engine_accuses_nobody() -> None:
+    instance = serving(redundant=16)
+    instance.engine.on_exit(RankId(1), Incarnation(1), "gone", instance.now)
+    instance.stall(30.0)
+    instance.deliver()
+    assert isinstance(instance.engine.state, Serving)
+    assert instance.engine.topology.members == (0, 2, 3)
+
+
+def test_no_host_goes_on_after_an_internal_error() -> None:
+    instance = serving()
+    sinks = loaded(instance)
+    instance.engine.fail("internal error: test")
+    instance.engine.fail("a second one")
+    assert isinstance(instance.engine.state, FailedState)
+    assert instance.engine.state.reason == "internal error: test"
+    assert all(sink.failure is not None for sink in sinks)
+
+
+def test_the_fork_server_is_needed_only_while_ranks_start() -> None:
+    instance = serving()
+    instance.engine.on_forkserver_gone()
+    assert isinstance(instance.engine.state, Serving)
