@@ -229,6 +229,25 @@ def test_prompt_logprobs_come_once_and_whole(books: Books) -> None:
     assert sink.events == [PromptLogprobsReady(0, (LOGPROBS,) * 3)]
 
 
+def test_sibling_choices_wait_for_the_prompts_logprobs(books: Books) -> None:
+    """The server writes them before a choice's first token, so they have to come first."""
+    sink = books.running(submission((1, 2, 3), n=2, prompt_logprobs=1, max_tokens=2))
+    books.report(A, (1, 0, 11), (1, 1, 12))
+    assert sink.events == []
+    assert not sink.ended
+    scores(books, A, 1, 2)
+    assert sink.events[0] == PromptLogprobsReady(0, (LOGPROBS,) * 2)
+    assert [(d.index, d.token_ids) for d in sink.deltas(1)] == [(1, (11,)), (1, (12,))]
+    books.report(A, (0, 0, 11), (0, 1, 12))
+    assert sink.ended == 1
+
+
+def test_a_prompt_of_one_token_has_no_logprobs_to_wait_for(books: Books) -> None:
+    sink = books.running(submission((1,), n=2, prompt_logprobs=1))
+    books.report(A, (1, 0, 11))
+    assert sink.token_ids(1) == [11]
+
+
 def test_a_migrated_prompt_goes_on_where_it_was(books: Books) -> None:
     books.running(submission((1, 2, 3, 4), prompt_logprobs=1))
     scores(books, A, 1, 2)

@@ -241,7 +241,11 @@ def _add_expert(
 
 
 def _fill(model: Any, state: dict[str, Any], dtype: torch.dtype, model_dir: Path) -> None:
-    config = LoadStateDictConfig(dtype=dtype, weight_mapping=get_model_conversion_mapping(model))
+    config = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),  # what has to stay in float32
+        weight_mapping=get_model_conversion_mapping(model),
+    )
     info, _ = convert_and_load_state_dict_in_model(model, state, config)
     model.tie_weights()
     left = [name for name, param in model.named_parameters() if param.is_meta and param.numel()]
