@@ -405,6 +405,8 @@ class Engine:
             self._fail(f"the ranks could not meet: {report.detail}")
             return
         plan = self.coordinator.plan
+        if self.coordinator.active and plan is None:
+            return  # Fencing: the epoch it comes from is being left already.
         present = plan.topology.epoch if plan is not None else self.topology.epoch
         if report.epoch == present and self._symptom_since is None:
             self._symptom_since = now

@@ -417,6 +417,16 @@ def test_symptoms_of_an_epoch_that_is_over_mean_nothing() -> None:
     assert len(instance.engine.records) == 1
 
 
+def test_a_symptom_that_comes_after_its_cause_is_explained_too() -> None:
+    """Usual where sockets tell the survivors of a death: they abort before they are fenced."""
+    instance = serving()
+    for rank in (0, 2, 3):
+        instance.cluster.ranks[RankId(rank)].abort_step()
+    instance.die(1)
+    instance.wait(5)
+    assert len(instance.engine.records) == 1
+
+
 # ---- experts --------------------------------------------------------------------------------
 
 
