@@ -72,6 +72,12 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
             f"--data-parallel-size {config.data_parallel_size} is more ranks than the "
             f"{info.num_experts} experts of a layer: every rank must hold at least one; lower it"
         )
+    most = info.num_experts * (config.data_parallel_size - 1)
+    if config.redundant_experts > most:
+        raise ValueError(
+            f"--redundant-experts {config.redundant_experts} is more than {info.num_experts} "
+            f"experts on {config.data_parallel_size} ranks can use ({most}): lower it"
+        )
     if config.max_num_batched_tokens < config.max_num_seqs:
         raise ValueError(
             f"--max-num-batched-tokens {config.max_num_batched_tokens} is below --max-num-seqs "

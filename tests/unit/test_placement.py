@@ -2,7 +2,7 @@ from collections import Counter
 from itertools import accumulate
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from revivemoe.ids import ExpertId, LayerId, RankId
@@ -93,6 +93,8 @@ def test_every_placement_is_sound(sizes: tuple[int, int, int, int]) -> None:
 
 
 @given(SIZES)
+@example((14, 4, 6, 0))
+@example((5, 2, 2, 0))
 def test_the_budget_covers_as_many_ranks_as_it_can(sizes: tuple[int, int, int, int]) -> None:
     """Covering a rank costs a replica of each of its experts, so cheap ranks are covered first."""
     experts, num_ranks, redundant, _ = sizes

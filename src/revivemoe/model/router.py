@@ -40,16 +40,17 @@ def grouped_sigmoid(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """DeepSeek-V3, GLM-4: a masked expert cannot be chosen whatever its correction bias.
 
-    A masked expert adds 0 to its group's score, so a group with one healthy expert stays
-    selectable; a group with none is never selected. Weights of surplus choices are 0.
+    A group scores with its two best healthy experts; one that is not there adds 0, so a group with
+    one stays selectable and a group with none is never selected. Weights of surplus choices are 0.
     """
     hidden_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1]).float()
     logits_TE = linear(hidden_TH, router.weight.float())
     scores_TE = logits_TE.sigmoid()
     choice_TE = scores_TE + router.e_score_correction_bias
     num_groups, per_group = router.num_group, router.num_experts // router.num_group
-    by_group = choice_TE.masked_fill(missing_E, 0.0).view(-1, num_groups, per_group)
-    group_scores = by_group.topk(min(2, per_group), dim=-1)[0].sum(dim=-1)
+    by_group = choice_TE.masked_fill(missing_E, NEG_INF).view(-1, num_groups, per_group)
+    best = by_group.topk(min(2, per_group), dim=-1)[0]
+    group_scores = best.masked_fill(best == NEG_INF, 0.0).sum(dim=-1)
     dead_G = missing_E.view(num_groups, per_group).all(dim=-1)
     group_scores = group_scores.masked_fill(dead_G, NEG_INF)
     chosen_groups = group_scores.topk(router.topk_group, dim=-1, sorted=False)[1]

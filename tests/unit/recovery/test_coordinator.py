@@ -224,7 +224,8 @@ def test_a_fault_while_resuming_starts_again_with_both(host: Host) -> None:
     assert [entry[1] for entry in host.log if entry[0] == "hand_over"] == [
         seq for seq, owner in moved.items() if owner == 1
     ]
-    host.resumed(0, 3)
+    assert host.resumed(0, 3) is None
+    assert host.resumed(3, 2) is None, "still of the epoch that was given up"
     record = recovered(host.resumed(3, 3)).record
     assert [f.rank for f in record.faults] == [2, 1]
     assert (record.migrated, record.recomputed_tokens) == (4, 40), "both attempts' moves"
