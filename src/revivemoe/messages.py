@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
+from revivemoe.ids import Epoch, ExpertId, Incarnation, LayerId, RankId, SeqId, SlotId
 from revivemoe.placement import ExpertPlacement
 from revivemoe.sampling_params import SamplingParams
 from revivemoe.topology import Topology
@@ -72,9 +72,14 @@ class Wake(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fence(msgspec.Struct, frozen=True, tag=True):
-    """Leave the domain of every epoch below `epoch`, roll the open step back, acknowledge."""
+    """Leave the domain of every epoch below `epoch`, roll the open step back, acknowledge.
+
+    `at_boundary`: not at once, but together with all members before the next step, so that
+    nothing is rolled back. A later fence without it overrules that.
+    """
 
     epoch: Epoch
+    at_boundary: bool = False
 
 
 class DomainSpec(msgspec.Struct, frozen=True):
@@ -89,7 +94,10 @@ class DomainSpec(msgspec.Struct, frozen=True):
 
 
 class Configure(msgspec.Struct, frozen=True, tag=True):
-    """Enter a new epoch: membership, expert map, domain, and the first step's number."""
+    """Enter a new epoch: membership, expert map, domain, and the first step's number.
+
+    Experts that the map gives to this rank and that are not in their slots yet are loaded first.
+    """
 
     epoch: Epoch
     step: int
@@ -97,6 +105,24 @@ class Configure(msgspec.Struct, frozen=True, tag=True):
     placement: ExpertPlacement
     domain: DomainSpec
     wake: int
+
+
+class SlotLoad(msgspec.Struct, frozen=True):
+    """One expert that shall lie in one slot of the rank this is sent to."""
+
+    layer: LayerId
+    slot: SlotId
+    expert: ExpertId
+
+
+class LoadExperts(msgspec.Struct, frozen=True, tag=True):
+    """Load experts into slots that the present epoch does not use, beside the steps.
+
+    `ExpertsLoaded` answers it. They are used from the next epoch whose placement names them.
+    """
+
+    request: int
+    loads: tuple[SlotLoad, ...]
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -112,9 +138,12 @@ class Inject(msgspec.Struct, frozen=True, tag=True):
     layer: int | None = None
     phase: str | None = None
     params: dict[str, Any] = {}
+    """`factor` (slow), `how` (hang: loop | stop | deadlock), `peer` and `peer_pid` (comm),
+    `prompt_token` (any kind: strikes whenever a sequence with this token in its prompt runs, and
+    is not one-shot: a request that kills whoever runs it)."""
 
 
-Command = Add | Abort | Wake | Fence | Configure | Stop | Inject
+Command = Add | Abort | Wake | Fence | Configure | LoadExperts | Stop | Inject
 
 
 # ---- rank to engine -------------------------------------------------------------------------
@@ -157,12 +186,42 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Whether this model's routers can leave missing experts out."""
 
 
+class Activity(msgspec.Struct, frozen=True):
+    """What a rank's step loop is doing, as its control thread sees it."""
+
+    kind: str = "idle"
+    """idle: waits for commands | waiting: for its peers | working: on its own | announced: what
+    takes long, and is known to (load, first step ...)"""
+    name: str = ""
+    """Phase of the step, or what was announced."""
+    layer: int = -1
+    step: int = 0
+    since_s: float = 0.0
+    """Seconds since its last progress, by the rank's own clock."""
+    budget_s: float | None = None
+    """What its rows predict for this work, or what was announced, seconds; None: no experience."""
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How long one kind of own work takes on a rank, waits not counted."""
+
+    phase: str
+    size: int
+    """Logarithm, base 2, of the number of rows."""
+    seconds: float
+    """Moving average per call."""
+    count: int
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     rank: RankId
     incarnation: Incarnation
     progress: int
     """Grows with every phase of every step, and while parked."""
     stats: RankStats
+    activity: Activity = Activity()
+    pace: list[Pace] | None = None
+    """Now and then."""
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -202,6 +261,9 @@ class Resumed(msgspec.Struct, frozen=True, tag=True):
     step: int
     domain_s: float
     """Seconds this rank spent building the domain."""
+    experts_s: float = 0.0
+    """Seconds it spent loading experts before that."""
+    experts_loaded: int = 0
 
 
 class StepAborted(msgspec.Struct, frozen=True, tag=True):
@@ -214,6 +276,34 @@ class StepAborted(msgspec.Struct, frozen=True, tag=True):
     detail: str
 
 
+class NonFinite(msgspec.Struct, frozen=True, tag=True):
+    """A step met NaN or infinity here; it is undone, as `StepAborted` says next.
+
+    The places of a step in order: for each layer attention, experts, combine; then the logits.
+    """
+
+    rank: RankId
+    incarnation: Incarnation
+    epoch: Epoch
+    step: int
+    layer: int
+    phase: str
+    """attention | experts | combine | sample"""
+    produced_here: bool
+    """True if what came in there was finite: this rank is the producer."""
+
+
+class ExpertsLoaded(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `LoadExperts`: they lie in their slots, or why not."""
+
+    rank: RankId
+    incarnation: Incarnation
+    request: int
+    seconds: float
+    num_bytes: int
+    error: str | None = None
+
+
 class Fatal(msgspec.Struct, frozen=True, tag=True):
     """Last words of a rank whose own code failed. Its exit follows."""
 
@@ -224,4 +314,15 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     """True when mending lies with the user (bad checkpoint, no memory): one line, no traceback."""
 
 
-Report = Hello | Ready | Heartbeat | Tokens | FenceAck | Resumed | StepAborted | Fatal
+Report = (
+    Hello
+    | Ready
+    | Heartbeat
+    | Tokens
+    | FenceAck
+    | Resumed
+    | StepAborted
+    | NonFinite
+    | ExpertsLoaded
+    | Fatal
+)

@@ -2,7 +2,8 @@
 
 from collections import abc
 
-from revivemoe.core.step import Agreement, Park, Retry, Run, StepHeader
+from revivemoe.core.step import Agreement, Leave, Park, Retry, Run, StepHeader
+from revivemoe.ids import Epoch
 
 
 class Disagreement(RuntimeError):
@@ -18,6 +19,8 @@ def agree(headers: abc.Sequence[StepHeader]) -> Agreement:
     if len({(header.epoch, header.step) for header in headers}) != 1:
         met = ", ".join(f"{i}: epoch {h.epoch} step {h.step}" for i, h in enumerate(headers))
         raise Disagreement(f"members (by logical rank) are not at the same step: {met}")
+    if (epoch := max(header.leave for header in headers)) > headers[0].epoch:
+        return Leave(Epoch(epoch))
     if any(header.num_tokens for header in headers):
         return Run(tokens_per_member=tuple(header.num_tokens for header in headers))
     if any(header.has_work for header in headers):

@@ -2,6 +2,7 @@
 
     begin_step -> header -> (exchange) -> agree -> mark_executing -> (forward) -> commit
                                             |  Park, Retry: the empty step is closed
+                                            |  Leave: closed as well; `fence` follows
     roll_back, fence: at any point; the open step is undone as if it had never begun
 
 Whoever drives it (the executor, the simulation) brings the transport, the forward and the clock.
@@ -22,7 +23,7 @@ from revivemoe.core.queues import Queues
 from revivemoe.core.scheduler import Scheduler
 from revivemoe.core.sequence import Sequence
 from revivemoe.core.state import Fenced, InDomain, OpenStep, Parked, RankState, Unconfigured
-from revivemoe.core.step import Agreement, Batch, Park, Run, StepHeader, StepResult
+from revivemoe.core.step import Agreement, Batch, Leave, Park, Run, StepHeader, StepResult
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.messages import FenceAck, RankStats, SequenceSpec, Tokens
 
@@ -41,6 +42,8 @@ class Rank:
         self._scheduler = Scheduler(limits, self.pool, self.queues, self.journal)
         self._counters = Counters()
         self._wake = 0
+        self._leave = Epoch(0)
+        """The epoch to leave for at the next step boundary."""
         self._domain_decodes = False
         """Whether some member decoded in the last step that all agreed on."""
 
@@ -87,12 +90,14 @@ class Rank:
             has_work=int(bool(self.queues.live)),
             wake=self._wake,
             num_decodes=open_step.batch.num_decodes,
+            leave=self._leave,
         )
 
     def agree(self, headers: abc.Sequence[StepHeader]) -> Agreement:
         """Decide with all members' headers, in logical order, whether the open step is run.
 
-        Park and Retry close the step without a new number: all batches are empty then.
+        Park, Retry and Leave close the step without a new number. With the first two all batches
+        are empty; after Leave the caller fences this rank to the epoch named.
         Raises `Disagreement` if the members are not at the same step.
         """
         state, open_step = self._open_step()
@@ -100,7 +105,9 @@ class Rank:
         self._domain_decodes = any(header.num_decodes for header in headers)
         if isinstance(agreement, Run):
             return agreement
-        assert not open_step.batch.items, "this rank's own header is missing"
+        assert isinstance(agreement, Leave) or not open_step.batch.items, (
+            "this rank's own header is missing"
+        )
         self.roll_back()
         if isinstance(agreement, Park):
             self.state = Parked(state.epoch, state.step, state.mask_key, headers[0].wake)
@@ -137,6 +144,18 @@ class Rank:
         return True
 
     # ---- epochs ------------------------------------------------------------------------------
+
+    def leave_at_boundary(self, epoch: Epoch) -> FenceAck | None:
+        """Ask to leave every epoch below `epoch` with all members before the next step.
+
+        Outside the step loop (parked, fenced, not configured) there is nothing to wait for: as
+        `fence`. The other members of a parked domain are parked, too.
+        """
+        self._assert_between_steps()
+        if not isinstance(self.state, InDomain):
+            return self.fence(epoch)
+        self._leave = max(self._leave, epoch)
+        return None
 
     def fence(self, epoch: Epoch) -> FenceAck | None:
         """Leave every epoch below `epoch` and say what is held. None if the fence is stale."""

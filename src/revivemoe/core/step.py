@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from revivemoe.core.sequence import Sequence
-from revivemoe.ids import BlockId
+from revivemoe.ids import BlockId, Epoch
 from revivemoe.messages import TokenLogprobs
 
 
@@ -21,6 +21,8 @@ class StepHeader(NamedTuple):
     """Highest wake counter this rank has seen."""
     num_decodes: int = 0
     """Sequences that take their next token in this step without any prefill."""
+    leave: int = 0
+    """The epoch this rank was asked to leave for, together with all; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,14 @@ class Retry:
     """
 
 
-Agreement = Run | Park | Retry
+@dataclass(frozen=True)
+class Leave:
+    """Some member was asked to leave at a step boundary: all leave here, for this epoch."""
+
+    epoch: Epoch
+
+
+Agreement = Run | Park | Retry | Leave
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,29 @@
 """What is known to be wrong, as values."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from revivemoe.ids import RankId
 
 ISOLATE = 6
 """Level L6: the device must be taken out now. L1 needs no action (the paper's scale)."""
+
+FaultKind = Literal[
+    "process_exit",  # its process is gone
+    "heartbeat",  # its process is silent: stopped, or its interpreter is stuck
+    "hang",  # its process lives and its step loop does not get on
+    "communication",  # the link between it and another rank failed twice in a row
+    "non_finite",  # it turned finite numbers into NaN or infinity, twice
+    "slow",  # its own work takes a multiple of its peers'
+    "device_fault",  # a monitor of its device says so
+    "fence_timeout",  # it did not answer a fence
+    "load_failed",  # it could not load what its recovery needed
+    "isolate",  # an operator asked for it
+    "whatif",  # nobody did
+]
+
+OWN_DOING: frozenset[str] = frozenset({"process_exit", "hang", "heartbeat", "non_finite"})
+"""Kinds that a request may have brought about. (A process that was killed by SIGKILL may not.)"""
 
 
 @dataclass(frozen=True)
@@ -13,9 +31,20 @@ class Fault:
     """One rank accused by the detector, or by the coordinator for missing a deadline."""
 
     rank: RankId
-    kind: str
-    """process_exit | fence_timeout"""
+    kind: FaultKind
     detail: str
     level: int = ISOLATE
     detect_s: float = 0.0
     """From the last evidence of life to the accusation, seconds: an upper bound."""
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What a monitor says of the device of one rank. Level 0: it is healthy again."""
+
+    rank: RankId
+    level: int
+    code: str
+    detail: str
+    source: str
+    """nvml | kubernetes | report | injected"""

@@ -1,21 +1,85 @@
-"""What recovery may do and how long it may take."""
+"""What recovery may do, in which order, and how long it may take."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+LevelAction = Literal["log", "watch", "retry", "drain", "isolate"]
+LEVEL_ACTIONS: tuple[LevelAction, ...] = ("log", "watch", "retry", "drain", "isolate")
+
+Repair = Literal["reload", "mask", "restart"]
+REPAIRS: tuple[Repair, ...] = ("reload", "mask", "restart")
+
+DEFAULT_LEVELS: tuple[LevelAction, ...] = ("log", "watch", "retry", "drain", "isolate", "isolate")
+"""For the device fault levels L1 .. L6: NotHandleFault, RestartRequest, RestartBusiness,
+FreeRestartNPU, RestartNPU, SeparateNPU in Ascend's public documentation. The paper: L1 needs no
+action, L6 isolates."""
 
 
 @dataclass(frozen=True)
 class Policy:
     """Bounds, not mechanism. All times in seconds."""
 
+    # ---- experts
+    repair: tuple[Repair, ...] = REPAIRS
+    """What to try, in this order, for experts without a live replica. (One with a live replica is
+    dropped from the map, always.) What is not named is not done."""
     max_missing_fraction: float = 1 / 32
     """Experts of one layer that may be masked (the paper finds accuracy to hold up to 1/32)."""
+    serve_masked_meanwhile: bool = False
+    """Go on at once with experts masked (within the bound) while they are reloaded, instead of
+    waiting for the reload."""
+
+    # ---- how much is too much
     max_recoveries: int = 8
     """More recoveries than this within the window: stop and say so, as a supervisor would."""
     window_s: float = 600.0
+    max_restarts: int = 3
+    """Restarts of ranks behind the live streams within the window."""
+
+    # ---- deadlines of the stages
     fence_timeout_s: float = 10.0
     """For every survivor to roll back and acknowledge. A rank inside one long forward needs it."""
+    boundary_timeout_s: float = 5.0
+    """For the members to stop at a step boundary together; after that they are fenced hard."""
     resume_timeout_s: float = 20.0
-    """For every member to agree on the first step of the new epoch."""
+    """For every member to agree on the first step of the new epoch; loading not counted."""
+    reload_timeout_s: float = 120.0
+    """For experts to be loaded into spare slots."""
+    restart_timeout_s: float = 600.0
+    """For ranks that are restarted to be ready."""
+    drain_timeout_s: float = 30.0
+    """For the sequences of a rank being drained to be warm elsewhere; then they move anyway."""
+
+    # ---- detection
+    suspect_after_s: float = 1.0
+    """Silence after which a rank is suspect (heartbeats come every 0.1 s)."""
+    accuse_after_s: float = 1.3
+    """Silence after which it is accused."""
+    hang_after_s: float = 1.0
+    """Least time without progress that is a hang."""
+    hang_factor: float = 5.0
+    """Work is overdue after this many times what its rows predict, if that is longer."""
+    first_work_s: float = 30.0
+    """What work of a kind never seen before may take (the first step warms caches up)."""
     symptom_grace_s: float = 1.0
     """How long an aborted step may wait for the detector to name a rank, before the same members
     are given a new domain."""
+    repeat_window_s: float = 60.0
+    """A link that fails, or numbers that turn non-finite, twice within this time on the same ranks
+    is a fault of a rank."""
+    slow_factor: float = 3.0
+    """A rank is slow if its own work takes this many times what it takes its peers."""
+    slow_after_s: float = 3.0
+    """... for so long."""
+    isolate_slow: bool = False
+    """Whether a slow rank is taken out (at a step boundary), or only reported."""
+
+    # ---- device health
+    levels: tuple[LevelAction, ...] = DEFAULT_LEVELS
+    """Action for a device fault of level L1 .. L6."""
+
+    def action_of(self, level: int) -> LevelAction:
+        """What a device fault of this level (1 to 6) asks for. Raises ValueError."""
+        if not 1 <= level <= len(self.levels):
+            raise ValueError(f"level {level} is out of range: 1 to {len(self.levels)}")
+        return self.levels[level - 1]
