@@ -1,11 +1,15 @@
 """What an instance is asked to be, checked before anything is started."""
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.recovery.policy import Policy
+
+NODE_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
+"""DNS subdomain, as Kubernetes asks of the name of a Node."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     seed: int = 0
     enable_fault_injection: bool = False
+    kubernetes_node: str | None = None
+    """Node whose health is polled."""
+    device_health: str = "auto"
+    """auto: ask NVML if the devices are CUDA; off: ask no device."""
     start_timeout_s: float = 600.0
     policy: Policy = field(default_factory=Policy)
 
@@ -52,6 +60,18 @@ def count_cuda_devices() -> int:
     if visible is None:
         return present
     return min(present, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
+
+
+def cuda_device_id(index: int) -> int | str:
+    """What `cuda:index` is outside this process: NVML's index of it, or its UUID.
+
+    CUDA_VISIBLE_DEVICES renumbers devices and NVML does not look at it. (Without
+    CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA may order unlike GPUs of one host in another way.)
+    """
+    visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if index >= len(visible) or not visible[index]:
+        return index
+    return int(visible[index]) if visible[index].isdecimal() else visible[index]
 
 
 def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
@@ -114,9 +134,15 @@ def _check_positive(config: EngineConfig) -> None:
         ("--comm-backend", config.comm_backend, ("auto", "shm", "gloo", "nccl")),
         ("--device", config.device, ("auto", "cpu", "cuda")),
         ("--dtype", config.dtype, ("auto", "float32", "bfloat16")),
+        ("--device-health", config.device_health, ("auto", "off")),
     ):
         if value_str not in known:
             raise ValueError(f"{flag} {value_str!r} is unknown: choose one of {', '.join(known)}")
+    node = config.kubernetes_node
+    if node is not None and not NODE_NAME.fullmatch(node):
+        raise ValueError(
+            f"--kubernetes-node {node!r} is no name of a Node: lower-case letters, digits, - and ."
+        )
 
 
 def _device(config: EngineConfig) -> str:

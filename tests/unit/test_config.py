@@ -6,7 +6,7 @@ import pytest
 
 from revivemoe import config as config_module
 from revivemoe.checkpoint.inspect import CheckpointInfo
-from revivemoe.config import EngineConfig, resolve
+from revivemoe.config import EngineConfig, cuda_device_id, resolve
 from revivemoe.recovery.policy import Policy
 
 INFO = CheckpointInfo(
@@ -53,6 +53,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         ("device", "tpu", "--device 'tpu'", "auto, cpu, cuda"),
         ("device", "cuda", "--device cuda", "use --device cpu"),
         ("dtype", "int4", "--dtype 'int4'", "auto, float32, bfloat16"),
+        ("device_health", "on", "--device-health 'on'", "auto, off"),
+        ("kubernetes_node", "", "--kubernetes-node ''", "lower-case"),
+        ("kubernetes_node", "../pods", "--kubernetes-node '../pods'", "lower-case"),
     ],
 )
 def test_each_bad_flag_is_named_with_its_mend(field: str, value: Any, flag: str, mend: str) -> None:
@@ -118,3 +121,22 @@ def test_ranks_share_the_cores() -> None:
     cores = len(os.sched_getaffinity(0))
     assert CONFIG.threads_per_rank == cores
     assert replace(CONFIG, data_parallel_size=10 * cores).threads_per_rank == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "known_to_nvml"),
+    [
+        (None, 1, 1),
+        ("2,3", 1, 3),
+        (" 2 , GPU-0a1b ", 1, "GPU-0a1b"),
+        ("", 0, 0),
+        ("5", 1, 1),
+    ],
+)
+def test_a_cuda_device_is_found_behind_the_visible_ones(
+    visible: str | None, index: int, known_to_nvml: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cuda_device_id(index) == known_to_nvml

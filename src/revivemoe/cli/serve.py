@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from revivemoe.checkpoint.inspect import inspect_checkpoint
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.recovery.policy import Policy
+from revivemoe.recovery.policy_file import load_policy
 
 log = logging.getLogger("revivemoe.serve")
 
@@ -43,8 +45,12 @@ def serve(
         int, typer.Option(help="Empty expert slots per rank and MoE layer.")
     ] = 0,
     max_missing_fraction: Annotated[
-        float, typer.Option(help="Share of a layer's experts that may be masked, 0 up to 1.")
-    ] = 1 / 32,
+        float | None,
+        typer.Option(
+            help="Share of a layer's experts that may be masked, 0 up to 1; default: the policy's, "
+            "and that is 1/32."
+        ),
+    ] = None,
     dense_ffn_tp: Annotated[
         int, typer.Option(help="Ranks that share a dense feed-forward layer; only 1 so far.")
     ] = 1,
@@ -73,7 +79,13 @@ def serve(
         bool, typer.Option("--enforce-eager", help="Compile nothing; the only mode so far.")
     ] = False,
     recovery_policy: Annotated[
-        Path | None, typer.Option(help="Policy file; not supported yet.")
+        Path | None, typer.Option(help="TOML file of the recovery policy.")
+    ] = None,
+    device_health: Annotated[
+        str, typer.Option(help="auto: ask NVML if the devices are CUDA; off.")
+    ] = "auto",
+    kubernetes_node: Annotated[
+        str | None, typer.Option(help="Kubernetes Node whose health is polled.")
     ] = None,
     enable_fault_injection: Annotated[
         bool, typer.Option("--enable-fault-injection", help="Allow fault_tolerance/inject.")
@@ -86,7 +98,6 @@ def serve(
         ("--expert-ranks", expert_ranks, 0),
         ("--dense-ffn-tp", dense_ffn_tp, 1),
         ("--num-microbatches", num_microbatches, 1),
-        ("--recovery-policy", recovery_policy, None),
     ):
         if value != only:
             raise ValueError(f"{flag} {value} is not supported yet: leave it at {only}")
@@ -109,7 +120,9 @@ def serve(
         num_kv_blocks=num_kv_blocks,
         seed=seed,
         enable_fault_injection=enable_fault_injection,
-        policy=Policy(max_missing_fraction=max_missing_fraction),
+        kubernetes_node=kubernetes_node,
+        device_health=device_health,
+        policy=policy_of(recovery_policy, max_missing_fraction),
     )
     info = inspect_checkpoint(model_dir)
     config = resolve(config, info)
@@ -118,6 +131,14 @@ def serve(
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = asyncio.run(_serve(config, info, host, port, api_key, admin_api_key))
     raise typer.Exit(status)
+
+
+def policy_of(path: Path | None, max_missing_fraction: float | None) -> Policy:
+    """The defaults, under the file, under what the command line says. Raises ValueError."""
+    policy = Policy() if path is None else load_policy(path, Policy())
+    if max_missing_fraction is None:
+        return policy
+    return replace(policy, max_missing_fraction=max_missing_fraction)
 
 
 def configure_logging() -> None:

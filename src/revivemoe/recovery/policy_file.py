@@ -1,0 +1,246 @@
+"""A `Policy` from a TOML file, and back: what `--recovery-policy FILE` reads.
+
+One table per group of settings (`SECTIONS`); what the file leaves out keeps its default. Every
+error is one line that names the file, the setting and the mend. `describe_policy` prints the whole
+of it with comments.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from revivemoe.recovery.policy import LEVEL_ACTIONS, REPAIRS, LevelAction, Policy
+
+Check = Callable[[Any], Any]
+"""The value as `Policy` keeps it. Raises ValueError: what it must be."""
+
+
+# ---- what a value may be --------------------------------------------------------------------
+
+
+def _number(value: Any) -> float:
+    """bool is an int to Python, and TOML has inf and nan."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("must be a number")
+    return float(value)
+
+
+def _seconds(value: Any) -> float:
+    if _number(value) <= 0:
+        raise ValueError("must be above 0 (seconds)")
+    return float(value)
+
+
+def _fraction(value: Any) -> float:
+    if not 0 <= _number(value) < 1:
+        raise ValueError("must be 0 or more, and below 1")
+    return float(value)
+
+
+def _factor(value: Any) -> float:
+    if _number(value) < 1:
+        raise ValueError("must be 1 or more")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("must be a whole number, 0 or more")
+    return value
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _repairs(value: Any) -> tuple[str, ...]:
+    known = isinstance(value, list) and all(isinstance(v, str) and v in REPAIRS for v in value)
+    if not known or len(set(value)) < len(value):
+        raise ValueError(f"must be a list of {_quoted(REPAIRS)}, each at most once")
+    return tuple(value)
+
+
+def _action(value: Any) -> LevelAction:
+    for action in LEVEL_ACTIONS:
+        if value == action:
+            return action
+    raise ValueError(f"must be one of {_quoted(LEVEL_ACTIONS)}")
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+# ---- the settings ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of `Policy`: how it is checked, and one line of what it means."""
+
+    check: Check
+    note: str
+
+
+SECTIONS: dict[str, dict[str, Setting]] = {
+    "experts": {
+        "repair": Setting(
+            _repairs, "what to try, in this order, for experts without a live replica"
+        ),
+        "max_missing_fraction": Setting(_fraction, "share of a layer's experts that may be masked"),
+        "serve_masked_meanwhile": Setting(_switch, "serve on, masked, while experts are reloaded"),
+    },
+    "limits": {
+        "max_recoveries": Setting(_count, "more recoveries within the window: stop and say so"),
+        "window_s": Setting(_seconds, "the window, seconds"),
+        "max_restarts": Setting(_count, "restarts of ranks within the window"),
+    },
+    "deadlines": {
+        "fence_timeout_s": Setting(_seconds, "for survivors to roll back and acknowledge"),
+        "boundary_timeout_s": Setting(_seconds, "for members to stop at a step boundary together"),
+        "resume_timeout_s": Setting(_seconds, "for members to agree on the first step after"),
+        "reload_timeout_s": Setting(_seconds, "for experts to be loaded into spare slots"),
+        "restart_timeout_s": Setting(_seconds, "for restarted ranks to be ready"),
+        "drain_timeout_s": Setting(_seconds, "for a drained rank's sequences to be warm elsewhere"),
+    },
+    "detection": {
+        "suspect_after_s": Setting(_seconds, "silence that makes a rank suspect; beats: 0.1 s"),
+        "accuse_after_s": Setting(_seconds, "silence that accuses it; not below suspect_after_s"),
+        "hang_after_s": Setting(_seconds, "least time without progress that is a hang"),
+        "hang_factor": Setting(_factor, "overdue after this many times what its rows predict"),
+        "first_work_s": Setting(_seconds, "what work of a kind never seen before may take"),
+        "symptom_grace_s": Setting(_seconds, "how long an aborted step waits for a culprit"),
+        "repeat_window_s": Setting(_seconds, "a symptom twice within this time is a rank's fault"),
+        "slow_factor": Setting(_factor, "slow: this many times what the work takes its peers"),
+        "slow_after_s": Setting(_seconds, "... for so long"),
+        "isolate_slow": Setting(_switch, "take slow ranks out, or only report them"),
+    },
+}
+"""TOML table -> name -> setting. The table `levels` has names of its own: L1 to L6."""
+
+LEVELS = "levels"
+
+
+# ---- reading --------------------------------------------------------------------------------
+
+
+def load_policy(path: Path, base: Policy) -> Policy:
+    """`base` with what the file sets. Raises ValueError: one line, with the file's name."""
+    try:
+        return parse_policy(_read(path), base)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text: save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"is not TOML: {error}") from None
+
+
+def parse_policy(document: Mapping[str, Any], base: Policy) -> Policy:
+    """`base` with what a parsed document sets. Raises ValueError: one line."""
+    values: dict[str, Any] = {}
+    for section, content in document.items():
+        if section not in (*SECTIONS, LEVELS):
+            raise ValueError(_unknown_section(section))
+        if not isinstance(content, dict):
+            raise ValueError(f"{section} must be a table: write [{section}]")
+        if section == LEVELS:
+            values["levels"] = _levels(content, base)
+            continue
+        for name, value in content.items():
+            if name not in SECTIONS[section]:
+                raise ValueError(_unknown_name(section, name))
+            values[name] = _checked(f"{section}.{name}", value, SECTIONS[section][name].check)
+    policy = replace(base, **values)
+    _check_together(policy)
+    return policy
+
+
+def _levels(content: Mapping[str, Any], base: Policy) -> tuple[LevelAction, ...]:
+    """The levels that the table leaves out keep their action."""
+    levels = list(base.levels)
+    names = [f"L{number}" for number in range(1, len(levels) + 1)]
+    for name, value in content.items():
+        if name not in names:
+            raise ValueError(f"{LEVELS}.{name} is unknown: the levels are {', '.join(names)}")
+        levels[names.index(name)] = _checked(f"{LEVELS}.{name}", value, _action)
+    return tuple(levels)
+
+
+def _checked(where: str, value: Any, check: Check) -> Any:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise ValueError(f"{where} = {_shown(value)} {error}") from None
+
+
+def _check_together(policy: Policy) -> None:
+    if policy.accuse_after_s < policy.suspect_after_s:
+        raise ValueError(
+            f"detection.accuse_after_s = {policy.accuse_after_s} is below suspect_after_s = "
+            f"{policy.suspect_after_s}: raise it, or lower suspect_after_s"
+        )
+
+
+def _unknown_section(name: str) -> str:
+    for section, settings in SECTIONS.items():
+        if name in settings:
+            return f"{name} belongs into a table: write it below [{section}]"
+    return f"[{name}] is unknown: {_nearest(name, [*SECTIONS, LEVELS], '[{}]')}"
+
+
+def _unknown_name(section: str, name: str) -> str:
+    for other, settings in SECTIONS.items():
+        if name in settings:
+            return f"{section}.{name} stands in the wrong table: move it to [{other}]"
+    everywhere = [f"{s}.{n}" for s, settings in SECTIONS.items() for n in settings]
+    return f"{section}.{name} is unknown: {_nearest(f'{section}.{name}', everywhere, '{}')}"
+
+
+def _nearest(name: str, known: list[str], form: str) -> str:
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if found:
+        return f"did you mean {form.format(found[0])}?"
+    return f"choose one of {', '.join(form.format(k) for k in known)}"
+
+
+# ---- writing --------------------------------------------------------------------------------
+
+
+def describe_policy(policy: Policy) -> str:
+    """All settings as commented TOML, which `load_policy` reads back to an equal policy."""
+    lines = ["# Recovery policy. What is left out keeps its default. Times in seconds."]
+    for section, settings in SECTIONS.items():
+        lines += ["", f"[{section}]"]
+        for name, setting in settings.items():
+            lines.append(f"{name} = {_shown(getattr(policy, name))}  # {setting.note}")
+    lines += ["", "# Action for a fault of a device, by level:", f"# {', '.join(LEVEL_ACTIONS)}"]
+    lines.append(f"[{LEVELS}]")
+    lines += [f"L{n} = {_shown(action)}" for n, action in enumerate(policy.levels, start=1)]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    """As TOML writes it; what TOML cannot hold in one line, cut short."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"')[:80] + '"'
+        case list() | tuple():
+            return f"[{', '.join(_shown(v) for v in value)}]"[:200]
+        case _:
+            return repr(value)[:80]

@@ -1,0 +1,149 @@
+"""Policy files: what they may say, and the one line that each mistake gets."""
+
+import dataclasses
+import re
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from revivemoe.cli import main as main_module
+from revivemoe.cli.serve import policy_of
+from revivemoe.recovery.policy import DEFAULT_LEVELS, Policy
+from revivemoe.recovery.policy_file import SECTIONS, describe_policy, load_policy
+
+
+def load(tmp_path: Path, text: str, base: Policy | None = None) -> Policy:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    return load_policy(path, base or Policy())
+
+
+def test_every_field_of_the_policy_can_be_set() -> None:
+    named = {name for settings in SECTIONS.values() for name in settings} | {"levels"}
+    assert named == {field.name for field in dataclasses.fields(Policy)}
+
+
+OTHER = Policy(
+    repair=("restart", "mask"),
+    max_missing_fraction=0.125,
+    serve_masked_meanwhile=True,
+    max_recoveries=0,
+    suspect_after_s=2.5,
+    accuse_after_s=2.5,
+    slow_factor=1.5,
+    isolate_slow=True,
+    levels=("watch", "log", "isolate", "retry", "drain", "isolate"),
+)
+
+
+@pytest.mark.parametrize("policy", [Policy(), OTHER, Policy(repair=())])
+def test_a_described_policy_loads_back(tmp_path: Path, policy: Policy) -> None:
+    text = describe_policy(policy)
+    assert load(tmp_path, text, base=Policy(window_s=1.0)) == policy
+    settings = [line for line in text.splitlines() if "=" in line and not line.startswith("L")]
+    assert all("  # " in line for line in settings)
+
+
+def test_what_is_left_out_stays(tmp_path: Path) -> None:
+    base = Policy(window_s=60.0, levels=("watch", *DEFAULT_LEVELS[1:]))
+    text = '[limits]\nmax_restarts = 1\n[levels]\nL4 = "isolate"\n[deadlines]\nfence_timeout_s = 3'
+    expected = replace(
+        base,
+        max_restarts=1,
+        fence_timeout_s=3.0,
+        levels=("watch", "watch", "retry", "isolate", "isolate", "isolate"),
+    )
+    found = load(tmp_path, text, base)
+    assert found == expected
+    assert isinstance(found.fence_timeout_s, float)
+    assert load(tmp_path, "", base) == base
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[experts]\nmax_missing_fractoin = 0.1", "did you mean experts.max_missing_fraction?"),
+        ("[expert]\nrepair = []", "[expert] is unknown: did you mean [experts]?"),
+        ("[zzz]\n", "choose one of [experts], [limits], [deadlines], [detection], [levels]"),
+        ("window_s = 3", "write it below [limits]"),
+        ("limits = 3", "write [limits]"),
+        (
+            "[limits]\nhang_factor = 2",
+            "stands in the wrong table: move it to [detection]",
+        ),
+        ("[experts]\nmax_missing_fraction = 1.0", "must be 0 or more, and below 1"),
+        ("[experts]\nmax_missing_fraction = -0.1", "must be 0 or more, and below 1"),
+        ("[experts]\nmax_missing_fraction = nan", "must be a number"),
+        (
+            "[experts]\nmax_missing_fraction = true",
+            "max_missing_fraction = true must be a number",
+        ),
+        ("[experts]\nserve_masked_meanwhile = 1", "must be true or false"),
+        ('[experts]\nrepair = "mask"', 'must be a list of "reload", "mask", "restart"'),
+        ('[experts]\nrepair = ["mask", "pray"]', "each at most once"),
+        ('[experts]\nrepair = ["mask", "mask"]', "each at most once"),
+        ("[experts]\nrepair = [[1]]", "each at most once"),
+        ("[limits]\nmax_recoveries = 1.5", "must be a whole number"),
+        ("[limits]\nmax_recoveries = -1", "must be a whole number"),
+        ("[limits]\nmax_restarts = true", "must be a whole number"),
+        ("[limits]\nwindow_s = 0", "limits.window_s = 0 must be above 0"),
+        ("[deadlines]\nfence_timeout_s = inf", "must be a number"),
+        (
+            '[deadlines]\nfence_timeout_s = "10"',
+            'fence_timeout_s = "10" must be a number',
+        ),
+        ("[detection]\nhang_factor = 0.5", "must be 1 or more"),
+        ("[detection]\naccuse_after_s = 0.5", "is below suspect_after_s = 1.0: raise it"),
+        ("[detection]\nsuspect_after_s = 2", "accuse_after_s = 1.3 is below"),
+        ('[levels]\nL7 = "log"', "levels.L7 is unknown: the levels are L1, L2, L3, L4, L5, L6"),
+        ('[levels]\nL1 = "panic"', 'must be one of "log", "watch", "retry", "drain", "isolate"'),
+        ("[levels]\nL1 = []", "must be one of"),
+        ("[levels\n", "is not TOML"),
+        ("[levels]\nL1 = 2026-01-01", "must be one of"),
+    ],
+)
+def test_each_mistake_gets_one_line(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        load(tmp_path, text)
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path / 'policy.toml'}: ")
+    assert "\n" not in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
+    for name, said in ("no.toml", "No such file"), ("", "directory"), ("latin.toml", "UTF-8"):
+        with pytest.raises(ValueError, match=said):
+            load_policy(tmp_path / name, Policy())
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("[experts]\nmax_missing_fraction = 0.25\n[limits]\nmax_recoveries = 2")
+    assert policy_of(None, None) == Policy()
+    assert policy_of(path, None) == Policy(max_missing_fraction=0.25, max_recoveries=2)
+    assert policy_of(path, 0.0) == Policy(max_missing_fraction=0.0, max_recoveries=2)
+    assert policy_of(None, 0.5) == Policy(max_missing_fraction=0.5)
+
+
+def test_serve_refuses_a_bad_file_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("[limits]\nwindow = 3")
+    argv = ["revivemoe", "serve", str(tmp_path / "model"), "--recovery-policy", str(path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        main_module.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{path}: limits.window is unknown: did you mean limits.window_s?")
+
+
+def test_the_description_is_toml_with_all_levels() -> None:
+    assert list(tomllib.loads(describe_policy(Policy()))["levels"]) == [
+        f"L{n}" for n in range(1, 7)
+    ]
