@@ -3,6 +3,9 @@
 `transformers` has no hook for routers, so each router module is wrapped after construction. While
 nothing is missing the original runs, untouched. A masked form is only used for a router whose
 unmasked output it reproduces bit for bit; any other router is reported as not maskable.
+
+In every form choices beyond the healthy experts have weight 0, also when no expert is left at all.
+NaN in a hidden state stays NaN in its weights.
 """
 
 from collections.abc import Callable
@@ -10,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, softmax
 
 MaskedForm = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 NEG_INF = float("-inf")
+TINY = torch.finfo(torch.float32).tiny
+"""Below any sum of the K largest of E probabilities: only keeps 0 / 0 from being NaN."""
 
 
 def softmax_then_top_k(
@@ -21,18 +26,49 @@ def softmax_then_top_k(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Qwen, Mixtral, OLMoE: masked logits are minus infinity before the softmax.
 
-    Returns (logits [T, E], weights [T, K], experts [T, K]). If fewer than K experts are left, the
-    surplus choices have weight 0.
+    Returns (logits [T, E], weights [T, K], experts [T, K]).
     """
     hidden_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1])
     logits_TE = linear(hidden_TH, router.weight).masked_fill(missing_E, NEG_INF)
-    probs_TE = torch.nn.functional.softmax(logits_TE.float(), dim=-1)
+    probs_TE = _healthy_first(softmax(logits_TE.float(), dim=-1), missing_E)
     weights_TK, experts_TK = torch.topk(probs_TE, router.top_k, dim=-1)
+    weights_TK = weights_TK.clamp_min(0.0)
     if getattr(router, "norm_topk_prob", True):
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp_min(TINY)
     if hasattr(router, "norm_topk_prob"):
         weights_TK = weights_TK.to(logits_TE.dtype)
     return logits_TE, weights_TK, experts_TK
+
+
+def top_k_then_softmax(
+    router: Any, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gpt-oss: the logits chosen are softened among themselves; a masked one has no part in it."""
+    hidden_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1])
+    logits_TE = linear(hidden_TH, router.weight, router.bias).masked_fill(missing_E, NEG_INF)
+    picked_TK, experts_TK = torch.topk(logits_TE, router.top_k, dim=-1)
+    weights_TK = softmax(picked_TK, dim=1, dtype=picked_TK.dtype)
+    return logits_TE, weights_TK.masked_fill(picked_TK == NEG_INF, 0.0), experts_TK
+
+
+def grouped_softmax(
+    router: Any, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """DeepSeek-V2, with and without group limits: masked logits are minus infinity.
+
+    A group scores with its best healthy expert, so one is enough to stay selectable; a group with
+    none scores below every other.
+    """
+    hidden_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1]).float()
+    logits_TE = linear(hidden_TH, router.weight.float()).masked_fill(missing_E, NEG_INF)
+    scores_TE = _healthy_first(softmax(logits_TE, dim=-1), missing_E)
+    if router.topk_method == "group_limited_greedy":
+        groups_TGM = scores_TE.unflatten(-1, (router.num_group, -1))
+        group_scores = groups_TGM.max(dim=-1).values
+        open_TE = _open_experts(group_scores, router.topk_group, groups_TGM.shape[-1])
+        scores_TE = scores_TE.masked_fill(~open_TE & ~missing_E, 0.0)
+    weights_TK, experts_TK = torch.topk(scores_TE, k=router.top_k, dim=-1, sorted=False)
+    return logits_TE, weights_TK.clamp_min(0.0) * router.routed_scaling_factor, experts_TK
 
 
 def grouped_sigmoid(
@@ -53,9 +89,7 @@ def grouped_sigmoid(
     group_scores = best.masked_fill(best == NEG_INF, 0.0).sum(dim=-1)
     dead_G = missing_E.view(num_groups, per_group).all(dim=-1)
     group_scores = group_scores.masked_fill(dead_G, NEG_INF)
-    chosen_groups = group_scores.topk(router.topk_group, dim=-1, sorted=False)[1]
-    open_TG = torch.zeros_like(group_scores).scatter_(1, chosen_groups, 1).bool()
-    open_TE = open_TG.repeat_interleave(per_group, dim=-1)
+    open_TE = _open_experts(group_scores, router.topk_group, per_group)
     choice_TE = choice_TE.masked_fill(~open_TE | missing_E, NEG_INF)
     picked_TK, experts_TK = torch.topk(choice_TE, router.top_k, dim=-1, sorted=False)
     weights_TK = scores_TE.gather(1, experts_TK).masked_fill(picked_TK == NEG_INF, 0.0)
@@ -64,7 +98,27 @@ def grouped_sigmoid(
     return logits_TE, weights_TK * router.routed_scaling_factor, experts_TK
 
 
-MASKED_FORMS: tuple[MaskedForm, ...] = (softmax_then_top_k, grouped_sigmoid)
+def _healthy_first(probs_TE: torch.Tensor, missing_E: torch.Tensor) -> torch.Tensor:
+    """Masked experts below 0, so that even a healthy one whose probability underflowed is ahead.
+
+    It also overwrites the NaN of a softmax over nothing, when all experts are masked.
+    """
+    return probs_TE.masked_fill(missing_E, -1.0)
+
+
+def _open_experts(group_scores_TG: torch.Tensor, num_open: int, per_group: int) -> torch.Tensor:
+    """[T, E] bool: the experts of each token's `num_open` best groups."""
+    chosen = group_scores_TG.topk(num_open, dim=-1, sorted=False)[1]
+    open_TG = torch.zeros_like(group_scores_TG).scatter_(1, chosen, 1).bool()
+    return open_TG.repeat_interleave(per_group, dim=-1)
+
+
+MASKED_FORMS: tuple[MaskedForm, ...] = (
+    softmax_then_top_k,
+    grouped_sigmoid,
+    grouped_softmax,
+    top_k_then_softmax,
+)
 
 
 class MaskableRouter(nn.Module):

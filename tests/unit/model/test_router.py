@@ -1,6 +1,7 @@
-"""Masked routers against the reference's, on every family."""
+"""Masked routers against the reference's and a plain one, on every family."""
 
 import copy
+import math
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,32 @@ import pytest
 import torch
 from support.reference import masked_experts, routers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from revivemoe.checkpoint import ARCHS
-from revivemoe.model.router import MaskableRouter, find_masked_form
+from revivemoe.model.router import (
+    MASKED_FORMS,
+    MaskableRouter,
+    find_masked_form,
+    grouped_sigmoid,
+    grouped_softmax,
+    softmax_then_top_k,
+    top_k_then_softmax,
+)
 
 EXPERTS = 16
 
@@ -156,6 +179,198 @@ def test_hidden_states_of_any_leading_shape(models: dict[str, Any], hidden: Tens
             flat, shaped = wrapped(hidden), wrapped(hidden.view(3, 100, 64))
         for a, b in zip(flat, shaped, strict=True):
             assert torch.equal(a, b)
+
+
+# ---- every kind of router against a plain one --------------------------------------------------
+
+TOP_K, GROUPS, OPEN = 4, 4, 2
+PER_GROUP = EXPERTS // GROUPS
+Weights = dict[int, float]
+
+
+def exps(logits: list[float], among: list[int]) -> Weights:
+    """Softmax over the experts `among`."""
+    highest = max(logits[e] for e in among)
+    total = sum(math.exp(logits[e] - highest) for e in among)
+    return {e: math.exp(logits[e] - highest) / total for e in among}
+
+
+def best(scores: Weights, count: int) -> list[int]:
+    return sorted(scores, key=lambda e: -scores[e])[:count]
+
+
+def plain_softmax(router: Any, logits: list[float], healthy: list[int]) -> Weights:
+    probs = exps(logits, healthy)
+    chosen = {e: probs[e] for e in best(probs, TOP_K)}
+    total = sum(chosen.values()) if getattr(router, "norm_topk_prob", True) else 1.0
+    return {e: weight / total for e, weight in chosen.items()}
+
+
+def plain_then_softmax(router: Any, logits: list[float], healthy: list[int]) -> Weights:
+    return exps(logits, best({e: logits[e] for e in healthy}, TOP_K))
+
+
+def plain_v2(router: Any, logits: list[float], healthy: list[int]) -> Weights:
+    probs = exps(logits, healthy)
+    if router.topk_method == "group_limited_greedy":
+        groups = {e // PER_GROUP for e in healthy}
+        peaks = {g: max(probs[e] for e in healthy if e // PER_GROUP == g) for g in groups}
+        opened = best(peaks, OPEN)
+        probs = {e: p for e, p in probs.items() if e // PER_GROUP in opened}
+    return {e: probs[e] * router.routed_scaling_factor for e in best(probs, TOP_K)}
+
+
+def plain_v3(router: Any, logits: list[float], healthy: list[int]) -> Weights:
+    bias = router.e_score_correction_bias.tolist()
+    sigmoid = {e: 1 / (1 + math.exp(-logits[e])) for e in healthy}
+    score = {e: sigmoid[e] + bias[e] for e in healthy}
+    groups = {e // PER_GROUP for e in healthy}
+    sums = {
+        g: sum(sorted((score[e] for e in healthy if e // PER_GROUP == g), reverse=True)[:2])
+        for g in groups
+    }
+    opened = best(sums, OPEN)
+    chosen = best({e: s for e, s in score.items() if e // PER_GROUP in opened}, TOP_K)
+    total = sum(sigmoid[e] for e in chosen)
+    return {e: sigmoid[e] / total * router.routed_scaling_factor for e in chosen}
+
+
+SIZE = {"hidden_size": 64, "num_attention_heads": 4, "num_experts_per_tok": TOP_K}
+V2 = {**SIZE, "n_routed_experts": EXPERTS, "routed_scaling_factor": 2.5, "topk_method": "greedy"}
+GROUPED = {"n_group": GROUPS, "topk_group": OPEN}
+BUILT: dict[str, tuple[Any, Any, Any]] = {
+    "mixtral": (
+        lambda: MixtralTopKRouter(MixtralConfig(**SIZE, num_local_experts=EXPERTS)),
+        plain_softmax,
+        softmax_then_top_k,
+    ),
+    "qwen3_moe": (
+        lambda: Qwen3MoeTopKRouter(
+            Qwen3MoeConfig(**SIZE, num_experts=EXPERTS, norm_topk_prob=True)
+        ),
+        plain_softmax,
+        softmax_then_top_k,
+    ),
+    "olmoe": (
+        lambda: OlmoeTopKRouter(OlmoeConfig(**SIZE, num_experts=EXPERTS, norm_topk_prob=False)),
+        plain_softmax,
+        softmax_then_top_k,
+    ),
+    "deepseek_v3": (
+        lambda: DeepseekV3TopkRouter(
+            DeepseekV3Config(**SIZE, **GROUPED, n_routed_experts=EXPERTS, norm_topk_prob=True)
+        ),
+        plain_v3,
+        grouped_sigmoid,
+    ),
+    "deepseek_v2 greedy": (
+        lambda: DeepseekV2TopkRouter(DeepseekV2Config(**V2)),
+        plain_v2,
+        grouped_softmax,
+    ),
+    "deepseek_v2 grouped": (
+        lambda: DeepseekV2TopkRouter(
+            DeepseekV2Config(**V2 | GROUPED | {"topk_method": "group_limited_greedy"})
+        ),
+        plain_v2,
+        grouped_softmax,
+    ),
+    "gpt_oss": (
+        lambda: GptOssTopKRouter(GptOssConfig(**SIZE, num_local_experts=EXPERTS)),
+        plain_then_softmax,
+        top_k_then_softmax,
+    ),
+}
+"""How to build the router, the plain one, and the form that must be found for it."""
+ALL = set(range(EXPERTS))
+MASKS: dict[str, Set[int]] = {
+    "none": set(),
+    "one": {5},
+    "all but K": ALL - {0, 6, 7, 13},
+    "fewer than K left": ALL - {2, 9},
+    "one left": ALL - {11},
+    "a group dead": {4, 5, 6, 7},
+    "a group with one left": {0, 1, 2, 5},
+    "all groups dead but one": ALL - {8, 9, 10, 11},
+    "more open groups than live ones": ALL - {8, 10},
+    "all": ALL,
+}
+
+
+def built(family: str, dtype: torch.dtype, spread: float = 0.4) -> Any:
+    torch.manual_seed(7)
+    router = BUILT[family][0]()
+    for parameter in router.parameters():
+        parameter.data = (torch.randn(parameter.shape) * spread).to(dtype)
+    if hasattr(router, "e_score_correction_bias"):
+        router.e_score_correction_bias.copy_(torch.rand(EXPERTS) - 0.5)
+    return router.requires_grad_(False)
+
+
+def without_ties(router: Any, hidden: Tensor) -> Tensor:
+    """Rows whose logits all differ: which of two equal ones is chosen means nothing."""
+    logits = router(hidden)[0]
+    kept = torch.tensor([len(set(row)) == EXPERTS for row in logits.tolist()])
+    assert kept.sum() >= 30
+    return hidden[kept]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("missing", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("family", BUILT)
+def test_masked_equals_a_plain_router(
+    hidden: Tensor, family: str, missing: Set[int], dtype: torch.dtype
+) -> None:
+    router, (_, plain, _) = built(family, dtype), BUILT[family]
+    hidden = without_ties(router, hidden.to(dtype))
+    logits, expected_weights, _ = router(hidden)
+    _, weights, experts = masked_router(router, missing)(hidden)
+    assert (weights.dtype, experts.dtype) == (expected_weights.dtype, torch.int64)
+    assert weights.shape == experts.shape == (len(hidden), TOP_K)
+    healthy = sorted(ALL - missing)
+    tolerance = 1e-5 if weights.dtype == torch.float32 else 1e-2
+    for row, logits_E in enumerate(logits.float().tolist()):
+        expected = plain(router, logits_E, healthy) if healthy else {}
+        assert len(set(experts[row].tolist())) == TOP_K, "choices are distinct"
+        got = dict(zip(experts[row].tolist(), weights[row].tolist(), strict=True))
+        assert {e for e, w in got.items() if w} == set(expected), row
+        for expert, weight in expected.items():
+            assert got[expert] == pytest.approx(weight, abs=tolerance, rel=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", BUILT)
+def test_exactly_one_form_fits(hidden: Tensor, family: str, dtype: torch.dtype) -> None:
+    """Bit for bit without a mask, and none other does: the wrong one would mask wrongly."""
+    router = built(family, dtype)
+    assert find_masked_form(router) is BUILT[family][2]
+    others = [form for form in MASKED_FORMS if form is not BUILT[family][2]]
+    for form in others:
+        try:
+            got = form(router, hidden.to(dtype), mask(set()))
+        except (AttributeError, TypeError, RuntimeError):
+            continue
+        assert not torch.equal(got[1], router(hidden.to(dtype))[1])
+
+
+@pytest.mark.parametrize("family", BUILT)
+def test_a_masked_expert_is_not_chosen_before_one_that_underflowed(
+    hidden: Tensor, family: str
+) -> None:
+    """Logits hundreds apart: most probabilities are 0, as a masked expert's is."""
+    router = built(family, torch.float32, spread=100.0)
+    for missing in ({0, 1, 2, 4, 5}, {3, 7, 8, 9}, {10, 11, 13, 14, 15}, set(range(4, 16))):
+        _, weights, experts = masked_router(router, missing)(hidden)
+        assert not weights.isnan().any()
+        assert not set(experts.flatten().tolist()) & missing
+
+
+@pytest.mark.parametrize("family", BUILT)
+def test_nan_stays_visible(hidden: Tensor, family: str) -> None:
+    """A masked router must not hide a broken hidden state, nor spread it to other tokens."""
+    hidden[3, 5] = math.nan
+    _, weights, _ = masked_router(built(family, torch.float32), {1, 4})(hidden)
+    assert weights.isnan().any(-1).nonzero().flatten().tolist() == [3]
 
 
 # ---- routers of another kind ----------------------------------------------------------------
