@@ -8,6 +8,7 @@ from revivemoe.cli.bench import bench
 from revivemoe.cli.demo import demo
 from revivemoe.cli.make_model import make_model_command
 from revivemoe.cli.serve import serve
+from revivemoe.cli.sim import sim
 
 app = typer.Typer(
     name="revivemoe",
@@ -20,6 +21,7 @@ app.command("make-model")(make_model_command)
 app.command("serve")(serve)
 app.command("demo")(demo)
 app.command("bench")(bench)
+app.command("sim")(sim)
 
 
 def main() -> None:

@@ -1,0 +1,119 @@
+"""The simulated cluster: starts, reaches and kills rank processes. `engine.Cluster`."""
+
+from collections.abc import Callable
+from functools import partial
+from random import Random
+
+from revivemoe.core.rank import Rank
+from revivemoe.ids import Epoch, Incarnation, RankId
+from revivemoe.messages import Command, Configure, DomainSpec, Report
+from revivemoe.sim.channel import Channel
+from revivemoe.sim.clock import Clock
+from revivemoe.sim.domain import Domain
+from revivemoe.sim.forward import Forward
+from revivemoe.sim.process import Process
+from revivemoe.sim.requests import Request
+from revivemoe.sim.scenario import Scenario
+from revivemoe.sim.steploop import StepLoop
+
+START_S = 0.02
+LOAD_S = 0.1
+
+
+class SimCluster:
+    """Every process there has been, and the channels to and from them."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        rng: Random,
+        scenario: Scenario,
+        on_report: Callable[[Report], None],
+        on_exit: Callable[[RankId, Incarnation, str], None],
+    ) -> None:
+        self.clock, self.rng = clock, rng
+        self.processes: dict[RankId, Process] = {}
+        """The last process of each rank."""
+        self.loops: dict[RankId, StepLoop] = {}
+        self.forkserver_alive = True
+        self.on_reach: Callable[[Process, Request], float] = lambda process, request: 1.0
+        self.load_fails: Callable[[Process], bool] = lambda process: False
+        self._scenario = scenario
+        self._on_report, self._tell_exit = on_report, on_exit
+        self._commands: dict[RankId, Channel[Command]] = {}
+        self._reports: dict[RankId, Channel[Report]] = {}
+        self._domains: dict[Epoch, tuple[Configure, Domain]] = {}
+
+    # ---- engine.Cluster ----------------------------------------------------------------------
+
+    def launch(
+        self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
+    ) -> None:
+        delay_s = self._scenario.max_delay_s
+        reports = Channel(self.clock, self.rng, delay_s, self._on_report)
+        process = Process(self, rank, incarnation, reports.send)
+        self.processes[rank] = process
+        self._commands[rank] = Channel(self.clock, self.rng, delay_s, process.deliver)
+        self._reports[rank] = reports
+        core = Rank(rank, incarnation, self._scenario.limits)
+        loop = StepLoop(
+            process,
+            core,
+            Forward(core, self.rng),
+            [list(row) for row in slots],
+            LOAD_S * (0.5 + self.rng.random()),
+            self._enter,
+            self._load_fails,
+        )
+        self.loops[rank] = loop
+        process.start(loop.run(), START_S * (0.5 + self.rng.random()))
+
+    def send(self, rank: RankId, command: Command) -> None:
+        if rank in self._commands:
+            self._commands[rank].send(command)
+
+    def kill(self, rank: RankId) -> None:
+        process = self.processes.get(rank)
+        if process is not None and not process.unkillable:
+            process.die("killed by signal 9")
+
+    def domain(self) -> DomainSpec:
+        return DomainSpec("gloo" if self._scenario.eager_errors else "shm")
+
+    # ---- process.Host ------------------------------------------------------------------------
+
+    def on_exit(self, process: Process, detail: str) -> None:
+        """The exit is noticed on another way than the reports come, and may overtake them."""
+        rank, incarnation = process.rank, process.incarnation
+        if self.processes[rank] is process:
+            self._reports[rank].lose_rest()
+        delay_s = self.rng.random() * 2 * self._scenario.max_delay_s
+        self.clock.after(delay_s, partial(self._tell_exit, rank, incarnation, detail))
+
+    def reach(self, process: Process, request: Request) -> float:
+        return self.on_reach(process, request)
+
+    # ---- for the step loops ------------------------------------------------------------------
+
+    def _enter(self, configure: Configure, process: Process) -> Domain:
+        """The domain of an epoch; all members must have been told the same of it."""
+        epoch = configure.epoch
+        if epoch not in self._domains:
+            members = configure.topology.members
+            domain = Domain(epoch, members, self._scenario.eager_errors)
+            self._domains[epoch] = (configure, domain)
+        known, domain = self._domains[epoch]
+        assert known == configure, f"members of epoch {epoch} were told different things"
+        self._assert_holds(configure, process)
+        return domain
+
+    def _assert_holds(self, configure: Configure, process: Process) -> None:
+        held = self.loops[process.rank].slots
+        for layer, row in enumerate(configure.placement.slots.get(process.rank, ())):
+            for slot, expert in enumerate(row):
+                assert expert < 0 or held[layer][slot] == expert, (
+                    f"rank {process.rank} enters epoch {configure.epoch} without expert {expert}"
+                )
+
+    def _load_fails(self, process: Process) -> bool:
+        return self.load_fails(process)

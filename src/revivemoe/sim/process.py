@@ -1,0 +1,229 @@
+"""One simulated rank process: its life, its control thread, and what drives its step loop.
+
+Mirrors `executor.control`: commands come in and raise the fence at once, whatever the step loop
+does; heartbeats go out on their own.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator
+from functools import partial
+from random import Random
+from typing import Protocol, assert_never
+
+from revivemoe.ids import Epoch, Incarnation, RankId
+from revivemoe.messages import Activity, Command, Fence, Heartbeat, Hello, RankStats, Report
+from revivemoe.sim.clock import Clock
+from revivemoe.sim.domain import Domain
+from revivemoe.sim.requests import CommunicationFailed, DomainLeft, Idle, Meet, Request, Work
+
+HEARTBEAT_S = 0.1
+IDLE_TICK_S = 0.5
+"""A parked loop ticks its progress so often."""
+POLL_S = 0.0003
+"""Within this time a wait sees that its exchange is complete, or that it is fenced."""
+
+StepLoop = Generator[Request, list[object] | None, None]
+
+
+class Host(Protocol):
+    """What a process can reach."""
+
+    clock: Clock
+    rng: Random
+
+    def on_exit(self, process: "Process", detail: str) -> None: ...
+
+    def reach(self, process: "Process", request: Request) -> float:
+        """A step loop gets to a new place. Returns how much slower than normal its work is."""
+        ...
+
+
+class Process:
+    """A process of one rank: alive, stopped (SIGSTOP) or dead; its step loop may hang."""
+
+    def __init__(
+        self, host: Host, rank: RankId, incarnation: Incarnation, say: Callable[[Report], None]
+    ) -> None:
+        self.rank, self.incarnation = rank, incarnation
+        self.alive, self.stopped, self.hung, self.unkillable = True, False, False, False
+        self.commands: deque[Command] = deque()
+        self.fenced = Epoch(0)
+        """Every wait in a domain below this epoch ends at once."""
+        self.domain: Domain | None = None
+        self.stats = RankStats()
+        self.step = 0
+        self.doing: Request = Idle()
+        self._host, self._say = host, say
+        self._loop: StepLoop | None = None
+        self._num_exchanges = 0
+        self._wait = 0
+        """Counts what the step loop has waited for: an answer to an earlier wait is stale."""
+        self._since = 0.0
+        self._progress = 0
+        self._frozen: list[Callable[[], None]] = []
+        """What happens once a stopped process goes on."""
+
+    # ---- life --------------------------------------------------------------------------------
+
+    def start(self, loop: StepLoop, start_s: float) -> None:
+        self._loop = loop
+        self._host.clock.after(start_s, self._begin)
+
+    def _begin(self) -> None:
+        if self.alive:
+            self.report(Hello(self.rank, self.incarnation, 1000 + self.rank, "sim"))
+            self._beat()
+            self._advance(None)
+
+    def die(self, detail: str) -> None:
+        """The process ends, whatever it was doing."""
+        if not self.alive:
+            return
+        self.alive = False
+        self.leave_domain()
+        self._host.on_exit(self, detail)
+
+    def stop(self) -> None:
+        """SIGSTOP: neither thread runs."""
+        self.stopped = True
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self.stopped = False
+        frozen, self._frozen = self._frozen, []
+        for action in frozen:
+            action()
+
+    def report(self, report: Report) -> None:
+        if self.alive:
+            self._say(report)
+
+    # ---- control thread ----------------------------------------------------------------------
+
+    def deliver(self, command: Command) -> None:
+        """A command has reached the process."""
+        if not self.alive:
+            return
+        if self.stopped:
+            self._frozen.append(partial(self.deliver, command))
+            return
+        if isinstance(command, Fence) and not command.at_boundary:
+            self.fenced = max(self.fenced, command.epoch)
+        self.commands.append(command)
+        if isinstance(self.doing, Idle):
+            self._later(partial(self._advance, None))
+        elif isinstance(self.doing, Meet) and self._is_fenced():
+            self._later(self._leave_wait)
+
+    def _beat(self) -> None:
+        if not self.alive:
+            return
+        if self.stopped:
+            self._frozen.append(self._beat)
+            return
+        now = self._host.clock.now
+        progress = self._progress
+        if isinstance(self.doing, Idle):
+            progress += int((now - self._since) / IDLE_TICK_S)
+        self.report(
+            Heartbeat(self.rank, self.incarnation, progress, self.stats, self._activity(now))
+        )
+        self._host.clock.after(HEARTBEAT_S, self._beat)
+
+    def _activity(self, now: float) -> Activity:
+        since_s = now - self._since
+        match self.doing:
+            case Idle():
+                return Activity("idle", "", -1, self.step, since_s % IDLE_TICK_S)
+            case Meet(phase=phase, layer=layer):
+                return Activity("waiting", phase, layer, self.step, since_s)
+            case Work(phase=phase, layer=layer, budget_s=budget_s, announced=announced):
+                kind = "announced" if announced else "working"
+                return Activity(kind, phase, layer, self.step, since_s, budget_s)
+            case _:
+                assert_never(self.doing)
+
+    # ---- the step loop's waits ---------------------------------------------------------------
+
+    def enter_domain(self, domain: Domain) -> None:
+        self.domain, self._num_exchanges = domain, 0
+
+    def leave_domain(self) -> None:
+        if self.domain is not None:
+            self.domain.leave(self.rank)
+            self.domain = None
+
+    def fail_wait(self, detail: str) -> None:
+        """The transport fails under a rank that waits for its peers."""
+        if isinstance(self.doing, Meet):
+            self._later(partial(self._throw, CommunicationFailed(detail)))
+
+    def _is_fenced(self) -> bool:
+        return self.domain is None or self.domain.epoch < self.fenced
+
+    def _leave_wait(self) -> None:
+        self._throw(DomainLeft())
+
+    def _later(self, action: Callable[[], None], delay_s: float | None = None) -> None:
+        """End the present wait with this action, unless something else ends it first."""
+        if delay_s is None:
+            delay_s = self._host.rng.random() * POLL_S
+        self._host.clock.after(delay_s, partial(self._end_wait, self._wait, action))
+
+    def _end_wait(self, wait: int, action: Callable[[], None]) -> None:
+        if wait != self._wait or not self.alive or self.hung:
+            return
+        if self.stopped:
+            self._frozen.append(partial(self._end_wait, wait, action))
+            return
+        action()
+
+    def _advance(self, answer: list[object] | None) -> None:
+        assert self._loop is not None
+        try:
+            self._follow(self._loop.send(answer))
+        except StopIteration:
+            self.die("exited with status 0")
+
+    def _throw(self, error: Exception) -> None:
+        assert self._loop is not None
+        self._follow(self._loop.throw(error))
+
+    def _follow(self, request: Request) -> None:
+        self._wait += 1
+        self._progress += 1
+        self.doing, self._since = request, self._host.clock.now
+        slower = self._host.reach(self, request)
+        match request:
+            case Idle():
+                if self.commands:
+                    self._later(partial(self._advance, None))
+            case Work():
+                self._later(partial(self._advance, None), request.seconds * slower)
+            case Meet():
+                self._meet(request)
+            case _:
+                assert_never(request)
+
+    def _meet(self, request: Meet) -> None:
+        if self.hung or not self.alive:
+            return
+        if self.stopped:
+            self._frozen.append(partial(self._meet, request))
+            return
+        if self._is_fenced():
+            self._later(self._leave_wait, 0.0)
+            return
+        assert self.domain is not None
+        wait = self._wait
+        self._num_exchanges += 1
+
+        def wake(values: list[object]) -> None:
+            if wait == self._wait:
+                self._later(partial(self._advance, values))
+
+        def fail(detail: str) -> None:
+            if wait == self._wait:
+                self.fail_wait(detail)
+
+        self.domain.publish(self._num_exchanges, self.rank, request.value, wake, fail)

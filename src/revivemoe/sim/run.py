@@ -1,0 +1,169 @@
+"""Runs one seed: builds the instance, lets it run to its end, checks everything on the way."""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from typing import Any
+
+from revivemoe.engine import Engine, FailedState, Serving
+from revivemoe.ids import Epoch
+from revivemoe.placement import place
+from revivemoe.sim.client import Client
+from revivemoe.sim.clock import Clock
+from revivemoe.sim.cluster import SimCluster
+from revivemoe.sim.faults import FaultKind, FaultSpec
+from revivemoe.sim.host import EngineHost, stage_of
+from revivemoe.sim.scenario import NUM_EXPERTS, Arrival, Scenario, draw
+from revivemoe.sim.strikes import Strikes
+from revivemoe.sim.verdict import Verdict
+from revivemoe.sim.vocabulary import LetterVocabulary
+from revivemoe.streams import EngineUnavailable
+from revivemoe.topology import collocated
+
+LIMIT_S = 120.0
+"""Virtual time within which all requests must have ended."""
+SETTLE_S = 0.3
+"""How long to look on after the last request has ended."""
+
+KINDS: tuple[FaultKind, ...] = (
+    "kill", "kill", "kill", "error", "kill-two", "kill-all", "stall", "forkserver", "slow",
+)  # fmt: skip
+
+Trace = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What became of one seed."""
+
+    seed: int
+    violation: str | None = None
+    trace: str = ""
+    struck: list[tuple[FaultSpec, str]] = field(default_factory=list)
+    outcome: str = ""
+    virtual_s: float = 0.0
+    num_actions: int = 0
+    num_steps: int = 0
+    preemptions: int = 0
+
+
+class Simulation:
+    """One instance under one scenario."""
+
+    def __init__(self, scenario: Scenario, trace: Trace | None = None) -> None:
+        self.scenario = scenario
+        self.clock, self.rng = Clock(), Random(f"events {scenario.seed}")
+        self.host = EngineHost(self.clock, self._observe)
+        self.cluster = SimCluster(
+            self.clock, self.rng, scenario, self.host.on_report, self.host.on_exit
+        )
+        self.strikes = Strikes(self.clock, self.cluster, self.host, scenario.faults)
+        topology = collocated(Epoch(1), scenario.num_ranks)
+        placement = place(NUM_EXPERTS, [0, 1], topology.experts, scenario.redundant, scenario.spare)
+        self.engine = Engine(
+            scenario.config,
+            topology,
+            placement,
+            LetterVocabulary(),
+            self.cluster,
+            lambda: self.clock.now,
+            self._on_event,
+        )
+        self.clients: list[Client] = []
+        self.verdict = Verdict(scenario, self.engine, self.cluster, self.strikes)
+        self._trace = trace
+        self._stage = ""
+        self._served = False
+
+    def run(self) -> None:
+        """To the end of the last request, and a little on. Raises AssertionError."""
+        self.host.start(self.engine)
+        limit = self.clock.now + LIMIT_S
+        while not self._is_over():
+            self.clock.step()
+            assert self.clock.now < limit, self.verdict.stuck(self.clients)
+        until = self.clock.now + SETTLE_S
+        while self.clock.now < until:
+            self.clock.step()
+        self.verdict.at_end(self.clients)
+
+    def _is_over(self) -> bool:
+        if isinstance(self.engine.state, FailedState):
+            return True
+        return (
+            len(self.clients) == len(self.scenario.arrivals)
+            and all(client.done for client in self.clients)
+            and isinstance(self.engine.state, Serving)
+            and not self.strikes.pending
+            and self.clock.now > self.strikes.stalled_until
+        )
+
+    # ---- what the engine does ----------------------------------------------------------------
+
+    def _observe(self) -> None:
+        stage = stage_of(self.engine)
+        if stage == self._stage:
+            return
+        self._stage = stage
+        self.strikes.on_stage(stage)
+        if stage == "serving" and not self._served:
+            self._served = True
+            self.strikes.on_serving()
+            for arrival in self.scenario.arrivals:
+                self.clock.after(arrival.at_s, partial(self._arrive, arrival))
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if self._trace is not None:
+            self._trace(f"{self.clock.now:9.4f} {event}")
+        if event["event"] == "fault":
+            self.verdict.on_accusation(event)
+
+    # ---- clients -----------------------------------------------------------------------------
+
+    def _arrive(self, arrival: Arrival) -> None:
+        client = Client(arrival)
+        self.clients.append(client)
+        self.host.call(partial(self._submit, client))
+        if arrival.abort_after_s is not None:
+            self.clock.after(
+                arrival.abort_after_s, lambda: self.host.call(partial(self._abort, client))
+            )
+
+    def _submit(self, client: Client) -> None:
+        try:
+            client.request = self.engine.submit(client.submission, client)
+        except EngineUnavailable:
+            client.refused = True
+
+    def _abort(self, client: Client) -> None:
+        if client.request is not None and not client.done:
+            client.aborted = True
+            self.engine.abort(client.request)
+
+
+def run_seed(seed: int, kinds: tuple[FaultKind, ...] = KINDS, trace: Trace | None = None) -> Result:
+    """Run one seed. What breaks is in `violation`: nothing is raised."""
+    result = Result(seed)
+    try:
+        simulation = Simulation(draw(seed, kinds), trace)
+        _run(simulation, result)
+    except Exception as error:
+        result.violation = f"{type(error).__name__}: {error}"
+        result.trace = traceback.format_exc()
+    return result
+
+
+def _run(simulation: Simulation, result: Result) -> None:
+    try:
+        simulation.run()
+    finally:
+        result.struck = simulation.strikes.struck
+        result.outcome = stage_of(simulation.engine)
+        result.virtual_s = simulation.clock.now
+        result.num_actions = simulation.clock.num_actions
+        result.num_steps = simulation.engine.last_step
+        result.preemptions = sum(
+            loop.rank.stats().preemptions for loop in simulation.cluster.loops.values()
+        )

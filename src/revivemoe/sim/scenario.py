@@ -1,0 +1,177 @@
+"""What one seed stands for: the instance, its requests, its faults. A pure function of the seed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from revivemoe.config import EngineConfig
+from revivemoe.core.limits import RankLimits
+from revivemoe.recovery.policy import Policy
+from revivemoe.sampling_params import SamplingParams
+from revivemoe.sim.answers import EOS, VOCABULARY, answers
+from revivemoe.sim.faults import AtPoint, AtTime, FaultKind, FaultSpec, InStage, When
+from revivemoe.streams import StopStrings, Submission
+
+NUM_EXPERTS = 16
+MAX_MODEL_LEN = 64
+STEPS = 40
+"""About so many steps a seed takes; faults at a step are drawn below."""
+STAGES = ("fencing", "resuming", "first step")
+POINTS = (
+    (-1, "headers"), (0, "attention"), (0, "dispatch"), (0, "experts"), (0, "combine"),
+    (1, "attention"), (1, "dispatch"), (1, "experts"), (1, "combine"), (-1, "sample"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request: when it comes, and when its client leaves, if it does."""
+
+    at_s: float
+    submission: Submission
+    abort_after_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Everything that is drawn beforehand."""
+
+    seed: int
+    num_ranks: int
+    redundant: int
+    spare: int
+    limits: RankLimits
+    policy: Policy
+    eager_errors: bool
+    max_delay_s: float
+    """Of a message between engine and rank."""
+    arrivals: tuple[Arrival, ...]
+    faults: tuple[FaultSpec, ...]
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(
+            model_dir=Path("sim"),
+            data_parallel_size=self.num_ranks,
+            redundant_experts=self.redundant,
+            spare_expert_slots=self.spare,
+            device="cpu",
+            max_model_len=MAX_MODEL_LEN,
+            block_size=self.limits.block_size,
+            policy=self.policy,
+        )
+
+
+def draw(seed: int, kinds: tuple[FaultKind, ...]) -> Scenario:
+    """The scenario of a seed, with faults of these kinds."""
+    rng = Random(seed)
+    num_ranks = rng.choice((4, 4, 4, 5, 6))
+    return Scenario(
+        seed=seed,
+        num_ranks=num_ranks,
+        redundant=rng.choice((NUM_EXPERTS, NUM_EXPERTS, 4, 2, 0)),
+        spare=rng.randint(0, 2),
+        limits=_limits(rng),
+        policy=Policy(max_missing_fraction=rng.choice((1 / 32, 1 / 2))),
+        eager_errors=rng.random() < 0.4,
+        max_delay_s=rng.choice((0.0005, 0.002, 0.02)),
+        arrivals=tuple(_arrivals(rng)),
+        faults=tuple(_fault(rng, kinds, num_ranks, n) for n in range(rng.choice((1, 1, 2, 3)))),
+    )
+
+
+def _limits(rng: Random) -> RankLimits:
+    return RankLimits(
+        num_blocks=rng.choice((16, 24, 48)),
+        block_size=4,
+        max_num_seqs=rng.choice((3, 8)),
+        max_num_batched_tokens=rng.choice((12, 24)),
+        max_model_len=MAX_MODEL_LEN,
+        enable_prefix_caching=rng.random() < 0.9,
+        prefill_tokens_beside_decodes=rng.choice((None, 6)),
+    )
+
+
+# ---- requests -------------------------------------------------------------------------------
+
+
+def _arrivals(rng: Random) -> list[Arrival]:
+    common = [tuple(_tokens(rng, rng.choice((8, 12, 17)))) for _ in range(2)]
+    count = rng.randint(8, 11)
+    return [_arrival(rng, common, n) for n in range(count)]
+
+
+def _arrival(rng: Random, common: list[tuple[int, ...]], number: int) -> Arrival:
+    prefix = rng.choice([(), *common])
+    prompt = (*prefix, *_tokens(rng, rng.randint(1, 14)))
+    # The first one is long, so that every seed has its 30 steps.
+    length = 32 if number == 0 else rng.choice((1, 4, 8, 14, 20))
+    submission = Submission(
+        request_id=f"request {number}",
+        prompts=(prompt,) if rng.random() < 0.85 else (prompt, prompt[:-1] or (3,)),
+        n=2 if rng.random() < 0.2 else 1,
+        params=_params(rng, length, plain=number == 0),
+    )
+    if number and rng.random() < 0.2:
+        submission = _with_stop(rng, submission)
+    leaves = number > 0 and rng.random() < 0.12
+    return Arrival(
+        at_s=rng.random() * 0.2 if number else 0.0,
+        submission=submission,
+        abort_after_s=rng.random() * 0.3 if leaves else None,
+    )
+
+
+def _params(rng: Random, length: int, plain: bool) -> SamplingParams:
+    return SamplingParams(
+        seed=0,
+        max_tokens=length,
+        min_tokens=rng.choice((0, 0, 3)),
+        eos_token_ids=(EOS,) if not plain and rng.random() < 0.3 else (),
+        stop_token_ids=(7,) if not plain and rng.random() < 0.15 else (),
+        logprobs=1 if rng.random() < 0.15 else None,
+        prompt_logprobs=1 if rng.random() < 0.15 else None,
+    )
+
+
+def _with_stop(rng: Random, submission: Submission) -> Submission:
+    """A stop string that really occurs in the first choice."""
+    text = answers(submission, MAX_MODEL_LEN)[0].text
+    if len(text) < 3:
+        return submission
+    start = rng.randrange(len(text) - 1)
+    return Submission(
+        submission.request_id,
+        submission.prompts,
+        submission.n,
+        submission.params,
+        StopStrings((text[start : start + 2], "zz")),
+    )
+
+
+def _tokens(rng: Random, count: int) -> list[int]:
+    return [rng.randrange(VOCABULARY) for _ in range(count)]
+
+
+# ---- faults ---------------------------------------------------------------------------------
+
+
+def _fault(rng: Random, kinds: tuple[FaultKind, ...], num_ranks: int, number: int) -> FaultSpec:
+    rank, peer = rng.sample(range(num_ranks), 2)
+    return FaultSpec(
+        kind=rng.choice(kinds),
+        rank=rank,
+        when=_when(rng, number),
+        peer=peer,
+        level=rng.randint(1, 6),
+        seconds=rng.choice((0.5, 1.5, 3.0, 6.0)),
+    )
+
+
+def _when(rng: Random, number: int) -> When:
+    if number and rng.random() < 0.7:
+        return InStage(rng.choice(STAGES), rng.random() * 0.006)
+    if rng.random() < 0.5:
+        return AtTime(rng.random() * 0.4)
+    layer, phase = rng.choice(POINTS)
+    return AtPoint(rng.randrange(STEPS), layer, phase)
