@@ -1,0 +1,1 @@
+"""Sources of device-fault signals: NVML and Kubernetes, polled in threads; no torch."""

@@ -1,0 +1,117 @@
+"""Health of one Kubernetes Node, through the official client; what it means: `kubernetes_state`.
+
+The service account needs `get` on that Node, and for Ascend's device plugin `get` on the ConfigMap
+`mindx-dl-deviceinfo-NODE` in `kube-system`; without the latter its faults stay unknown.
+"""
+
+import json
+import logging
+from typing import Any
+
+from revivemoe.health.kubernetes_state import Ranks, reports_of
+from revivemoe.health.source import Reported, changes, worst
+from revivemoe.recovery.faults import DeviceReport
+
+log = logging.getLogger("revivemoe.health")
+
+REQUEST_TIMEOUT_S = (2.0, 3.0)
+"""To connect, and to read."""
+DEVICE_INFO_NAMESPACE = "kube-system"
+DEVICE_INFO_PREFIX = "mindx-dl-deviceinfo-"
+
+
+class Refused(OSError):
+    """The API server answered, with an error."""
+
+    def __init__(self, name: str, status: int, reason: str) -> None:
+        super().__init__(f"{name}: the API server says {status} {reason}")
+        self.status = status
+
+
+class KubernetesSource:
+    """Polls one Node. `api` is a `kubernetes.client.CoreV1Api`; closed with the source."""
+
+    name = "kubernetes"
+
+    def __init__(self, api: Any, node: str, ranks: Ranks) -> None:
+        self._api = api
+        self._node = node
+        self._ranks = ranks
+        self._reported: Reported = {}
+        self._complaints: set[str] = set()
+
+    def poll(self) -> list[DeviceReport]:
+        """See `HealthSource`. Takes at most two requests of `REQUEST_TIMEOUT_S`.
+
+        Raises `Refused`, the client's errors, or ValueError for a body that is not JSON, if the
+        Node cannot be read: no news is neither bad nor good.
+        """
+        node = self._read(self._api.read_node, self._node)
+        complaints: list[str] = []
+        reading = reports_of(node, self._ranks, self._device_info(complaints))
+        self._say(complaints + reading.complaints)
+        found = worst(reading.reports)
+        reports = changes(self._reported, found)
+        self._reported = found
+        return reports
+
+    def close(self) -> None:
+        self._api.api_client.close()
+
+    def _device_info(self, complaints: list[str]) -> Any:
+        """The device plugin's ConfigMap; None if there is none, or if we may not read it."""
+        name = DEVICE_INFO_PREFIX + self._node
+        try:
+            return self._read(self._api.read_namespaced_config_map, name, DEVICE_INFO_NAMESPACE)
+        except Refused as error:
+            if error.status not in (401, 403, 404):
+                raise
+            if error.status != 404:
+                complaints.append(f"may not read ConfigMap {DEVICE_INFO_NAMESPACE}/{name}")
+        return None
+
+    def _read(self, call: Any, *names: str) -> Any:
+        """The object as the API's own JSON: the client's models refuse what they do not know."""
+        from kubernetes.client import ApiException
+
+        try:
+            response = call(*names, _request_timeout=REQUEST_TIMEOUT_S, _preload_content=False)
+        except ApiException as error:
+            raise Refused(names[0], error.status, error.reason) from None
+        found = json.loads(response.data)
+        if not isinstance(found, dict):
+            raise ValueError(f"{names[0]}: the server sent {type(found).__name__}, not an object")
+        return found
+
+    def _say(self, complaints: list[str]) -> None:
+        """Log each complaint when it comes up, and again only after it has been gone."""
+        for complaint in complaints:
+            if complaint not in self._complaints:
+                log.warning("%s: node %s: %s", self.name, self._node, complaint)
+        self._complaints = set(complaints)
+
+
+def connect(configuration: Any = None) -> Any:
+    """A CoreV1Api: of this configuration, of the pod this runs in, or of the kubeconfig.
+
+    One try per request: trying again is the monitor's. Raises ValueError.
+    """
+    try:
+        from kubernetes import client, config
+    except ImportError:
+        raise ValueError(
+            "--kubernetes-node needs the Kubernetes client: pip install 'revivemoe[kubernetes]'"
+        ) from None
+    if configuration is None:
+        configuration = client.Configuration()
+        try:
+            try:
+                config.load_incluster_config(client_configuration=configuration)
+            except config.ConfigException:
+                config.load_kube_config(client_configuration=configuration)
+        except (config.ConfigException, OSError) as error:
+            raise ValueError(
+                f"--kubernetes-node found neither a service account nor a kubeconfig: {error}"
+            ) from None
+    configuration.retries = False
+    return client.CoreV1Api(client.ApiClient(configuration))

@@ -1,0 +1,257 @@
+"""NVIDIA devices through NVML (`nvidia-ml-py`): Xid events, ECC, row remapping, lost devices.
+
+| condition | level | why |
+|---|---|---|
+| `xid-N` | `xids.XID_LEVELS` | NVIDIA's catalog |
+| `ecc-uncorrected` | 4 | the volatile counter has risen while we watch: contained, but drain |
+| `row-remap-pending` | 4 | takes effect at a reset: drain, so that one can be made |
+| `row-remap-failed` | 5 | no spare row was left: the board is to be exchanged |
+| `recovery-action-N` | `RECOVERY_LEVELS` | what the driver itself asks for |
+| `reset-required` | 5 | queries are refused until a reset |
+| `gpu-lost` | 6 | fallen off the bus: any query says so |
+
+Names of the library: "NVML API Reference", docs.nvidia.com/deploy/nvml-api.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from revivemoe.health.source import Reported, changes, worst
+from revivemoe.health.xids import xid_level
+from revivemoe.ids import RankId
+from revivemoe.recovery.faults import DeviceReport
+
+DeviceId = int | str
+"""NVML's index of a device, or its UUID (`GPU-...`)."""
+
+WAIT_MS = 100
+"""For a first event; what else is queued is taken without waiting."""
+MAX_EVENTS_PER_POLL = 64
+MILD = 3
+"""Up to this level an Xid is over when it has not come again for a while. One that asks for a
+reset stays for as long as we run: without one, nothing says that it is over."""
+MILD_HOLD_S = 60.0
+
+RECOVERY_LEVELS: dict[int, tuple[int, str]] = {
+    1: (5, "reset the GPU"),
+    2: (6, "reboot the node"),
+    3: (4, "drain peer-to-peer traffic"),
+    4: (4, "drain, then reset the GPU"),
+    5: (5, "recover the IMEX domain"),
+    6: (6, "reset the bus"),
+    7: (6, "reboot the system"),
+}
+"""NVML_GPU_RECOVERY_ACTION_*; 0 is none."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One thing that is wrong with one device now."""
+
+    code: str
+    level: int
+    detail: str
+
+
+class NvmlSource:
+    """Watches some devices of this host; makes no call before the first poll.
+
+    `nvml` is the module `pynvml`, or one with its names. `ranks_of_device` says which ranks use a
+    device; several may share one. Times in seconds.
+    """
+
+    name = "nvml"
+
+    def __init__(
+        self,
+        nvml: Any,
+        ranks_of_device: Mapping[DeviceId, Sequence[RankId]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._nvml = nvml
+        self._ranks_of_device = {d: tuple(ranks) for d, ranks in ranks_of_device.items()}
+        self._clock = clock
+        self._session: Session | None = None
+        self._xids: dict[tuple[DeviceId, int], float] = {}
+        """When each Xid was last seen."""
+        self._fewest_ecc: dict[DeviceId, int] = {}
+        """Uncorrected errors that were there before we watched, or are left after a reset."""
+        self._reported: Reported = {}
+
+    def poll(self) -> list[DeviceReport]:
+        """See `HealthSource`. Takes at most `WAIT_MS` beside the driver's own time.
+
+        Raises NVMLError for what says nothing about a device (no driver, no permission).
+        """
+        if self._session is None:
+            self._session = Session.open(self._nvml, tuple(self._ranks_of_device))
+        now = self._clock()
+        for device, xid in self._session.xids():
+            self._xids[device, xid] = now
+        found = worst(
+            DeviceReport(rank, c.level, c.code, c.detail, self.name)
+            for device, ranks in self._ranks_of_device.items()
+            for c in self._conditions(self._session, device, now)
+            for rank in ranks
+        )
+        reports = changes(self._reported, found)
+        self._reported = found
+        return reports
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _conditions(self, session: "Session", device: DeviceId, now: float) -> Iterator[Condition]:
+        yield from self._of_xids(device, now)
+        try:
+            yield from self._of_queries(session, device)
+        except session.lost_errors as error:
+            yield Condition("gpu-lost", 6, f"GPU {device} is lost: {error}")
+        except self._nvml.NVMLError_ResetRequired as error:
+            yield Condition("reset-required", 5, f"GPU {device}: {error}")
+
+    def _of_xids(self, device: DeviceId, now: float) -> Iterator[Condition]:
+        for (where, xid), seen in self._xids.items():
+            level, meaning = xid_level(xid)
+            if where == device and (level > MILD or now - seen < MILD_HOLD_S):
+                yield Condition(f"xid-{xid}", level, f"GPU {device}, Xid {xid}: {meaning}")
+
+    def _of_queries(self, session: "Session", device: DeviceId) -> Iterator[Condition]:
+        count = session.uncorrected_ecc(device)
+        fewest = self._fewest_ecc[device] = min(count, self._fewest_ecc.get(device, count))
+        if count > fewest:
+            yield Condition(
+                "ecc-uncorrected", 4, f"GPU {device}: {count - fewest} uncorrected ECC errors"
+            )
+        pending, failed = session.row_remapping(device)
+        if pending:
+            yield Condition("row-remap-pending", 4, f"GPU {device}: rows wait for a reset")
+        if failed:
+            yield Condition("row-remap-failed", 5, f"GPU {device}: remapping a row failed")
+        action = session.recovery_action(device)
+        if action in RECOVERY_LEVELS:
+            level, meaning = RECOVERY_LEVELS[action]
+            yield Condition(f"recovery-action-{action}", level, f"GPU {device}: {meaning}")
+
+
+class Session:
+    """The library, initialised, with an event set and the handles of the watched devices."""
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        self._events: Any = None
+        self._handles: dict[DeviceId, Any] = {}
+        self._device_of_uuid: dict[str, DeviceId] = {}
+        self.lost_errors: tuple[type[Exception], ...] = (
+            nvml.NVMLError_GpuIsLost,
+            nvml.NVMLError_GpuNotFound,
+            nvml.NVMLError_NotFound,
+        )
+        """What the library raises for a device that is gone."""
+
+    @classmethod
+    def open(cls, nvml: Any, devices: Sequence[DeviceId]) -> "Session":
+        """Raises NVMLError; then nothing is left open."""
+        nvml.nvmlInit()
+        session = cls(nvml)
+        try:
+            session._events = nvml.nvmlEventSetCreate()
+            for device in devices:
+                session._watch(device)
+        except nvml.NVMLError:
+            session.close()
+            raise
+        return session
+
+    def close(self) -> None:
+        try:
+            if self._events is not None:
+                self._nvml.nvmlEventSetFree(self._events)
+        finally:
+            self._nvml.nvmlShutdown()
+
+    def _watch(self, device: DeviceId) -> None:
+        """A device that cannot be had now is not given up: its queries say why, and look again."""
+        try:
+            self._handle(device)
+        except (*self.lost_errors, self._nvml.NVMLError_ResetRequired):
+            return
+
+    def _handle(self, device: DeviceId) -> Any:
+        """Found, and registered for events, the first time it can be had."""
+        if device not in self._handles:
+            handle = self._find(device)
+            uuid = self._nvml.nvmlDeviceGetUUID(handle)
+            self._register(handle)
+            self._device_of_uuid[uuid] = device
+            self._handles[device] = handle
+        return self._handles[device]
+
+    def _find(self, device: DeviceId) -> Any:
+        if isinstance(device, int):
+            return self._nvml.nvmlDeviceGetHandleByIndex(device)
+        return self._nvml.nvmlDeviceGetHandleByUUID(device)
+
+    def _register(self, handle: Any) -> None:
+        nvml = self._nvml
+        try:
+            nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
+        except nvml.NVMLError_NotSupported:
+            return  # some virtual devices have no events; the queries remain
+
+    def xids(self) -> Iterator[tuple[DeviceId, int]]:
+        """Xids since the last call, in their order."""
+        wait_ms = WAIT_MS
+        for _ in range(MAX_EVENTS_PER_POLL):
+            try:
+                event = self._nvml.nvmlEventSetWait_v2(self._events, wait_ms)
+            except self._nvml.NVMLError_Timeout:
+                return
+            except self.lost_errors:
+                return  # the queries find out which
+            wait_ms = 0
+            device = self._device_of(event)
+            if device is not None and event.eventType == self._nvml.nvmlEventTypeXidCriticalError:
+                yield device, int(event.eventData)
+
+    def _device_of(self, event: Any) -> DeviceId | None:
+        """None if the device cannot be asked any more: then the queries find it lost."""
+        try:
+            return self._device_of_uuid.get(self._nvml.nvmlDeviceGetUUID(event.device))
+        except self._nvml.NVMLError:
+            return None
+
+    def uncorrected_ecc(self, device: DeviceId) -> int:
+        """Uncorrected errors since the driver was loaded; 0 if the device does not count them."""
+        nvml, handle = self._nvml, self._handle(device)
+        try:
+            count = nvml.nvmlDeviceGetTotalEccErrors(
+                handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+            )
+        except nvml.NVMLError_NotSupported:
+            return 0
+        return int(count)
+
+    def row_remapping(self, device: DeviceId) -> tuple[bool, bool]:
+        """(pending, failed); both False where rows are not remapped, or with MIG instances."""
+        handle = self._handle(device)
+        try:
+            _, _, pending, failed = self._nvml.nvmlDeviceGetRemappedRows(handle)
+        except self._nvml.NVMLError_NotSupported:
+            return False, False
+        return bool(pending), bool(failed)
+
+    def recovery_action(self, device: DeviceId) -> int:
+        """NVML_GPU_RECOVERY_ACTION_*; 0 where the driver does not know the field."""
+        handle = self._handle(device)
+        try:
+            (field,) = self._nvml.nvmlDeviceGetFieldValues(
+                handle, [self._nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]
+            )
+        except self._nvml.NVMLError_NotSupported:
+            return 0
+        return int(field.value.uiVal) if field.nvmlReturn == self._nvml.NVML_SUCCESS else 0
