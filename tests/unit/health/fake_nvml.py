@@ -162,6 +162,6 @@ class FakeNvml:
         return [
             SimpleNamespace(
                 nvmlReturn=NVML_SUCCESS if known else NVML_ERROR_NOT_SUPPORTED,
-                value=SimpleNamespace(uiVal=handle.action if known else 77),
+                value=SimpleNamespace(uiVal=handle.action if known else 1),
             )
         ]

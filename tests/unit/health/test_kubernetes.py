@@ -24,6 +24,9 @@ from kubernetes.client import Configuration
 NODE_PATH = "/api/v1/nodes/worker-1"
 MAP_PATH = "/api/v1/namespaces/kube-system/configmaps/mindx-dl-deviceinfo-worker-1"
 
+HANG_UP = 0
+"""Instead of a status: the connection is closed without an answer."""
+
 
 def status(code: int, reason: str) -> dict[str, Any]:
     """The body of a refusal."""
@@ -57,6 +60,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         time.sleep(self.server.delay_s)
         code, body = self.server.objects.get(self.path, (404, status(404, "NotFound")))
+        if code == HANG_UP:
+            self.close_connection = True
+            return
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
@@ -164,6 +170,13 @@ def test_an_answer_that_is_no_object(
     server.objects[NODE_PATH] = (200, body)
     with pytest.raises(ValueError, match=said):
         source.poll()
+
+
+def test_a_broken_connection_is_one_try(server: ApiServer, source: KubernetesSource) -> None:
+    server.objects[NODE_PATH] = (HANG_UP, None)
+    with pytest.raises(Exception, match="Connection aborted"):
+        source.poll()
+    assert server.asked == [NODE_PATH]
 
 
 def test_a_server_that_hangs_is_given_up(
