@@ -12,14 +12,19 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.ids import LayerId, RankId
+from revivemoe.model.finite import FiniteCheck
 from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.topology import Topology
 
 EXPERTS_BACKEND = "grouped_mm"
 """The fastest of `transformers`' own implementations on CPU and CUDA (docs/decisions.md)."""
 
-PhaseHook = Callable[[str, int], None]
-"""Called with (phase, layer) as a step reaches each phase: progress, and where faults strike."""
+PhaseHook = Callable[[str, int, int], None]
+"""Called with (phase, layer, rows it will work on) as a step reaches each phase: progress, what is
+to be expected of the phase, and where faults strike."""
+SpoilHook = Callable[[str, int, torch.Tensor], torch.Tensor]
+"""Given (phase, layer, what the phase produced), returns that, or what an injected fault makes of
+it. Phases as in `NonFinitePlace`."""
 
 
 class MoeLayer:
@@ -61,7 +66,9 @@ class ExpertExchange:
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._dispatcher: Dispatcher | None = None
-        self.on_phase: PhaseHook = lambda phase, layer: None
+        self.finite = _finite_check(layers, dtype)
+        self.on_phase: PhaseHook = lambda phase, layer, num_rows: None
+        self.spoil: SpoilHook = lambda phase, layer, values: values
 
     def enter(
         self, dispatcher: Dispatcher, placement: ExpertPlacement, topology: Topology, me: RankId
@@ -84,13 +91,24 @@ class ExpertExchange:
     ) -> torch.Tensor:
         """The experts' [T, H] output for this rank's tokens; collective over the domain."""
         assert self._dispatcher is not None, "experts are called outside an epoch"
-        self.on_phase("dispatch", layer.layer)
+        note, at = self.finite.note, layer.layer
+        hidden_TH = self.spoil("attention", at, hidden_TH)
+        note(at, "attention", hidden_TH)
+        note(at, "router", weights_TK)
+        self.on_phase("dispatch", at, len(hidden_TH))
         slot_ids_TK = layer.slot_of_expert_E[experts_TK]
         arrived = self._dispatcher.dispatch(hidden_TH, slot_ids_TK, weights_TK)
-        self.on_phase("experts", layer.layer)
+        self.on_phase("experts", at, len(arrived.rows_RH))
+        note(at, "rows", arrived.rows_RH)
+        note(at, "weights", arrived.weights_RK)
         out_RH = layer.compute(arrived.rows_RH, arrived.slot_ids_RK, arrived.weights_RK)
-        self.on_phase("combine", layer.layer)
-        return self._dispatcher.combine(out_RH, arrived.handle)
+        out_RH = self.spoil("experts", at, out_RH)
+        note(at, "experts", out_RH)
+        self.on_phase("combine", at, len(out_RH))
+        combined_TH = self._dispatcher.combine(out_RH, arrived.handle)
+        combined_TH = self.spoil("combine", at, combined_TH)
+        note(at, "combine", combined_TH)
+        return combined_TH
 
     def serve(self) -> None:
         """A step without tokens of our own: serve the other members' rows, layer after layer."""
@@ -99,6 +117,12 @@ class ExpertExchange:
             hidden = torch.zeros(0, self._hidden_size, dtype=self._dtype, device=device)
             none = torch.zeros(0, layer.top_k, dtype=torch.int64, device=device)
             self.run(layer, hidden, none, none.float())
+
+
+def _finite_check(layers: Sequence[MoeLayer], dtype: torch.dtype) -> FiniteCheck:
+    """Hidden states are of the model's dtype, sums over experts float32, weights either."""
+    device = layers[0].slot_of_expert_E.device
+    return FiniteCheck([layer.layer for layer in layers], (dtype, torch.float32), device)
 
 
 def choose_slots(

@@ -5,7 +5,7 @@ flattened to one row), B decoding sequences, L padded context, Hq/Hk query and K
 MLA models hand over compressed latents (one "head"); they are expanded after the page read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,8 @@ class PagedCache:
         self.block_size = block_size
         self.pages = [(pages(*key), pages(*value)) for key, value in shapes]
         self.batch: AttentionBatch | None = None
+        self.on_attention: Callable[[int, int], None] = lambda layer, num_tokens: None
+        """Called with (layer, tokens of the step) before each layer reads its pages."""
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -119,6 +121,12 @@ class PagedCache:
             flat = pages.view(-1, *pages.shape[2:])
             flat.index_copy_(0, self.batch.write_slots_T, new[0].transpose(0, 1))
         return key, value
+
+    def zero(self, slots: torch.Tensor) -> None:
+        """Zero flat slots (block * P + offset), [N] int64, in every layer."""
+        for pair in self.pages:
+            for pages in pair:
+                pages.view(-1, *pages.shape[2:]).index_fill_(0, slots, 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are always given explicitly; this is only asked for defaults."""
@@ -187,6 +195,7 @@ def paged_attention(
     if isinstance(cache, ProbeCache):
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     batch = cache.batch
+    cache.on_attention(module.layer_idx, query.shape[2])
     out_THD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if len(batch.decode_rows_B):

@@ -14,6 +14,7 @@ from revivemoe.ids import ExpertId, LayerId, RankId
 from revivemoe.messages import TokenLogprobs
 from revivemoe.model import experts as experts_hook
 from revivemoe.model.experts import ExpertExchange, MoeLayer
+from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
 from revivemoe.model.load import ATTENTION, EXPERTS, LoadedModel, load_model
 from revivemoe.model.paged import PagedCache, ProbeCache, paged_attention, plan_attention
 from revivemoe.model.router import MaskableRouter
@@ -75,8 +76,12 @@ class ModelRunner:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Lay out the KV pages, zeroed."""
         self._cache = PagedCache(self._kv_shapes, num_blocks, block_size, self._dtype, self._device)
+        self._cache.on_attention = self._reach_attention
         for module in self._attention_modules():
             module.revive_cache = self._cache
+
+    def _reach_attention(self, layer: int, num_tokens: int) -> None:
+        self.exchange.on_phase("attention", layer, num_tokens)
 
     def enter(
         self, dispatcher: Dispatcher, placement: ExpertPlacement, topology: Topology, me: RankId
@@ -93,18 +98,51 @@ class ModelRunner:
 
     @torch.inference_mode()
     def serve(self) -> None:
-        """A step in which this rank has no tokens: only its experts work."""
+        """A step in which this rank has no tokens: only its experts work.
+
+        Collective over the domain. Raises NonFiniteStep behind the last layer.
+        """
+        self.exchange.finite.reset()
         self.exchange.serve()
+        self._refuse_non_finite()
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[StepResult]:
-        """Run a non-empty batch; results aligned with `batch.items`. Collective over the domain."""
+        """Run a non-empty batch; results aligned with `batch.items`. Collective over the domain.
+
+        Raises NonFiniteStep, before anything is drawn, if NaN or infinity appeared anywhere here:
+        also in what this rank's experts made of other ranks' rows.
+        """
         assert self._cache is not None, "execute before allocate"
+        self.exchange.finite.reset()
         self._cache.batch = plan_attention(batch.items, self._cache.block_size, self._device)
         keep = _rows_to_keep(batch.items)
         logits = self._forward(_token_ids(batch.items), self._cache.batch.positions_T, keep)
-        self.exchange.on_phase("sample", -1)
+        self.exchange.on_phase("sample", -1, len(logits))
+        logits = self.exchange.spoil("sample", -1, logits)
+        self.exchange.finite.note_logits(logits)
+        self._refuse_non_finite()
         return self._results(batch.items, logits)
+
+    def non_finite(self) -> NonFinitePlace | None:
+        """(layer, phase, produced here) of the step just run, or interrupted: where the first NaN
+        or infinity appeared on this rank.
+        """
+        return self.exchange.finite.first()
+
+    def _refuse_non_finite(self) -> None:
+        if place := self.non_finite():
+            raise NonFiniteStep(place)
+
+    @torch.inference_mode()
+    def zero_written(self, batch: Batch) -> None:
+        """Zero the KV that a step over `batch` wrote, after it was undone.
+
+        A NaN left in a block would leak through attention even where it is masked.
+        """
+        assert self._cache is not None, "no step was run before allocate"
+        plan = plan_attention(batch.items, self._cache.block_size, self._device)
+        self._cache.zero(plan.write_slots_T)
 
     def _forward(
         self, token_ids: Sequence[int], positions_T: torch.Tensor, keep: Sequence[int]
