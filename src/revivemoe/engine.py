@@ -1,32 +1,37 @@
 """Read this first: the engine of one instance. It wires everything and decides nothing alone.
 
-    reports, exits, time --> detector --> coordinator (recovery) --> ranks
-    submissions ----------> ledger (token logs, owners) -----------> ranks, streams
+    reports, exits, health, time --> detector --> coordinator (recovery) --> ranks
+    submissions -------------------> ledger (token logs, owners) ----------> ranks, streams
+    operators, drains -------------> maintenance (planned changes) --> coordinator
 
 The engine is synchronous and takes the time as an argument; `serving` drives it with asyncio and
-real processes, the tests with neither.
+real processes, the simulation and the tests with neither.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, assert_never
 
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Vocabulary
+from revivemoe.engine_state import FailedState, Paused, Recovering, Serving, Starting, State
+from revivemoe.engine_state import state_name as state_name
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.ledger import Arrival, Ledger, LiveRequest, Sink
+from revivemoe.ledger import Ledger, LiveRequest, Sink
+from revivemoe.maintenance import Maintenance
 from revivemoe.messages import (
     Command,
     Configure,
     DomainSpec,
+    ExpertsLoaded,
     Fatal,
     Fence,
     FenceAck,
     Heartbeat,
     Hello,
     Inject,
+    NonFinite,
     RankStats,
     Ready,
     Report,
@@ -37,21 +42,30 @@ from revivemoe.messages import (
     Wake,
 )
 from revivemoe.placement import ExpertPlacement
-from revivemoe.recovery.coordinator import Coordinator, Failed, Finished, Recovered
+from revivemoe.quarantine import on_trial_at, strike
+from revivemoe.rank_view import RankView
+from revivemoe.recovery.coordinator import Coordinator, Failed, Finished, Recovered, Restarting
 from revivemoe.recovery.detector import Detector
-from revivemoe.recovery.faults import Fault
-from revivemoe.recovery.planner import GiveUp, RecoveryPlan, World, plan_recovery
+from revivemoe.recovery.faults import DeviceReport, Fault
+from revivemoe.recovery.planner import GiveUp, RecoveryPlan, Restart, World, plan_recovery
 from revivemoe.recovery.record import RecoveryRecord
+from revivemoe.recovery.repeats import Links, Numbers
+from revivemoe.recovery.slowness import Slowness
 from revivemoe.streams import EngineUnavailable, Submission
 from revivemoe.topology import Topology
+from revivemoe.totals import Totals
 
 log = logging.getLogger("revivemoe.engine")
 
 KEPT_RECORDS = 100
 LAST_WORDS_S = 0.5
 """How long the last words of a rank that ended while starting may take to arrive."""
+TICK_GAP_S = 0.25
+"""A longer time between two ticks is a stall of the engine itself, which excuses the ranks."""
 OWN_STALL_S = 1.0
-"""A longer time between two ticks means that the engine itself stood still."""
+"""After one longer than this, nobody is judged before the next tick."""
+CORPSE_WAIT_S = 5.0
+"""How long a killed process that is to be replaced may take to be gone."""
 LAST_EPOCH = Epoch(1 << 40)
 """No epoch comes after it: a fence to it ends a rank's part in the instance."""
 
@@ -72,70 +86,6 @@ class Cluster(Protocol):
         ...
 
 
-@dataclass
-class RankView:
-    """What the engine knows of one rank for life."""
-
-    rank: RankId
-    incarnation: Incarnation
-    device: str
-    pid: int | None = None
-    host: str = ""
-    ready: bool = False
-    dead: bool = False
-    maskable: bool = True
-    stats: RankStats = field(default_factory=RankStats)
-    fault: Fault | None = None
-    last_words: str = ""
-
-
-@dataclass
-class Starting:
-    """Ranks load; then they meet for the first time."""
-
-    deadline: float
-    waiting: set[RankId]
-    """Members that have not met the others yet."""
-    exited: Fault | None = None
-    """The first rank whose process has ended. Why, its last words may say."""
-    exited_at: float = 0.0
-
-
-@dataclass(frozen=True)
-class Serving:
-    pass
-
-
-@dataclass(frozen=True)
-class Recovering:
-    pass
-
-
-@dataclass(frozen=True)
-class FailedState:
-    """The end: an orchestrator restarts the instance."""
-
-    reason: str
-    user_error: bool = False
-
-
-State = Starting | Serving | Recovering | FailedState
-
-
-@dataclass
-class Totals:
-    """Counters since the start, for the metrics."""
-
-    generation_tokens: int = 0
-    prompt_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    recoveries: dict[tuple[str, str], int] = field(default_factory=dict)
-    migrated: int = 0
-    recomputed_tokens: int = 0
-    symptoms: int = 0
-    step_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
-
-
 class Engine:
     """One instance: its membership, its requests, its state."""
 
@@ -150,30 +100,49 @@ class Engine:
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
         assert config.max_model_len is not None, "the config is resolved beforehand"
+        policy = config.policy
         self.config, self.topology, self.placement = config, topology, placement
+        self.home, self.home_placement = topology, placement
+        """What the instance was started with: ranks come back to their roles and experts."""
         self.missing = placement.missing()
         """Experts that no rank holds, of the present placement."""
-        self.detector = Detector()
+        self.detector = Detector(policy)
+        self.slowness = Slowness(policy)
         self.ledger = Ledger(vocabulary, config.max_model_len, self._send, self._incarnation)
-        self.coordinator = Coordinator(cluster, self.ledger, config.policy, clock, self._event)
+        self.coordinator = Coordinator(self, self.ledger, policy, clock, self.event)
+        self.maintenance = Maintenance(self)
         self.ranks: dict[RankId, RankView] = {
-            rank: RankView(rank, Incarnation(1), config.rank_device(rank))
+            rank: RankView(rank, Incarnation(0), config.rank_device(rank))
             for rank in topology.members
         }
         self.records: deque[RecoveryRecord] = deque(maxlen=KEPT_RECORDS)
         self.totals = Totals()
         self.state: State = Starting(float("inf"), set())
         self.last_step = 0
+        self.last_ft_request_id: str | None = None
         self._cluster, self._clock, self._on_event = cluster, clock, on_event
+        self._links = Links(policy.repeat_window_s)
+        self._numbers = Numbers(policy.repeat_window_s)
         self._wake = 0
         self._last_commit: float | None = None
         self._unresumed: RecoveryRecord | None = None
         """A recovery whose first step in the new epoch has not been seen."""
         self._symptom_since: float | None = None
+        self._reporters: set[RankId] = set()
+        """Members whose communication failed in the present epoch."""
         self._stopping = False
         self._last_tick = clock()
         self._starts: deque[float] = deque(maxlen=256)
         """When recent recoveries began."""
+        self._restarts: dict[Epoch, float] = {}
+        """When ranks were restarted, by the epoch it was for."""
+        self._counted = False
+        """Whether the recovery under way counts towards the policy's limit."""
+        self._domain_failures = 0
+        self._reports_due: list[tuple[int, DeviceReport]] = []
+        """Injected: to come when the instance has reached a step."""
+        self._incarnations_in_epoch: dict[RankId, Incarnation] = {}
+        """The processes that are members of the present epoch."""
 
     # ---- life --------------------------------------------------------------------------------
 
@@ -182,10 +151,20 @@ class Engine:
         members = self.topology.members
         self.state = Starting(now + self.config.start_timeout_s, set(members))
         for rank in members:
-            view = self.ranks[rank]
-            self.detector.launched(rank, view.incarnation, now)
-            slots = self.placement.slots.get(rank, ())
-            self._cluster.launch(rank, view.incarnation, slots)
+            self.launch(rank, now)
+        self._incarnations_in_epoch = {r: self.ranks[r].incarnation for r in members}
+
+    def launch(self, rank: RankId, now: float) -> None:
+        """Start a (new) process for a rank, with the experts it had at the start."""
+        view = self.ranks[rank]
+        incarnation = view.relaunch()
+        view.table = self.home_placement.slots.get(rank, ())
+        self.slowness.forget(rank)
+        self._numbers.forget(rank)
+        self.detector.launched(rank, incarnation, now)
+        self._cluster.launch(rank, incarnation, view.table)
+        if incarnation > 1:
+            self.event("launch", {"id": rank, "incarnation": incarnation})
 
     def stop(self) -> None:
         """Ask every living rank to exit. The fence frees those that wait for each other.
@@ -195,16 +174,22 @@ class Engine:
         self._stopping = True
         for view in self.ranks.values():
             if not view.dead:
-                self._cluster.send(view.rank, Fence(LAST_EPOCH))
-                self._cluster.send(view.rank, Stop())
+                self._send(view.rank, Fence(LAST_EPOCH))
+                self._send(view.rank, Stop())
 
     def tick(self, now: float) -> None:
         """Judge deadlines. Called a few times a second, after the inbox has been drained.
 
-        After a stall of its own the engine judges nobody in this tick, and moves the deadlines.
+        After a long stall of its own the engine judges nobody in this tick; after any, it moves
+        the deadlines.
         """
-        if stalled_s := self._own_stall_s(now):
+        stalled_s = self._own_stall_s(now)
+        if stalled_s:
             self.coordinator.postpone(stalled_s)
+            self.detector.postpone(stalled_s)
+            self.maintenance.postpone(stalled_s)
+        if stalled_s > OWN_STALL_S:
+            self.event("engine_stalled", {"seconds": stalled_s})
             return
         match self.state:
             case Starting(deadline=deadline) if now > deadline:
@@ -212,27 +197,63 @@ class Engine:
                 self._fail(f"ranks {slow} did not start within {self.config.start_timeout_s:.0f} s")
             case Starting(exited=Fault() as fault, exited_at=at) if now - at > LAST_WORDS_S:
                 self._fail_start(fault)
-            case Recovering() if (overdue := self.coordinator.overdue(now)) is not None:
-                self._again(overdue, now)
-            case Serving() | Recovering() if self._symptom_lasts(now):
-                self._again([], now)
+            case Serving() | Recovering() | Paused():
+                self._judge(now)
             case _:
                 pass
 
     def _own_stall_s(self, now: float) -> float:
         """How long the engine itself stood still before this tick, seconds."""
         gap_s, self._last_tick = now - self._last_tick, now
-        return gap_s if gap_s > OWN_STALL_S else 0.0
+        return gap_s if gap_s > TICK_GAP_S else 0.0
+
+    def _judge(self, now: float) -> None:
+        watched = frozenset(v.rank for v in self.ranks.values() if v.launched and not v.dead)
+        if faults := self.detector.judge(watched, now):
+            self.accuse(faults, now)
+        elif (overdue := self.coordinator.overdue(now)) is not None:
+            self._overdue(overdue, now)
+        elif self._symptom_lasts(now):
+            self._blame_link(now)
+        else:
+            self._give_up_corpses(now)
+            self._judge_pace(now)
+            self.maintenance.tick(now)
+
+    def _judge_pace(self, now: float) -> None:
+        slow = self.slowness.judge(now)
+        for view in self.ranks.values():
+            ratio = None if view.dead else slow.get(view.rank)
+            if ratio is not None and view.slow is None:
+                detail = f"its own work takes {ratio:.1f} times what it takes its peers"
+                self.event("slow", {"id": view.rank, "factor": ratio, "detail": detail})
+                if self.config.policy.isolate_slow:
+                    self.maintenance.drain(Fault(view.rank, "slow", detail, level=4), now)
+            view.slow = ratio
+
+    def _overdue(self, faults: list[Fault], now: float) -> None:
+        """A stage has missed its deadline: begin again from the fence, which is a new attempt."""
+        if self.coordinator.plan is not None:
+            self._domain_failures += 1
+        if isinstance(self.coordinator.state, Restarting):
+            detail = f"it was not ready within {self.config.policy.restart_timeout_s:.0f} s"
+            late = [v.rank for v in self.ranks.values() if v.launched and not v.ready]
+            faults = [Fault(rank, "start_timeout", detail) for rank in late]
+        if self.coordinator.record.cause != "pause":
+            self._starts.append(now)
+        self.accuse(faults, now)
 
     def _symptom_lasts(self, now: float) -> bool:
         since = self._symptom_since
         return since is not None and now - since > self.config.policy.symptom_grace_s
 
-    def _again(self, faults: list[Fault], now: float) -> None:
-        """Begin (again) from the fence. Each time counts towards the policy's limit."""
+    def _blame_link(self, now: float) -> None:
+        """Communication failed and nobody is accused: a new domain, or one of the two goes."""
+        fault = self._links.failed(frozenset(self._reporters), now)
         if self.coordinator.active:
             self._starts.append(now)
-        self._accuse(faults, now)
+            self._domain_failures += self.coordinator.plan is not None
+        self.accuse([] if fault is None else [fault], now)
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -245,24 +266,41 @@ class Engine:
             raise EngineUnavailable(f"the instance has failed: {self.state.reason}")
         request = self.ledger.admit(submission, sink, self.degraded)
         self.totals.prompt_tokens += sum(len(p) for p in submission.prompts)
-        if isinstance(self.state, Serving):
-            self._assign()
+        self.assign()
         return request
 
     def abort(self, request: LiveRequest) -> None:
         """The client is gone."""
         self.ledger.abort(request)
+        if request.suspicion is not None:
+            self.assign()
 
     @property
     def degraded(self) -> bool:
         """Whether experts are missing."""
         return bool(self.missing)
 
-    def _assign(self) -> None:
-        if self.ledger.assign_waiting(self.topology.attention):
-            self._wake += 1
-            for rank in self.topology.members:
-                self._send(rank, Wake(self._wake))
+    def assign(self) -> None:
+        """While serving: give every sequence that waits for a rank to one."""
+        if not isinstance(self.state, Serving):
+            return
+        ranks = [r for r in self.topology.attention if not self.ranks[r].draining]
+        assigned = self.ledger.assign_waiting(ranks or self.topology.attention)
+        for one in assigned:
+            if one.orphan:
+                self.totals.migrated += 1
+                self.totals.recomputed_tokens += one.num_tokens
+                if self.records:
+                    self.records[-1].migrated += 1
+                    self.records[-1].recomputed_tokens += one.num_tokens
+        if assigned:
+            self.wake()
+
+    def wake(self) -> None:
+        """Tell all members that there is work."""
+        self._wake += 1
+        for rank in self.topology.members:
+            self._send(rank, Wake(self._wake))
 
     # ---- what ranks report -------------------------------------------------------------------
 
@@ -276,12 +314,9 @@ class Engine:
             case Hello():
                 view.pid, view.host = report.pid, report.host
             case Ready():
-                view.ready, view.maskable = True, report.maskable
-                view.stats = RankStats(kv_blocks_total=report.kv_blocks_total)
-                self._on_ready(view, report)
+                self._on_ready(view, report, now)
             case Heartbeat():
-                if view.ready:
-                    view.stats = report.stats
+                self._on_heartbeat(view, report)
             case Tokens():
                 self._on_tokens(report, now)
             case FenceAck():
@@ -291,34 +326,105 @@ class Engine:
                 self._on_resumed(report, now)
             case StepAborted():
                 self._on_symptom(report, now)
+            case NonFinite():
+                self._on_non_finite(report, now)
+            case ExpertsLoaded():
+                self.maintenance.on_loaded(report, now)
             case Fatal():
                 self._on_fatal(view, report)
             case _:
                 assert_never(report)
 
-    def on_exit(self, rank: RankId, incarnation: Incarnation, detail: str, now: float) -> None:
-        """A rank's process is gone: the one signal that accuses by itself."""
+    def on_exit(
+        self,
+        rank: RankId,
+        incarnation: Incarnation,
+        detail: str,
+        now: float,
+        *,
+        by_itself: bool = False,
+    ) -> None:
+        """A rank's process is gone: the one signal that accuses by itself.
+
+        `by_itself`: it crashed, rather than that somebody killed it.
+        """
         fault = self.detector.exited(rank, incarnation, detail, now)
         if fault is None:
             return
         view = self.ranks[rank]
-        if self._stopping or isinstance(self.state, FailedState) or view.dead:
-            view.dead = True
-            return
-        if isinstance(self.state, Starting):
-            view.fault = fault
-            if self.state.exited is None:
-                self.state.exited, self.state.exited_at = fault, now
-            if view.last_words:
-                self._fail_start(fault)
-            return
-        self._accuse([fault], now)
+        if self._stopping or isinstance(self.state, FailedState):
+            view.condemn(None)
+        elif view.dead:
+            if view.restart_when_gone:
+                self.launch(rank, now)
+        elif isinstance(self.state, Starting):
+            self._on_exit_at_start(self.state, view, fault, now)
+        else:
+            if by_itself or view.last_words:
+                said = view.last_words or detail
+                signature = f"process_exit:{said}"
+                fault = Fault(
+                    rank, "process_exit", said, detect_s=fault.detect_s, signature=signature
+                )
+            self.accuse([fault], now)
+
+    def _on_exit_at_start(self, state: Starting, view: RankView, fault: Fault, now: float) -> None:
+        view.fault = fault
+        if state.exited is None:
+            state.exited, state.exited_at = fault, now
+        if view.last_words:
+            self._fail_start(fault)
 
     def on_forkserver_gone(self) -> None:
         """Its ranks live on. Only ranks that are still to start need it."""
-        self._event("forkserver_gone", {})
+        self.event("forkserver_gone", {})
         if isinstance(self.state, Starting) and not all(v.ready for v in self.ranks.values()):
             self._fail("the fork server ended while ranks were starting")
+
+    def on_health(self, report: DeviceReport, now: float) -> None:
+        """A monitor tells of a rank's device; the policy says what that asks for."""
+        view = self.ranks.get(report.rank)
+        if view is None or isinstance(self.state, FailedState | Starting) or self._stopping:
+            return
+        action = "clear" if report.level == 0 else self.config.policy.action_of(report.level)
+        said = {"id": report.rank, "level": report.level, "code": report.code}
+        told = {**said, "detail": report.detail, "source": report.source, "action": action}
+        self.event("device", told)
+        if view.dead:
+            return
+        detail = f"{report.code}: {report.detail}" if report.detail else report.code
+        fault = Fault(report.rank, "device_fault", detail, report.level)
+        match action:
+            case "clear":
+                view.fault = None
+            case "watch":
+                view.fault = fault
+            case "retry" if isinstance(self.state, Serving):
+                self.redo("device_fault", now)
+            case "drain":
+                self.maintenance.drain(fault, now)
+            case "isolate":
+                self.accuse([fault], now)
+            case _:
+                pass
+
+    def report_at(self, report: DeviceReport, step: int | None, now: float) -> None:
+        """A device report that shall come at a step. Raises ValueError if that is past."""
+        view = self.ranks.get(report.rank)
+        if view is None or view.dead:
+            raise ValueError(f"id {report.rank} is not a living rank")
+        if step is None:
+            self.on_health(report, now)
+        elif step <= self.last_step:
+            raise ValueError(f"step {step} is past: the instance is at {self.last_step}")
+        else:
+            self._reports_due.append((step, report))
+
+    def _deliver_reports(self, now: float) -> None:
+        due = [report for step, report in self._reports_due if step <= self.last_step]
+        self._reports_due = [pair for pair in self._reports_due if pair[0] > self.last_step]
+        for report in due:
+            self.on_health(report, now)
 
     def fail(self, reason: str) -> None:
         """An error of the engine's own host: nothing can be relied upon."""
@@ -340,15 +446,23 @@ class Engine:
             if rank not in self.topology.members:
                 raise ValueError(f"id {rank} is not a member of epoch {self.topology.epoch}")
         faults = [Fault(rank, "whatif", "asked by an operator") for rank in ranks]
-        world = self._world(self._clock())
-        return describe_plan(plan_recovery(world, faults, self.config.policy))
+        return describe_plan(self.plan_for(faults))
 
-    def _on_ready(self, view: RankView, ready: Ready) -> None:
+    def plan_for(self, faults: Sequence[Fault]) -> RecoveryPlan:
+        """What would be done about these faults now. Does nothing."""
+        return plan_recovery(self._world(self._clock()), faults, self.config.policy)
+
+    def _on_ready(self, view: RankView, ready: Ready, now: float) -> None:
         log.info(
             "rank %d ready on %s: %d KV blocks, weights in %.2f s",
             view.rank, ready.device, ready.kv_blocks_total, ready.load_s,
         )  # fmt: skip
-        if isinstance(self.state, Starting) and all(v.ready for v in self.ranks.values()):
+        view.ready, view.maskable = True, ready.maskable
+        view.stats = RankStats(kv_blocks_total=ready.kv_blocks_total)
+        if not isinstance(self.state, Starting):
+            self.event("ready", {"id": view.rank, "incarnation": view.incarnation})
+            self._proceed(now)
+        elif all(v.ready for v in self.ranks.values()):
             configure = Configure(
                 epoch=self.topology.epoch,
                 step=0,
@@ -360,9 +474,16 @@ class Engine:
             for rank in self.topology.members:
                 self._send(rank, configure)
 
+    def _on_heartbeat(self, view: RankView, beat: Heartbeat) -> None:
+        self.detector.beat(beat)
+        if view.ready:
+            view.stats = beat.stats
+        if beat.pace is not None:
+            self.slowness.heard(view.rank, beat.pace)
+
     def _on_tokens(self, report: Tokens, now: float) -> None:
         arrival = self.ledger.on_tokens(report)
-        self._count(arrival, report)
+        self.totals.count_tokens(arrival, report.step_s)
         record = self._unresumed
         if record is None:
             pass
@@ -373,12 +494,10 @@ class Engine:
             self._unresumed = None
         self._last_commit = now
         self.last_step = max(self.last_step, report.step)
-
-    def _count(self, arrival: Arrival, report: Tokens) -> None:
-        self.totals.generation_tokens += arrival.new_tokens
-        self.totals.step_s.append(report.step_s)
-        for reason in arrival.finished:
-            self.totals.finished[reason] = self.totals.finished.get(reason, 0) + 1
+        if self._reports_due:
+            self._deliver_reports(now)
+        if arrival.released:
+            self.assign()
 
     def _on_resumed(self, report: Resumed, now: float) -> None:
         if isinstance(self.state, Starting):
@@ -388,28 +507,41 @@ class Engine:
             return
         finished = self.coordinator.on_resumed(report, now)
         if finished is not None:
-            self._finish(finished)
+            self._finish(finished, now)
 
     def _begin_serving(self, exited: Fault | None, now: float) -> None:
         """All have met. One that exited just after that is a fault like any later one."""
         self._enter(Serving())
         if exited is not None:
-            self._accuse([exited], now)
+            self.accuse([exited], now)
         else:
-            self._assign()
+            self.assign()
+
+    def _of_present_epoch(self, epoch: Epoch) -> bool:
+        """Whether something seen in `epoch` matters: one that is being left does not."""
+        plan = self.coordinator.plan
+        if self.coordinator.active and plan is None:
+            return False
+        return epoch == (plan.topology.epoch if plan is not None else self.topology.epoch)
 
     def _on_symptom(self, report: StepAborted, now: float) -> None:
         self.totals.symptoms += 1
-        self._event("symptom", {"id": report.rank, "detail": report.detail})
+        self.event("symptom", {"id": report.rank, "detail": report.detail})
         if isinstance(self.state, Starting):
             self._fail(f"the ranks could not meet: {report.detail}")
-            return
-        plan = self.coordinator.plan
-        if self.coordinator.active and plan is None:
-            return  # Fencing: the epoch it comes from is being left already.
-        present = plan.topology.epoch if plan is not None else self.topology.epoch
-        if report.epoch == present and self._symptom_since is None:
-            self._symptom_since = now
+        elif self._of_present_epoch(report.epoch):
+            self._reporters.add(report.rank)
+            if self._symptom_since is None:
+                self._symptom_since = now
+
+    def _on_non_finite(self, report: NonFinite, now: float) -> None:
+        """Redo the step. Whom to blame is clear when all have left it: no later claim comes."""
+        where = f"{report.phase}, layer {report.layer}"
+        told = {"id": report.rank, "where": where, "produced_here": report.produced_here}
+        self.event("non_finite", told)
+        self._numbers.claim(report)
+        if not isinstance(self.state, Starting) and self._of_present_epoch(report.epoch):
+            self.redo("non_finite", now)
 
     def _on_fatal(self, view: RankView, report: Fatal) -> None:
         lines = report.detail.strip().splitlines()
@@ -419,69 +551,221 @@ class Engine:
 
     # ---- recovery ----------------------------------------------------------------------------
 
-    def _accuse(self, faults: list[Fault], now: float) -> None:
+    def accuse(self, faults: Sequence[Fault], now: float) -> None:
+        """These ranks are out, as of now. Without any: the same members, a new domain."""
+        outside = [f for f in faults if not self._matters(f.rank)]
         for fault in faults:
-            view = self.ranks[fault.rank]
-            view.dead, view.fault = True, fault
-            self._event("fault", {"id": fault.rank, "kind": fault.kind, "detail": fault.detail})
-        self._recover(faults, now)
+            self._condemn(fault)
+        for fault in outside:  # nobody misses them
+            self._cluster.kill(fault.rank)
+        if faults and len(outside) == len(faults):
+            return
+        self._recover(faults, faults[0].kind if faults else "communication", now)
 
-    def _recover(self, faults: list[Fault], now: float) -> None:
-        if not self.coordinator.active:
+    def redo(self, cause: str, now: float) -> None:
+        """Nobody is accused: the step is undone and done again in a new domain."""
+        if self.coordinator.active:
             self._starts.append(now)
-        busy = self.ledger.num_unfinished > 0
+        self._recover([], cause, now)
+
+    def _matters(self, rank: RankId) -> bool:
+        """Whether a loss of this rank changes what the instance has to do."""
+        plan = self.coordinator.plan
+        configured = plan.topology.members if plan is not None else ()
+        return self.coordinator.active or rank in (*self.topology.members, *configured)
+
+    def _condemn(self, fault: Fault) -> None:
+        view = self.ranks[fault.rank]
+        told = {"id": fault.rank, "kind": fault.kind, "level": fault.level}
+        self.event("fault", {**told, "detail": fault.detail, "detect_s": fault.detect_s})
+        log.warning("rank %d: %s: %s", fault.rank, fault.kind, fault.detail)
+        view.condemn(fault)
+        self.slowness.forget(fault.rank)
+        self._orphan(fault)
+
+    def _orphan(self, fault: Fault) -> None:
+        """The rank's sequences need another one; those that may have brought it down are tried."""
+        requests = self.ledger.unfinished_requests()
+        on_trial = on_trial_at(fault.rank, requests)
+        victims = self.ledger.orphan(fault.rank)
+        if not fault.signature:
+            return
+        convicted = strike(victims, on_trial, fault.signature)
+        if convicted is not None:
+            self.totals.convicted += 1
+            request_id = convicted.submission.request_id
+            self.event("convicted", {"request": request_id, "detail": fault.detail})
+            self.ledger.convict(
+                convicted,
+                "this request was running at two faults of the same kind, the second time alone: "
+                f"it is ended to protect the others (rank {fault.rank}: {fault.detail})",
+            )
+
+    def _recover(self, faults: Sequence[Fault], cause: str, now: float) -> None:
+        if not (self.coordinator.active and self._counted):
+            self._starts.append(now)
+            self._counted = True
+        absent = [r for r, v in self.ranks.items() if not v.ready]
+        self._clear_symptoms()
+        self.maintenance.interrupt()
+        self.coordinator.begin(self.topology, faults, now, cause=cause, absent=absent)
+        self._await_first_step()
+        self._enter(Recovering())
+        self._proceed(now)
+
+    def change_epoch(
+        self,
+        faults: Sequence[Fault],
+        cause: str,
+        now: float,
+        *,
+        hold: bool = False,
+        request_id: str | None = None,
+    ) -> None:
+        """A planned change: all stop together at a step boundary. Ranks of `faults` go out."""
+        self._clear_symptoms()
+        self._counted = False
+        self.coordinator.begin_at_boundary(self.topology, faults, now, cause, hold)
+        self.coordinator.record.request_id = request_id
+        self._await_first_step()
+        self._enter(Recovering())
+        self._proceed(now)
+
+    def _clear_symptoms(self) -> None:
         self._symptom_since = None
-        self.coordinator.begin(self.topology, faults, now)
+        self._reporters.clear()
+
+    def _await_first_step(self) -> None:
+        """Time the stall, if anybody has work."""
+        busy = self.ledger.num_unfinished > 0
         record = self.coordinator.record
         if record.last_old_step is None and busy:
             record.last_old_step = self._last_commit
         self._unresumed = record if busy else None
-        self._enter(Recovering())
-        self._proceed(now)
 
     def _proceed(self, now: float) -> None:
-        carried_out = self.coordinator.plan
-        finished = self.coordinator.proceed(
-            lambda: self._world(now), self._cluster.domain(), self._wake
-        )
-        plan = self.coordinator.plan
+        coordinator = self.coordinator
+        if coordinator.holding:
+            self._enter(Paused())
+            return
+        if coordinator.fenced and (fault := self._numbers.settle(now)) is not None:
+            self._condemn(fault)
+            coordinator.add_fault(fault)
+        carried_out = coordinator.plan
+        finished = coordinator.proceed(lambda: self._world(now), self._cluster.domain(), self._wake)
+        plan = coordinator.plan
         if finished is not None:
-            self._finish(finished)
+            self._finish(finished, now)
         elif plan is not None and plan is not carried_out:
             if plan.placement.missing():
                 self.ledger.mark_degraded()
             moved = [self.ledger.request_id(m.seq_id) for m in plan.migrations]
-            self._event("migrated", {"epoch": plan.topology.epoch, "requests": moved})
+            self.event("migrated", {"epoch": plan.topology.epoch, "requests": moved})
+
+    def release(self, now: float) -> None:
+        """End a pause."""
+        self.coordinator.release()
+        self._enter(Recovering())
+        self._proceed(now)
 
     def _world(self, now: float) -> World:
-        horizon = now - self.config.policy.window_s
+        policy, views = self.config.policy, self.ranks.values()
+        horizon = now - policy.window_s
+        loaded, loading = self.maintenance.reloads()
+        joining = [v.rank for v in views if v.ready and not v.dead and self.is_new(v)]
         return World(
             topology=self.topology,
             placement=self.placement,
             sequences=self.ledger.unfinished(),
-            maskable=all(view.maskable for view in self.ranks.values()),
+            maskable=all(view.maskable for view in views),
             recent_recoveries=sum(t >= horizon for t in self._starts)
-            - int(self.coordinator.active),
+            - int(self.coordinator.active and self._counted),
+            recent_restarts=sum(t >= horizon for t in self._restarts.values()),
+            home=self.home,
+            gone=tuple(v.rank for v in views if v.dead or self.is_new(v)),
+            ready=tuple(joining),
+            tables={r: self.ranks[r].table for r in joining},
+            launching=tuple(
+                v.rank
+                for v in views
+                if (v.launched and not v.ready and not v.dead) or v.restart_when_gone
+            ),
+            relaunchable=tuple(v.rank for v in views if v.dead and self.detector.gone(v.rank)),
+            loaded=loaded,
+            loading=loading,
+            domain_failures=self._domain_failures,
         )
 
-    def _finish(self, finished: Finished) -> None:
+    def is_new(self, view: RankView) -> bool:
+        """Whether the rank's present process has no part in the present epoch."""
+        return self._incarnations_in_epoch.get(view.rank) != view.incarnation
+
+    def restart(self, rank: RankId) -> None:
+        """`RankPort`: a new process for a rank, once the present one is gone."""
+        now = self._clock()
+        view = self.ranks[rank]
+        self._restarts.setdefault(self.coordinator.record.epoch, now)
+        if not view.dead:
+            view.condemn(None)
+            self.ledger.orphan(rank)
+        if self.detector.gone(rank):
+            self.launch(rank, now)
+        else:
+            view.restart_when_gone, view.kill_deadline = True, now + CORPSE_WAIT_S
+            self._cluster.kill(rank)
+
+    def _give_up_corpses(self, now: float) -> None:
+        """A process that does not die cannot be replaced: its memory may still be written to."""
+        for view in self.ranks.values():
+            if view.restart_when_gone and now > view.kill_deadline:
+                view.restart_when_gone = False
+                self.event("unkillable", {"id": view.rank, "pid": view.pid})
+                self._proceed(now)
+
+    def send(self, rank: RankId, command: Command) -> None:
+        """`RankPort`."""
+        self._send(rank, command)
+
+    def kill(self, rank: RankId) -> None:
+        """`RankPort`."""
+        self._cluster.kill(rank)
+
+    def _finish(self, finished: Finished, now: float) -> None:
         record = finished.record
         self.records.append(record)
-        key = (record.cause, record.outcome or "failed")
-        self.totals.recoveries[key] = self.totals.recoveries.get(key, 0) + 1
-        self.totals.migrated += record.migrated
-        self.totals.recomputed_tokens += record.recomputed_tokens
+        self.totals.count_recovery(record)
+        self.event(
+            "recovery",
+            {
+                "epoch": record.epoch,
+                "cause": record.cause,
+                "outcome": record.outcome,
+                "reason": record.reason,
+                "request_id": record.request_id,
+            },
+        )
         match finished:
             case Recovered(plan=plan):
+                self._domain_failures = 0
                 self.topology, self.placement = plan.topology, plan.placement
                 self.missing = plan.placement.missing()
                 if self.degraded:
                     self.ledger.mark_degraded()
+                self._retire_leavers()
                 log.info("epoch %d: %s", plan.topology.epoch, record.reason)
                 self._enter(Serving())
-                self._assign()
+                self.assign()
+                self.maintenance.after(plan, now)
             case Failed(reason=reason):
                 self._fail(reason)
+
+    def _retire_leavers(self) -> None:
+        """Members of the new epoch are counted by their process; who left it alive is out."""
+        members = self.topology.members
+        self._incarnations_in_epoch = {r: self.ranks[r].incarnation for r in members}
+        for view in self.ranks.values():
+            if view.rank not in members and view.draining:
+                view.condemn(view.fault)
 
     def _fail_start(self, fault: Fault) -> None:
         view = self.ranks[fault.rank]
@@ -492,7 +776,7 @@ class Engine:
         log.error("failed: %s", reason)
         self._enter(FailedState(reason, user_error))
         ended = self.ledger.fail_all(f"the instance has failed: {reason}", 503)
-        self._event("failed", {"reason": reason, "streams_ended": ended})
+        self.event("failed", {"reason": reason, "streams_ended": ended})
         for view in self.ranks.values():
             self._cluster.kill(view.rank)
 
@@ -500,9 +784,10 @@ class Engine:
 
     def _enter(self, state: State) -> None:
         self.state = state
-        self._event("state", {"state": state_name(state), "epoch": self.topology.epoch})
+        self.event("state", {"state": state_name(state), "epoch": self.topology.epoch})
 
-    def _event(self, kind: str, detail: dict[str, Any]) -> None:
+    def event(self, kind: str, detail: dict[str, Any]) -> None:
+        """Tell whoever follows the events."""
         self._on_event({"event": kind, **detail})
 
     def _send(self, rank: RankId, command: Command) -> None:
@@ -512,34 +797,24 @@ class Engine:
         return self.ranks[rank].incarnation
 
 
-def state_name(state: State) -> str:
-    """As the status document spells it."""
-    match state:
-        case Starting():
-            return "starting"
-        case Serving():
-            return "serving"
-        case Recovering():
-            return "recovering"
-        case FailedState():
-            return "failed"
-        case _:
-            assert_never(state)
-
-
 def describe_plan(plan: RecoveryPlan) -> dict[str, Any]:
     """A plan as a JSON document."""
-    if isinstance(plan, GiveUp):
-        return {"outcome": "failed", "reason": plan.reason}
-    return {
-        "outcome": "recovered",
-        "reason": plan.reason,
-        "members": list(plan.topology.members),
-        "migrations": [{"seq_id": m.seq_id, "to": m.to} for m in plan.migrations],
-        "recomputed_tokens": sum(m.num_tokens for m in plan.migrations),
-        "experts_dropped": plan.experts_dropped,
-        "experts_masked": [list(pair) for pair in plan.masked],
-    }
+    match plan:
+        case GiveUp():
+            return {"outcome": "failed", "reason": plan.reason}
+        case Restart():
+            return {"outcome": "restarted", "reason": plan.reason, "restart": list(plan.ranks)}
+        case _:
+            return {
+                "outcome": "recovered",
+                "reason": plan.reason,
+                "members": list(plan.topology.members),
+                "migrations": [{"seq_id": m.seq_id, "to": m.to} for m in plan.migrations],
+                "recomputed_tokens": sum(m.num_tokens for m in plan.migrations),
+                "experts_dropped": plan.experts_dropped,
+                "experts_reloaded": len(plan.reloads) + len(plan.background),
+                "experts_masked": [list(pair) for pair in plan.masked],
+            }
 
 
 def first_topology_epoch() -> Epoch:

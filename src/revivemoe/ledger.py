@@ -14,6 +14,7 @@ from revivemoe.detokenizer import Vocabulary
 from revivemoe.ids import Incarnation, RankId, SeqId
 from revivemoe.messages import Abort, Add, Command, SequenceSpec, TokenLogprobs, Tokens
 from revivemoe.recovery.planner import SequenceView
+from revivemoe.sampling_params import SamplingParams
 from revivemoe.streams import (
     Delta,
     PromptLogprobsReady,
@@ -23,6 +24,19 @@ from revivemoe.streams import (
     choice_indices,
 )
 from revivemoe.token_log import TokenGap, TokenLog
+
+
+@dataclass
+class Suspicion:
+    """Of a request that was running when a rank failed in a way that a request may bring about."""
+
+    strikes: int
+    signature: str
+    """Kind and place of the last fault."""
+    trial: RankId | None = None
+    """The rank that runs it, and no other suspect, until it has got on by a token."""
+    unproven: set[SeqId] = field(default_factory=set)
+    """Its sequences that have not, yet."""
 
 
 class Sink(Protocol):
@@ -45,6 +59,8 @@ class LiveSequence:
     arrival: int
     owner: tuple[RankId, Incarnation] | None = None
     """The process that may report tokens for it; None while it waits for a rank."""
+    orphan: bool = False
+    """It has lost its rank."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +76,8 @@ class LiveRequest:
     unfinished: set[SeqId] = field(default_factory=set)
     held: dict[int, list[Delta]] = field(default_factory=dict)
     """By prompt index: deltas that wait for the prompt's log-probabilities, which come first."""
+    suspicion: Suspicion | None = None
+    """It was running when a rank failed in a way that a request may bring about."""
 
     def emit(self, delta: Delta) -> None:
         """Pass a delta on, or hold it back."""
@@ -84,6 +102,18 @@ class Arrival:
     first_tokens: int
     finished: tuple[str, ...]
     """Finish reasons of the sequences that ended."""
+    released: bool = False
+    """A request on trial has proved harmless: others wait for that."""
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """One sequence that was given to a rank."""
+
+    seq_id: SeqId
+    num_tokens: int
+    orphan: bool
+    """It had lost its rank before."""
 
 
 class Ledger:
@@ -101,6 +131,8 @@ class Ledger:
         self._sequences: dict[SeqId, LiveSequence] = {}
         self._next_seq_id = 0
         self._next_arrival = 0
+        self._shadows: dict[SeqId, tuple[RankId, Incarnation]] = {}
+        """Copies that only warm a prefix cache, and the process that runs each."""
         self.gaps = 0
         """Reports that skipped a position; each was mended by handing the sequence over anew."""
 
@@ -150,8 +182,11 @@ class Ledger:
         """The submission an unfinished sequence belongs to."""
         return self._sequences[seq_id].request.submission.request_id
 
-    def assign_waiting(self, ranks: Iterable[RankId]) -> int:
-        """Give every sequence without a rank to the one with the fewest tokens, oldest first."""
+    def assign_waiting(self, ranks: Iterable[RankId]) -> list[Assigned]:
+        """Give every sequence without a rank to the one with the fewest tokens, oldest first.
+
+        Of suspects, each rank is given one request at a time.
+        """
         load = dict.fromkeys(ranks, 0)
         waiting = []
         for sequence in self._sequences.values():
@@ -159,11 +194,87 @@ class Ledger:
                 waiting.append(sequence)
             elif sequence.owner[0] in load:
                 load[sequence.owner[0]] += sequence.num_tokens
+        assigned = []
         for sequence in sorted(waiting, key=lambda s: (s.arrival, s.seq_id)):
-            target = min(load, key=lambda rank: (load[rank], rank))
+            target = self._target(sequence.request, load)
+            if target is None:
+                continue
             load[target] += sequence.num_tokens
+            assigned.append(Assigned(sequence.seq_id, sequence.num_tokens, sequence.orphan))
             self.hand_over(sequence.seq_id, target)
-        return len(waiting)
+        return assigned
+
+    def _target(self, request: LiveRequest, load: dict[RankId, int]) -> RankId | None:
+        suspicion = request.suspicion
+        if suspicion is not None and suspicion.trial in load:
+            return suspicion.trial
+        if suspicion is not None:
+            busy = {
+                r.suspicion.trial for r in self.unfinished_requests() if r.suspicion is not None
+            }
+            load = {rank: tokens for rank, tokens in load.items() if rank not in busy}
+        if not load:
+            return None
+        target = min(load, key=lambda rank: (load[rank], rank))
+        if suspicion is not None:
+            suspicion.trial, suspicion.unproven = target, set(request.unfinished)
+        return target
+
+    def unfinished_requests(self) -> list[LiveRequest]:
+        """Every request with some choice unfinished."""
+        return list({id(s.request): s.request for s in self._sequences.values()}.values())
+
+    # ---- loss of a rank ----------------------------------------------------------------------
+
+    def orphan(self, rank: RankId) -> list[LiveRequest]:
+        """The rank is lost: its sequences have none any more. Returns the requests it ran."""
+        requests: dict[int, LiveRequest] = {}
+        for sequence in self._sequences.values():
+            if sequence.owner is not None and sequence.owner[0] == rank:
+                sequence.owner, sequence.orphan = None, True
+                requests[id(sequence.request)] = sequence.request
+        for request in requests.values():
+            if request.suspicion is not None and request.suspicion.trial == rank:
+                request.suspicion.trial = None
+        self._shadows = {s: owner for s, owner in self._shadows.items() if owner[0] != rank}
+        return list(requests.values())
+
+    def convict(self, request: LiveRequest, message: str) -> None:
+        """End one request with an error event: it brings down whoever runs it."""
+        request.sink.push(StreamFailed(message, 500))
+        self.abort(request)
+
+    # ---- warming another rank ----------------------------------------------------------------
+
+    def owned_by(self, rank: RankId) -> list[SeqId]:
+        """Sequences of a rank, oldest first."""
+        owned = [s for s in self._sequences.values() if s.owner is not None and s.owner[0] == rank]
+        return [s.seq_id for s in sorted(owned, key=lambda s: (s.arrival, s.seq_id))]
+
+    def num_output(self, seq_id: SeqId) -> int | None:
+        """Tokens committed so far; None once the sequence is finished."""
+        sequence = self._sequences.get(seq_id)
+        return None if sequence is None else len(sequence.log.output_ids)
+
+    def warm(self, seq_id: SeqId, to: RankId) -> SeqId:
+        """Let a rank compute a sequence's KV into its prefix cache, beside the owner's steps."""
+        sequence = self._sequences[seq_id]
+        shadow = SeqId(self._next_seq_id)
+        self._next_seq_id += 1
+        self._shadows[shadow] = (to, self._incarnation_of(to))
+        spec = SequenceSpec(
+            seq_id=shadow,
+            prompt_ids=[*sequence.log.prompt_ids, *sequence.log.output_ids],
+            output_ids=[],
+            params=SamplingParams(seed=0, temperature=0.0, max_tokens=1),
+            arrival=sequence.arrival,
+        )
+        self._send(to, Add(spec))
+        return shadow
+
+    def warming(self, shadow: SeqId) -> bool:
+        """Whether a copy is still being computed."""
+        return shadow in self._shadows
 
     # ---- what ranks report -------------------------------------------------------------------
 
@@ -174,8 +285,10 @@ class Ledger:
             sequence = self._owned(part.seq_id, owner)
             if sequence is not None:
                 self._append_prompt_logprobs(sequence, part.start, part.entries)
-        new_tokens, first_tokens, finished = 0, 0, []
+        new_tokens, first_tokens, finished, released = 0, 0, [], False
         for token in report.tokens:
+            if self._shadows.get(token.seq_id) == owner:
+                del self._shadows[token.seq_id]
             sequence = self._owned(token.seq_id, owner)
             if sequence is None:
                 continue
@@ -188,11 +301,12 @@ class Ledger:
                 continue
             new_tokens += 1
             first_tokens += token.position == 0
+            released |= _prove(sequence)
             sequence.request.emit(delta)
             if delta.finish_reason is not None:
                 finished.append(delta.finish_reason)
                 self._close(sequence, ended_by_engine=isinstance(delta.stop_reason, str))
-        return Arrival(new_tokens, first_tokens, tuple(finished))
+        return Arrival(new_tokens, first_tokens, tuple(finished), released)
 
     def _append_prompt_logprobs(
         self, sequence: LiveSequence, start: int, entries: list[TokenLogprobs]
@@ -224,6 +338,8 @@ class Ledger:
             self._send(sequence.owner[0], Abort(sequence.seq_id))
         request = sequence.request
         request.unfinished.discard(sequence.seq_id)
+        if request.suspicion is not None:
+            request.suspicion.unproven.discard(sequence.seq_id)
         if not request.unfinished:
             request.sink.end()
 
@@ -251,7 +367,14 @@ class Ledger:
 
     def unfinished(self) -> tuple[SequenceView, ...]:
         return tuple(
-            SequenceView(s.seq_id, s.owner[0] if s.owner else None, s.num_tokens, s.arrival)
+            SequenceView(
+                s.seq_id,
+                s.owner[0] if s.owner else None,
+                s.num_tokens,
+                s.arrival,
+                orphan=s.orphan,
+                held=s.request.suspicion is not None,
+            )
             for s in self._sequences.values()
         )
 
@@ -261,6 +384,7 @@ class Ledger:
         mended = 0
         for seq_id in num_output:
             if self._owned(seq_id, owner) is None:
+                self._shadows.pop(seq_id, None)
                 self._send(rank, Abort(seq_id))
         for sequence in self._sequences.values():
             if sequence.owner != owner:
@@ -276,7 +400,9 @@ class Ledger:
         owner = (to, self._incarnation_of(to))
         if sequence.owner == owner:
             self._send(to, Abort(seq_id))
-        sequence.owner = owner
+        elif sequence.owner is not None and sequence.owner[0] != to:
+            self._send(sequence.owner[0], Abort(seq_id))
+        sequence.owner, sequence.orphan = owner, False
         log = sequence.log
         spec = SequenceSpec(
             seq_id=seq_id,
@@ -291,3 +417,15 @@ class Ledger:
     @property
     def num_unfinished(self) -> int:
         return len(self._sequences)
+
+
+def _prove(sequence: LiveSequence) -> bool:
+    """A token of a suspect has been committed. Returns whether that clears its request."""
+    suspicion = sequence.request.suspicion
+    if suspicion is None or suspicion.trial is None:
+        return False
+    suspicion.unproven.discard(sequence.seq_id)
+    if suspicion.unproven:
+        return False
+    sequence.request.suspicion = None
+    return True

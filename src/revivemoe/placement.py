@@ -46,6 +46,18 @@ class ExpertPlacement(msgspec.Struct, frozen=True):
         kept = {rank: table for rank, table in self.slots.items() if rank not in lost}
         return ExpertPlacement(num_experts=self.num_experts, layers=self.layers, slots=kept)
 
+    def with_rank(self, rank: RankId, table: tuple[tuple[int, ...], ...]) -> "ExpertPlacement":
+        """The map with a rank's slots added, or replaced."""
+        return msgspec.structs.replace(self, slots={**self.slots, rank: table})
+
+    def with_slot(self, rank: RankId, layer: LayerId, slot: SlotId, held: int) -> "ExpertPlacement":
+        """The map with one slot holding another expert, or EMPTY."""
+        index = self.layers.index(layer)
+        row = self.slots[rank][index]
+        row = (*row[:slot], held, *row[slot + 1 :])
+        table = self.slots[rank]
+        return self.with_rank(rank, (*table[:index], row, *table[index + 1 :]))
+
     def sole_holders(self) -> dict[RankId, set[tuple[LayerId, ExpertId]]]:
         """For each rank, the experts that would be gone if it died now."""
         sole: dict[RankId, set[tuple[LayerId, ExpertId]]] = {rank: set() for rank in self.slots}

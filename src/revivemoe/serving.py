@@ -15,21 +15,25 @@ from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.cluster.local import Callbacks, LocalCluster
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.engine import (
-    Engine,
+from revivemoe.engine import Engine, first_topology_epoch
+from revivemoe.engine_state import (
     FailedState,
+    Paused,
     Recovering,
     Serving,
     Starting,
-    first_topology_epoch,
     state_name,
 )
 from revivemoe.executor.spec import RankSpec, SegmentSpec
+from revivemoe.health.monitor import HealthMonitor
+from revivemoe.health.sources import sources_for
 from revivemoe.ids import Incarnation, LayerId, RankId
 from revivemoe.ledger import LiveRequest
 from revivemoe.messages import Inject, Report
 from revivemoe.metrics import render_metrics
+from revivemoe.operations import Operations
 from revivemoe.placement import place
+from revivemoe.recovery.faults import DeviceReport
 from revivemoe.status import status_document
 from revivemoe.streams import EngineUnavailable, ModelInfo, StreamEvent, Submission
 from revivemoe.topology import collocated
@@ -42,7 +46,10 @@ ADMISSION_WAIT_S = 60.0
 STOP_TIMEOUT_S = 1.0
 """For ranks to exit of their own accord; then they are killed."""
 KEPT_EVENTS = 1000
-INJECTABLE = ("kill",)
+INJECTABLE = ("kill", "hang", "error", "slow", "nan", "comm", "device_fault")
+POINTS = ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit")
+SPOILABLE = ("attention", "experts", "combine", "sample")
+"""Phases whose output can be turned into NaN."""
 
 
 class QueueStream:
@@ -115,6 +122,8 @@ class Instance:
             time.monotonic,
             self._on_event,
         )
+        self._operations = Operations(self.engine)
+        self._health: HealthMonitor | None = None
         self.serving = asyncio.Event()
         """Set when the instance serves for the first time."""
         self.ended = asyncio.Event()
@@ -130,7 +139,22 @@ class Instance:
         self.engine.start(time.monotonic())
         self._ticker = asyncio.create_task(self._tick(), name="engine tick")
         self._ticker.add_done_callback(self._on_ticker_done)
+        self._watch_devices()
         return self
+
+    def _watch_devices(self) -> None:
+        config = self.config
+        devices = {rank: config.rank_device(rank) for rank in self.engine.ranks}
+        sources = sources_for(config.device, devices, config.kubernetes_node, config.device_health)
+        if not sources:
+            return
+        loop = asyncio.get_running_loop()
+
+        def on_report(report: DeviceReport) -> None:
+            loop.call_soon_threadsafe(lambda: self.engine.on_health(report, time.monotonic()))
+
+        self._health = HealthMonitor(sources, on_report)
+        self._health.__enter__()
 
     async def __aexit__(
         self,
@@ -140,6 +164,8 @@ class Instance:
     ) -> None:
         assert self._ticker is not None
         self._ticker.cancel()
+        if self._health is not None:
+            self._health.__exit__(kind, error, traceback)
         try:
             self.engine.stop()
             deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -165,8 +191,10 @@ class Instance:
     def _on_report(self, report: Report) -> None:
         self.engine.on_report(report, time.monotonic())
 
-    def _on_exit(self, rank: RankId, incarnation: Incarnation, detail: str) -> None:
-        self.engine.on_exit(rank, incarnation, detail, time.monotonic())
+    def _on_exit(
+        self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool
+    ) -> None:
+        self.engine.on_exit(rank, incarnation, detail, time.monotonic(), by_itself=by_itself)
 
     def _on_forkserver_gone(self) -> None:
         self.engine.on_forkserver_gone()
@@ -196,7 +224,7 @@ class Instance:
 
     async def _until_settled(self) -> None:
         deadline = time.monotonic() + ADMISSION_WAIT_S
-        while isinstance(self.engine.state, Starting | Recovering):
+        while isinstance(self.engine.state, Starting | Recovering | Paused):
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 name = state_name(self.engine.state)
@@ -220,29 +248,39 @@ class Instance:
         return isinstance(self.engine.state, Serving)
 
     async def apply(self, instruction: str, params: dict[str, Any], request_id: str) -> Any:
-        if instruction == "whatif":
-            return self.engine.what_if(_ids(params))
-        raise ValueError(f"instruction {instruction!r} is not supported yet: only 'whatif' is")
+        return self._operations.apply(instruction, params, request_id, time.monotonic())
 
     async def inject(self, fault: dict[str, Any]) -> str:
-        return self._inject(fault)
-
-    def _inject(self, fault: dict[str, Any]) -> str:
-        kind, at = fault.get("kind"), fault.get("at") or {}
-        if kind not in INJECTABLE:
-            raise ValueError(f"kind {kind!r} is not supported yet: only {', '.join(INJECTABLE)}")
-        if not isinstance(at, dict) or not at.keys() <= {"step", "layer", "phase"}:
-            raise ValueError("'at' must be an object with step, layer, phase")
         injection_id = f"inj-{time.monotonic_ns():x}"
-        document = {**at, "injection_id": injection_id, "kind": kind}
-        try:  # what is sent must be what a rank can decode
-            inject = msgspec.convert(
-                {"type": "Inject", **document, "params": fault.get("params") or {}}, Inject
-            )
-        except msgspec.ValidationError as error:
-            raise ValueError(str(error)) from None
-        self.engine.inject(inject, RankId(_int(fault, "id")))
+        inject = parse_injection(fault, injection_id)
+        rank = RankId(_int(fault, "id"))
+        if inject.kind == "comm":
+            inject = self._with_peer(inject, rank)
+        if inject.kind == "device_fault":
+            self._inject_report(inject, rank)
+        else:
+            self.engine.inject(inject, rank)
         return injection_id
+
+    def _with_peer(self, inject: Inject, rank: RankId) -> Inject:
+        if self.config.comm_backend != "gloo":
+            raise ValueError(
+                "kind 'comm' cuts sockets between two ranks: shared memory has none, so it needs "
+                "--comm-backend gloo"
+            )
+        peer = RankId(_int(inject.params, "peer"))
+        pid = self._cluster.pid(peer)
+        if pid is None or peer == rank or self.engine.ranks[peer].dead:
+            raise ValueError(f"'peer' {peer} is not another living rank")
+        return msgspec.structs.replace(inject, params={**inject.params, "peer_pid": pid})
+
+    def _inject_report(self, inject: Inject, rank: RankId) -> None:
+        level = _int(inject.params, "level")
+        if not 0 <= level <= 6:
+            raise ValueError(f"'level' {level} is out of range: 1 to 6, or 0 for healthy again")
+        code = str(inject.params.get("code", "injected"))
+        report = DeviceReport(rank, level, code, "", "injected")
+        self.engine.report_at(report, inject.step, time.monotonic())
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -302,8 +340,27 @@ def _int(document: dict[str, Any], key: str) -> int:
     return value
 
 
-def _ids(params: dict[str, Any]) -> list[RankId]:
-    ids = params.get("ids")
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-        raise ValueError("'ids' must be a list of rank ids")
-    return [RankId(i) for i in ids]
+def parse_injection(fault: dict[str, Any], injection_id: str) -> Inject:
+    """The fault asked for, as a rank can decode it. Raises ValueError with what is wrong."""
+    kind, at = fault.get("kind"), fault.get("at") or {}
+    if kind not in INJECTABLE:
+        raise ValueError(f"kind {kind!r} is unknown: choose one of {', '.join(INJECTABLE)}")
+    if not isinstance(at, dict) or not at.keys() <= {"step", "layer", "phase"}:
+        raise ValueError("'at' must be an object with step, layer, phase")
+    if at.get("phase") not in (None, *POINTS):
+        raise ValueError(f"'phase' must be one of {', '.join(POINTS)}")
+    if kind == "nan" and at.get("phase") not in (None, *SPOILABLE):
+        raise ValueError(f"kind 'nan' strikes in one of {', '.join(SPOILABLE)}")
+    document = {**at, "injection_id": injection_id, "kind": kind}
+    try:
+        inject = msgspec.convert(
+            {"type": "Inject", **document, "params": fault.get("params") or {}}, Inject
+        )
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    factor = inject.params.get("factor", 5)
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
+        raise ValueError("'factor' must be a number of at least 1")
+    if inject.params.get("how", "loop") not in ("loop", "stop", "deadlock"):
+        raise ValueError("'how' must be loop, stop or deadlock")
+    return inject

@@ -3,7 +3,9 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from revivemoe.engine import Engine, FailedState, RankView, Starting, state_name
+from revivemoe.engine import Engine
+from revivemoe.engine_state import FailedState, Starting, state_name
+from revivemoe.rank_view import RankView
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.record import RecoveryRecord
 
@@ -21,7 +23,7 @@ def status_document(engine: Engine, now: float, wall: float) -> dict[str, Any]:
         "epoch": engine.topology.epoch,
         "quality": "degraded" if engine.degraded else "full",
         "total_engines": len(views),
-        "last_ft_request_id": None,
+        "last_ft_request_id": engine.last_ft_request_id,
         "engines": [_engine(engine, view, now) for view in views],
         "experts": _experts(engine),
         "dense_ffn_groups": [],
@@ -30,7 +32,7 @@ def status_document(engine: Engine, now: float, wall: float) -> dict[str, Any]:
 
 
 def _engine(engine: Engine, view: RankView, now: float) -> dict[str, Any]:
-    member = view.rank in engine.topology.members and not view.dead
+    member = view.rank in engine.topology.members and not (view.dead or engine.is_new(view))
     age_s = engine.detector.age_s(view.rank, now)
     stats = view.stats
     return {
@@ -55,11 +57,14 @@ def _engine(engine: Engine, view: RankView, now: float) -> dict[str, Any]:
 def _status(engine: Engine, view: RankView, now: float) -> str:
     if view.dead:
         return "dead"
-    if not view.ready or isinstance(engine.state, Starting):
+    if not view.ready or isinstance(engine.state, Starting) or engine.is_new(view):
         return "joining"
+    if view.draining:
+        return "draining"
     if view.fault is not None:
         return "unhealthy"
-    return "suspect" if engine.detector.suspect(view.rank, now) else "healthy"
+    suspect = view.slow is not None or engine.detector.suspect(view.rank, now)
+    return "suspect" if suspect else "healthy"
 
 
 def _experts(engine: Engine) -> dict[str, Any]:
@@ -98,4 +103,7 @@ def _recovery(record: RecoveryRecord, now: float, wall: float) -> dict[str, Any]
         "experts_masked": record.experts_masked,
         "role_switched": record.role_switched,
         "recompiled": record.recompiled,
+        "restarted": list(record.restarted),
+        "rolled_back": record.rolled_back,
+        "request_id": record.request_id,
     }

@@ -43,3 +43,18 @@ def without(topology: Topology, lost: frozenset[RankId], epoch: Epoch) -> Topolo
         attention=keep(topology.attention),
         experts=keep(topology.experts),
     )
+
+
+def joined(topology: Topology, ranks: tuple[RankId, ...], home: Topology) -> Topology:
+    """`topology` with `ranks` back in the roles and the order they have in `home`."""
+
+    def add(present: tuple[RankId, ...], role: tuple[RankId, ...]) -> tuple[RankId, ...]:
+        both = {*present, *(r for r in ranks if r in role)}
+        return tuple(sorted(both, key=home.members.index))
+
+    return Topology(
+        epoch=topology.epoch,
+        members=add(topology.members, home.members),
+        attention=add(topology.attention, home.attention),
+        experts=add(topology.experts, home.experts),
+    )

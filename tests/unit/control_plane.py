@@ -18,6 +18,7 @@ from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.ledger import LiveRequest
 from revivemoe.messages import (
     Abort,
+    Activity,
     Add,
     Command,
     CommittedToken,
@@ -109,6 +110,9 @@ class FakeRank:
     in_domain: bool = False
     mute: bool = False
     """Hears everything, answers nothing."""
+    stubborn: bool = False
+    """Lives, but answers no fence."""
+    activity: Activity = field(default_factory=Activity)
     meets_nobody: bool = False
     """Enters domains, but never gets to the first agreement: some member is stuck."""
 
@@ -132,6 +136,8 @@ class FakeRank:
                 pass
 
     def acknowledge(self, epoch: Epoch) -> None:
+        if self.stubborn:
+            return
         held = {seq_id: len(output) for seq_id, (_, output, _) in self.live.items()}
         self.report(FenceAck(self.rank, self.incarnation, epoch, self.step, held, True, 0.125))
 
@@ -152,7 +158,7 @@ class FakeRank:
 
     def beat(self) -> None:
         stats = RankStats(running=len(self.live), kv_blocks_used=2, kv_blocks_total=64)
-        self.report(Heartbeat(self.rank, self.incarnation, 0, stats))
+        self.report(Heartbeat(self.rank, self.incarnation, 0, stats, self.activity))
 
     def abort_step(self) -> None:
         self.in_domain = False
@@ -269,7 +275,10 @@ class Instance:
         """Let time pass, with the engine ticking as it should."""
         until = self.now + seconds
         while self.now < until:
-            self.now = min(until, self.now + 0.5)
+            self.now = min(until, self.now + 0.1)
+            for fake in list(self.cluster.ranks.values()):
+                fake.beat()
+            self.deliver()
             self.engine.tick(self.now)
             self.deliver()
 

@@ -320,7 +320,7 @@ def test_a_second_death_while_recovering() -> None:
 
 
 def test_one_death_after_another_down_to_the_last_rank() -> None:
-    instance = serving(redundant=24)
+    instance = serving(redundant=24, policy=Policy(repair=("reload", "mask")))
     sinks = loaded(instance)
     for rank in (3, 0, 2):
         instance.step(2)
@@ -340,11 +340,11 @@ def test_a_survivor_that_does_not_answer_is_taken_out() -> None:
     instance = serving(redundant=16)
     sinks = loaded(instance)
     instance.step(2)
-    instance.cluster.ranks[RankId(3)].mute = True
+    instance.cluster.ranks[RankId(3)].stubborn = True
     instance.die(1)
-    instance.wait(9.9)
+    instance.wait(9.8)
     assert isinstance(instance.engine.state, Recovering)
-    instance.wait(0.2)
+    instance.wait(0.4)
     assert isinstance(instance.engine.state, Serving)
     assert instance.engine.topology.members == (0, 2)
     assert RankId(3) in instance.cluster.killed
@@ -357,9 +357,9 @@ def test_a_survivor_that_does_not_answer_is_taken_out() -> None:
 
 def test_the_exit_of_a_rank_taken_out_is_no_second_fault() -> None:
     instance = serving(redundant=16)
-    instance.cluster.ranks[RankId(3)].mute = True
+    instance.cluster.ranks[RankId(3)].stubborn = True
     instance.die(1)
-    instance.wait(10.1)
+    instance.wait(10.3)
     instance.engine.on_exit(RankId(3), Incarnation(1), "killed", instance.now)
     assert isinstance(instance.engine.state, Serving)
     assert len(instance.engine.records) == 1
@@ -448,8 +448,11 @@ def test_masked_experts_degrade_what_is_under_way_and_what_comes() -> None:
     assert late.deltas()[0].degraded
 
 
+NO_RESTART = Policy(repair=("reload", "mask"))
+
+
 def test_more_than_the_policy_allows_fails_with_the_reason() -> None:
-    instance = serving(num_ranks=4, redundant=0)
+    instance = serving(num_ranks=4, redundant=0, policy=NO_RESTART)
     sinks = loaded(instance)
     instance.step(2)
     instance.die(1)
@@ -469,7 +472,7 @@ def test_more_than_the_policy_allows_fails_with_the_reason() -> None:
 
 
 def test_a_failed_instance_stays_failed() -> None:
-    instance = serving(num_ranks=4, redundant=0)
+    instance = serving(num_ranks=4, redundant=0, policy=NO_RESTART)
     instance.die(1)
     before = instance.engine.state
     for rank in (0, 2, 3):
@@ -481,7 +484,7 @@ def test_a_failed_instance_stays_failed() -> None:
 
 
 def test_a_router_that_cannot_be_masked() -> None:
-    instance = Instance(num_ranks=4, redundant=0, policy=Policy(max_missing_fraction=0.9))
+    instance = Instance(num_ranks=4, redundant=0, policy=Policy(repair=("mask",)))
     instance.cluster.maskable = False
     instance.start()
     instance.die(1)
@@ -603,7 +606,8 @@ def test_the_events_tell_the_story() -> None:
     instance.events.clear()
     instance.die(1)
     kinds = [e["event"] for e in instance.events]
-    assert kinds == ["fault", "fence", "state", "configure", "migrated", "state"]
+    told = ["fault", "fence", "state", "configure", "migrated", "recovery", "state"]
+    assert kinds == told
     assert instance.named("fault")[0]["id"] == 1
     assert len(instance.named("migrated")[0]["requests"]) == 1
     assert [e["state"] for e in instance.named("state")] == ["recovering", "serving"]
@@ -632,7 +636,7 @@ def test_one_rank_stuck_in_the_resume_stage_does_not_take_the_others_with_it() -
     instance.wait(19.5)
     for rank in (0, 2, 3):
         instance.cluster.ranks[RankId(rank)].meets_nobody = False
-    instance.cluster.ranks[RankId(3)].mute = True
+    instance.cluster.ranks[RankId(3)].stubborn = True
     instance.wait(1.5)
     assert isinstance(instance.engine.state, Recovering), "fenced again"
     assert not any(instance.engine.ranks[RankId(r)].dead for r in (0, 2, 3)), "nobody accused"

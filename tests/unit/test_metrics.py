@@ -26,7 +26,7 @@ def value(found: Samples, name: str, **labels: str) -> float:
 
 
 def test_exactly_one_state_at_any_time() -> None:
-    instance = Instance(redundant=0)
+    instance = Instance(redundant=0, policy=Policy(repair=("mask",)))
     for act, state in (
         (lambda: None, "starting"),
         (instance.start, "serving"),

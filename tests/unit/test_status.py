@@ -29,6 +29,7 @@ RECOVERY = {
     "detect_s": NUMBER, "stall_s": NUMBER | None, "phases": dict, "migrated": int,
     "recomputed_tokens": int, "experts_dropped": int, "experts_reloaded": int,
     "experts_masked": int, "role_switched": int | None, "recompiled": int,
+    "restarted": list, "rolled_back": int, "request_id": str | None,
 }  # fmt: skip
 DOCUMENT = {
     "schema_version": int, "state": str, "reason": str | None, "epoch": int, "quality": str,
@@ -172,7 +173,7 @@ def test_degraded() -> None:
 
 
 def test_failed() -> None:
-    instance = Instance(redundant=0).start()
+    instance = Instance(redundant=0, policy=Policy(repair=("mask",))).start()
     instance.die(1)
     document = status(instance)
     assert document["state"] == "failed"

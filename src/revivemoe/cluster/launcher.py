@@ -82,6 +82,14 @@ class Launcher:
         self._sock = ours
         ours.send(msgspec.msgpack.encode(Hail(self._segment)))
 
+    def restart(self) -> None:
+        """Start another fork server after the former one is gone. Ranks and segment stay."""
+        assert self._process is not None and self._sock is not None, "never started"
+        self._sock.close()
+        self._process.kill()
+        self._process.wait()
+        self.start()
+
     @property
     def fileno(self) -> int:
         """Readable when the fork server has something to say, or is gone."""

@@ -30,6 +30,13 @@ log = logging.getLogger("revivemoe.cluster")
 DRAIN_AT_MOST = 2000
 """Reports taken in one go before other work of the event loop gets its turn."""
 
+STATUS_WAIT_S = 0.015
+"""How long the exit of a process waits for its exit status."""
+CRASHES = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
+)
+"""Signals that a process brings upon itself."""
+
 RankSpecFor = Callable[[RankId, Incarnation, tuple[tuple[int, ...], ...]], RankSpec]
 Key = tuple[RankId, Incarnation]
 
@@ -39,7 +46,8 @@ class Callbacks:
     """What the cluster tells its owner, on the event loop's thread."""
 
     on_report: Callable[[Report], None]
-    on_exit: Callable[[RankId, Incarnation, str], None]
+    on_exit: Callable[[RankId, Incarnation, str, bool], None]
+    """With what is known of the exit, and whether the process crashed by itself."""
     on_forkserver_gone: Callable[[], None]
 
 
@@ -66,6 +74,11 @@ class LocalCluster:
         self._pids: dict[Key, int] = {}
         self._launch_when_warm: list[RankSpec] = []
         self._warm = False
+        self._forkserver_gone = False
+        self._exits: dict[Key, int] = {}
+        """Exit status of processes whose exit has not been told of yet."""
+        self._ending: dict[Key, asyncio.TimerHandle] = {}
+        """Processes that are gone and whose exit status is awaited, for a moment."""
         self._decoder = msgspec.msgpack.Decoder(Report)
         self._encoder = msgspec.msgpack.Encoder()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -95,6 +108,8 @@ class LocalCluster:
         self._loop.remove_reader(self._inbox_fd)
         with contextlib.suppress(AssertionError):
             self._loop.remove_reader(self._launcher.fileno)
+        for timer in self._ending.values():
+            timer.cancel()
         for key, pidfd in list(self._pidfds.items()):
             _kill(pidfd)
             self._forget(key)
@@ -126,10 +141,19 @@ class LocalCluster:
         if rank in self._outboxes:
             self._outboxes.pop(rank)[1].close(linger=0)
         self._outboxes[rank] = ((rank, incarnation), outbox)
+        if self._forkserver_gone:
+            self._restart_forkserver()
         if self._warm:
             self._launcher.launch(spec)
         else:
             self._launch_when_warm.append(spec)
+
+    def _restart_forkserver(self) -> None:
+        """A new one is warm in a few seconds; what is to be launched waits for it."""
+        assert self._loop is not None
+        self._forkserver_gone, self._warm = False, False
+        self._launcher.restart()
+        self._loop.add_reader(self._launcher.fileno, self._on_launcher)
 
     def send(self, rank: RankId, command: Command) -> None:
         """Queue a command. Never blocks; what is sent to a dead rank goes nowhere."""
@@ -144,6 +168,11 @@ class LocalCluster:
         pid = self._pids.get(held[0]) if held is not None else None
         if pid is not None and held is not None:
             _kill(self._pidfds[held[0]])
+
+    def pid(self, rank: RankId) -> int | None:
+        """The rank's present process, if it runs."""
+        held = self._outboxes.get(rank)
+        return None if held is None else self._pids.get(held[0])
 
     def domain(self) -> DomainSpec:
         address = self._store.address if self._store is not None else None
@@ -179,10 +208,14 @@ class LocalCluster:
                 case LaunchedProcess():
                     self._watch(message)
                 case Exited():
-                    log.debug("rank %d exited: %s", message.rank, describe_status(message.status))
+                    key = (RankId(message.rank), Incarnation(message.incarnation))
+                    self._exits[key] = message.status
+                    if key in self._ending:
+                        self._tell_exit(key)
                 case None:
                     assert self._loop is not None
                     self._loop.remove_reader(self._launcher.fileno)
+                    self._forkserver_gone = True
                     self._callbacks.on_forkserver_gone()
                     return
 
@@ -200,14 +233,31 @@ class LocalCluster:
         self._loop.add_reader(process.pidfd, self._on_exit, key)
 
     def _on_exit(self, key: Key) -> None:
+        """The process is gone. How it ended, the fork server says about now."""
+        assert self._loop is not None
+        self._loop.remove_reader(self._pidfds[key])
+        if not self._forkserver_gone:
+            self._on_launcher()
+        if key in self._exits or self._forkserver_gone:
+            self._tell_exit(key)
+        else:
+            self._ending[key] = self._loop.call_later(STATUS_WAIT_S, self._tell_exit, key)
+
+    def _tell_exit(self, key: Key) -> None:
         """What the process said before it went counts: the inbox comes first."""
-        pid = self._pids[key]
+        if key not in self._pidfds:
+            return  # told already
+        if (timer := self._ending.pop(key, None)) is not None:
+            timer.cancel()
+        pid, status = self._pids[key], self._exits.pop(key, None)
         self._forget(key)
         self.drain()
         held = self._outboxes.get(key[0])
         if held is not None and held[0] == key:
             self._outboxes.pop(key[0])[1].close(linger=0)
-        self._callbacks.on_exit(*key, f"process {pid} exited")
+        how = "exited" if status is None else describe_status(status)
+        by_itself = status is not None and (status > 0 or -status in CRASHES)
+        self._callbacks.on_exit(*key, f"process {pid}: {how}", by_itself)
 
     def _forget(self, key: Key) -> None:
         assert self._loop is not None

@@ -1,6 +1,7 @@
 """The owner of a process's transport: at most one domain at a time, one per epoch."""
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -28,13 +29,16 @@ class Domains:
         fence: FenceFlag,
         segment_fd: int | None = None,
         device: torch.device | str = "cpu",
+        on_wait: Callable[[bool], None] = lambda waiting: None,
     ) -> None:
         """`segment_fd`: from `create_segment`, needed for shm; it stays the caller's to close.
         `device`: where the payload lives (pinned staging with gloo, the GPU with NCCL).
+        `on_wait`: told when a wait for peers begins and ends.
         """
         self._fence = fence
         self._segment = None if segment_fd is None else Segment(segment_fd)
         self._device = torch.device(device)
+        self._on_wait = on_wait
         self._graveyard = Graveyard()
         self._last_epoch = -1
         self.current: Transport | None = None
@@ -61,10 +65,14 @@ class Domains:
         self.leave()
         assert epoch > self._last_epoch, f"epoch {epoch} after epoch {self._last_epoch}"
         self._last_epoch = epoch
-        if self._fence.covers(epoch):
-            raise DomainLeft(f"epoch {epoch} was fenced before it began")
+        self.check_fence(epoch)
         self.current = self._build(spec, epoch, members, me)
         return self.current
+
+    def check_fence(self, epoch: Epoch) -> None:
+        """Raise DomainLeft if `epoch` is fenced: for work before it is entered."""
+        if self._fence.covers(epoch):
+            raise DomainLeft(f"epoch {epoch} was fenced before it began")
 
     def leave(self) -> None:
         """Leave the present domain, if any. Waits for nobody."""
@@ -76,7 +84,7 @@ class Domains:
     def _build(
         self, spec: DomainSpec, epoch: Epoch, members: tuple[RankId, ...], me: RankId
     ) -> Transport:
-        waiter = Waiter(self._fence, epoch, spec.timeout_s)
+        waiter = Waiter(self._fence, epoch, spec.timeout_s, self._on_wait)
         if members == (me,):
             return SoloTransport(waiter, epoch, me, self._device)
         match spec.backend:

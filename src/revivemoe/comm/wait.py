@@ -17,10 +17,17 @@ SLEEP_S = 100e-6
 class Waiter:
     """Waits inside one domain: each ends by success, the fence or the time limit. Never later."""
 
-    def __init__(self, fence: FenceFlag, epoch: Epoch, timeout_s: float) -> None:
+    def __init__(
+        self,
+        fence: FenceFlag,
+        epoch: Epoch,
+        timeout_s: float,
+        on_wait: Callable[[bool], None] = lambda waiting: None,
+    ) -> None:
         self._fence = fence
         self._epoch = epoch
         self._timeout_s = timeout_s
+        self._on_wait = on_wait
         self.waited_s = 0.0
         """Seconds spent waiting for peers so far."""
 
@@ -44,9 +51,11 @@ class Waiter:
         if ready():
             return
         started = time.monotonic()
+        self._on_wait(True)
         try:
             self._poll(ready, started, waited_for, silent)
         finally:
+            self._on_wait(False)
             self.waited_s += time.monotonic() - started
 
     def _poll(

@@ -17,23 +17,24 @@ import msgspec
 import zmq
 
 from revivemoe.comm.fence import FenceFlag
+from revivemoe.executor.progress import Progress
 from revivemoe.executor.spec import RankSpec
-from revivemoe.messages import Command, Fence, Heartbeat, Hello, RankStats, Report
+from revivemoe.messages import (
+    Command,
+    ExpertsLoaded,
+    Fence,
+    Heartbeat,
+    Hello,
+    RankStats,
+    Report,
+)
 
+PACE_EVERY = 10
+"""Heartbeats from one that tells the pace to the next."""
 DEAF = 3
 """Exit status of a rank whose control thread failed."""
 ENGINE_GONE = 4
 """Exit status of a rank whose engine went away."""
-
-
-class Progress:
-    """A counter the step loop advances and the heartbeat reports."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def tick(self) -> None:
-        self.count += 1
 
 
 class ControlThread:
@@ -49,9 +50,10 @@ class ControlThread:
         stats: Callable[[], RankStats],
     ) -> None:
         """`lifeline`: read end of a pipe whose write end only the engine holds."""
-        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Command | ExpertsLoaded] = queue.SimpleQueue()
         self._spec, self._lifeline = spec, lifeline
         self._fence, self._progress, self._stats = fence, progress, stats
+        self._beats = 0
         self._stopping = threading.Event()
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._encoder = msgspec.msgpack.Encoder()
@@ -110,7 +112,7 @@ class ControlThread:
 
     def _take(self, raw: bytes) -> None:
         command = self._decoder.decode(raw)
-        if isinstance(command, Fence):
+        if isinstance(command, Fence) and not command.at_boundary:
             self._fence.raise_to(command.epoch)
         self.commands.put(command)
 
@@ -123,4 +125,14 @@ class ControlThread:
 
     def _heartbeat(self) -> Heartbeat:
         spec = self._spec
-        return Heartbeat(spec.rank, spec.incarnation, self._progress.count, self._stats())
+        progress = self._progress
+        self._beats += 1
+        tell_pace = self._beats % PACE_EVERY == 0
+        return Heartbeat(
+            spec.rank,
+            spec.incarnation,
+            progress.count,
+            self._stats(),
+            progress.activity(),
+            list(progress.paces.copy().values()) if tell_pace else None,
+        )

@@ -1,11 +1,22 @@
 """One-shot faults at an exact (step, layer, phase). Real ones: `kill` is SIGKILL to ourselves."""
 
 import signal
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import Any
 
+import torch
+
+from revivemoe.comm.sever import sever
 from revivemoe.messages import Inject
 
-SUPPORTED = ("kill",)
-"""Kinds this executor can produce so far."""
+SUPPORTED = ("kill", "hang", "error", "slow", "nan", "comm")
+"""Kinds a rank can produce."""
+
+
+class InjectedError(RuntimeError):
+    """What an injected `error` raises: the rank's own code has failed."""
 
 
 class Injections:
@@ -13,20 +24,64 @@ class Injections:
 
     def __init__(self) -> None:
         self._waiting: list[Inject] = []
+        self._slow: list[Inject] = []
+        self._spoil: tuple[str, int] | None = None
+        """Phase and layer (-1: any) whose output shall be turned into NaN, once."""
 
     def add(self, fault: Inject) -> None:
         """Keep a fault for its moment; one without a moment strikes now."""
-        if fault.step is None and fault.layer is None and fault.phase is None:
-            _strike(fault)
-        self._waiting.append(fault)
+        at_once = fault.step is None and fault.layer is None and fault.phase is None
+        if at_once and "prompt_token" not in fault.params and fault.kind != "nan":
+            self._strike(fault, fault.phase, -1)
+        else:
+            self._waiting.append(fault)
 
-    def reached(self, step: int, phase: str, layer: int) -> None:
-        """The step loop is here: strike if a fault waits for this point."""
+    def reached(
+        self, step: int, phase: str, layer: int, tokens: Callable[[], Collection[int]]
+    ) -> None:
+        """The step loop is here: strike if a fault waits for this point.
+
+        `tokens`: those in the prompts that run in this step, asked for only if it matters.
+        """
         for fault in self._waiting:
-            if _matches(fault, step, phase, layer):
-                self._waiting.remove(fault)
-                _strike(fault)
+            if _matches(fault, step, phase, layer) and _concerns(fault, tokens):
+                if "prompt_token" not in fault.params:
+                    self._waiting.remove(fault)
+                self._strike(fault, phase, layer)
                 return
+
+    def spoilt(self, phase: str, layer: int, values: torch.Tensor) -> torch.Tensor:
+        """What a stage has produced; with NaN in it if that was asked for."""
+        if self._spoil is None or phase != self._spoil[0] or self._spoil[1] not in (layer, -1):
+            return values
+        if not values.numel():
+            return values  # nothing to spoil: at the next chance
+        self._spoil = None
+        values = values.clone()
+        values[-1] = float("nan")
+        return values
+
+    def delay_s(self, phase: str, own_s: float) -> float:
+        """How much longer a slow rank takes for a phase that took it `own_s` seconds."""
+        factors = [float(f.params.get("factor", 5)) for f in self._slow if f.phase in (None, phase)]
+        return max(0.0, (max(factors, default=1.0) - 1.0) * own_s)
+
+    def _strike(self, fault: Inject, phase: str | None, layer: int) -> None:
+        match fault.kind:
+            case "kill":
+                signal.raise_signal(signal.SIGKILL)
+            case "hang":
+                _hang(str(fault.params.get("how", "loop")))
+            case "error":
+                raise InjectedError("injected error")
+            case "slow":
+                self._slow.append(fault)
+            case "nan":
+                self._spoil = (phase or "experts", layer)
+            case "comm":
+                sever(int(fault.params["peer_pid"]))
+            case unknown:
+                raise AssertionError(f"unknown kind of fault {unknown!r}")
 
 
 def _matches(fault: Inject, step: int, phase: str, layer: int) -> bool:
@@ -38,6 +93,20 @@ def _matches(fault: Inject, step: int, phase: str, layer: int) -> bool:
     )
 
 
-def _strike(fault: Inject) -> None:
-    assert fault.kind in SUPPORTED, f"unknown kind of fault {fault.kind!r}"
-    signal.raise_signal(signal.SIGKILL)
+def _concerns(fault: Inject, tokens: Callable[[], Collection[int]]) -> bool:
+    wanted: Any = fault.params.get("prompt_token")
+    return wanted is None or wanted in tokens()
+
+
+def _hang(how: str) -> None:
+    """Never comes back: an endless loop, a stopped process, or a deadlock."""
+    match how:
+        case "stop":
+            signal.raise_signal(signal.SIGSTOP)
+        case "deadlock":
+            lock = threading.Lock()
+            lock.acquire()
+            lock.acquire()
+        case _:
+            while True:
+                time.sleep(0.01)

@@ -2,13 +2,14 @@
 
     commands -> begin_step -> exchange headers -> agree -> execute -> commit -> report
 
-A communication failure or a fence ends the step: it is rolled back, the domain is left, and the
-rank waits for the engine to configure the next epoch. It accuses nobody.
+A communication failure, non-finite numbers or a fence end the step: it is rolled back, the domain
+is left, and the rank waits for the engine to configure the next epoch. It accuses nobody.
 """
 
 import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import assert_never
 
 import msgspec
@@ -19,28 +20,37 @@ from revivemoe.comm.fence import CommunicationFailed, DomainLeft
 from revivemoe.comm.transport import Transport
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
-from revivemoe.core.step import Batch, Run, StepHeader
-from revivemoe.executor.control import Progress
+from revivemoe.core.step import Batch, Leave, Run, StepHeader
 from revivemoe.executor.injection import Injections
+from revivemoe.executor.progress import Progress
 from revivemoe.messages import (
     Abort,
     Add,
     Command,
     Configure,
+    ExpertsLoaded,
     Fence,
+    FenceAck,
     Inject,
+    LoadExperts,
+    NonFinite,
     RankStats,
     Report,
     Resumed,
+    SlotLoad,
     StepAborted,
     Stop,
     Wake,
 )
+from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
+from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import ModelRunner
 
-IDLE_WAIT_S = 0.5
+IDLE_WAIT_S = 0.2
 """How long a parked or fenced rank sleeps between ticks of its progress counter."""
 STATS_EVERY_S = 0.05
+LOAD_BUDGET_S = 60.0
+"""What loading one expert may take, a slow disk included."""
 
 
 class StepLoop:
@@ -51,7 +61,7 @@ class StepLoop:
         rank: Rank,
         runner: ModelRunner,
         domains: Domains,
-        commands: "queue.SimpleQueue[Command]",
+        commands: "queue.SimpleQueue[Command | ExpertsLoaded]",
         report: Callable[[Report], None],
         progress: Progress,
     ) -> None:
@@ -61,16 +71,22 @@ class StepLoop:
         self._entered: Configure | None = None
         """Set until the first agreement of its epoch."""
         self._domain_s = 0.0
+        self._experts_s = 0.0
+        self._experts_loaded = 0
+        self._batch: Batch | None = None
+        """Of the step whose forward has begun."""
         self._stopped = False
         self._injections = Injections()
         self._stats = rank.stats()
         self._stats_at = 0.0
         runner.exchange.on_phase = self._reach
+        runner.exchange.spoil = self._injections.spoilt
 
     def run(self) -> None:
         """Take commands and steps until told to stop."""
         while not self._stopped:
-            self._progress.tick()
+            if not self._stepping:
+                self._progress.idle()
             self._take_commands(wait=not self._stepping)
             if self._stepping:
                 self._step()
@@ -97,7 +113,7 @@ class StepLoop:
             pass
         self._publish_stats()
 
-    def _handle(self, command: Command) -> None:
+    def _handle(self, command: Command | ExpertsLoaded) -> None:
         match command:
             case Add():
                 self._rank.add(command.sequence)
@@ -111,15 +127,28 @@ class StepLoop:
                 self._configure(command)
             case Inject():
                 self._injections.add(command)
+            case LoadExperts():
+                self._load_beside(command)
+            case ExpertsLoaded():
+                self._report(command)
             case Stop():
                 self._stopped = True
             case _:
                 assert_never(command)
 
     def _fence(self, command: Fence) -> None:
+        if command.at_boundary:
+            ack = self._rank.leave_at_boundary(command.epoch)
+            if ack is not None:  # outside the step loop: here and now is a boundary
+                self._leave()
+                self._report(ack)
+            return
         began = time.monotonic()
         self._leave()
-        if ack := self._rank.fence(command.epoch):
+        self._acknowledge(self._rank.fence(command.epoch), began)
+
+    def _acknowledge(self, ack: FenceAck | None, began: float) -> None:
+        if ack is not None:
             rollback_s = time.monotonic() - began
             self._report(msgspec.structs.replace(ack, rollback_s=rollback_s))
 
@@ -128,18 +157,56 @@ class StepLoop:
             return
         began = time.monotonic()
         try:
+            self._load_now(command)
+            self._experts_s, began = time.monotonic() - began, time.monotonic()
             transport = self._domains.enter(
                 command.domain, command.epoch, command.topology.members, self._rank.rank_id
             )
         except DomainLeft:
             return
         except CommunicationFailed as failure:
-            self._abort_step(failure)
+            self._abort_step(str(failure))
+            return
+        except (CheckpointError, OSError) as error:
+            self._report(self._loaded(0, began, 0, str(error)))
             return
         dispatcher = Dispatcher(transport, command.placement.slots_per_rank)
         self._runner.enter(dispatcher, command.placement, command.topology, self._rank.rank_id)
         self._domain_s = time.monotonic() - began
         self._transport, self._entered = transport, command
+
+    # ---- experts -----------------------------------------------------------------------------
+
+    def _load_now(self, command: Configure) -> None:
+        """What the map gives this rank and its slots do not hold. Raises DomainLeft if fenced."""
+        loads = self._runner.to_load(command.placement, self._rank.rank_id)
+        self._experts_loaded = len(loads)
+        for load in loads:  # one by one: a fence must not wait for all of them
+            self._domains.check_fence(command.epoch)
+            self._progress.announce("load", LOAD_BUDGET_S)
+            self._runner.load_experts([load])
+
+    def _load_beside(self, command: LoadExperts) -> None:
+        """In a thread of its own, into slots that the present epoch does not use."""
+        thread = threading.Thread(
+            target=self._load_aside, args=(command.request, command.loads), daemon=True
+        )
+        thread.start()
+
+    def _load_aside(self, request: int, loads: Sequence[SlotLoad]) -> None:
+        began = time.monotonic()
+        num_bytes, error = 0, None
+        try:
+            num_bytes = self._runner.load_experts(loads).num_bytes
+        except (CheckpointError, OSError, RuntimeError) as failure:
+            error = str(failure)
+        self._commands.put(self._loaded(request, began, num_bytes, error))
+
+    def _loaded(
+        self, request: int, began: float, num_bytes: int, error: str | None
+    ) -> ExpertsLoaded:
+        rank, seconds = self._rank, time.monotonic() - began
+        return ExpertsLoaded(rank.rank_id, rank.incarnation, request, seconds, num_bytes, error)
 
     # ---- the step ----------------------------------------------------------------------------
 
@@ -148,30 +215,40 @@ class StepLoop:
             self._run_step()
         except DomainLeft:
             self._leave()
+        except NonFiniteStep as found:
+            self._abort_step(
+                str(found), NonFinitePlace(found.layer, found.phase, found.produced_here)
+            )
         except CommunicationFailed as failure:
-            self._abort_step(failure)
+            self._abort_step(str(failure))
 
     def _run_step(self) -> None:
         assert self._transport is not None
-        self._reach("schedule", -1)
+        self._reach("schedule", -1, 0)
         batch = self._rank.begin_step()
         headers = self._transport.all_gather_ints(self._rank.header())
         agreement = self._rank.agree([StepHeader(*row) for row in headers])
         self._report_resumed()
         if isinstance(agreement, Run):
             self._execute(batch)
+        elif isinstance(agreement, Leave):
+            began = time.monotonic()
+            self._leave()
+            self._acknowledge(self._rank.fence(agreement.epoch), began)
 
     def _execute(self, batch: Batch) -> None:
         began = time.monotonic()
+        self._batch = batch
         if batch.items:
-            self._reach("attention", -1)
+            self._reach("attention", -1, batch.num_tokens)
             self._rank.mark_executing()
             results = self._runner.execute(batch)
         else:
             self._runner.serve()
             results = []
-        self._reach("commit", -1)
+        self._reach("commit", -1, batch.num_tokens)
         tokens = self._rank.commit(results, time.monotonic() - began)
+        self._batch = None
         if tokens.tokens or tokens.prompt_logprobs:
             self._report(tokens)
 
@@ -181,32 +258,62 @@ class StepLoop:
         rank, entered = self._rank, self._entered
         self._entered = None
         self._report(
-            Resumed(rank.rank_id, rank.incarnation, entered.epoch, entered.step, self._domain_s)
-        )
-
-    def _abort_step(self, failure: CommunicationFailed) -> None:
-        """Undo the step and say what was seen; then wait for the engine."""
-        state = self._rank.state
-        assert isinstance(state, InDomain)
-        self._leave()
-        self._report(
-            StepAborted(
-                self._rank.rank_id, self._rank.incarnation, state.epoch, state.step, str(failure)
+            Resumed(
+                rank.rank_id,
+                rank.incarnation,
+                entered.epoch,
+                entered.step,
+                self._domain_s,
+                self._experts_s,
+                self._experts_loaded,
             )
         )
 
-    def _leave(self) -> None:
-        """Roll the open step back, if any, and leave the domain. Waits for nobody."""
+    def _abort_step(self, detail: str, non_finite: NonFinitePlace | None = None) -> None:
+        """Undo the step and say what was seen; then wait for the engine."""
+        state, rank = self._rank.state, self._rank
+        assert isinstance(state, InDomain)
+        self._leave(non_finite)
+        self._report(StepAborted(rank.rank_id, rank.incarnation, state.epoch, state.step, detail))
+
+    def _leave(self, non_finite: NonFinitePlace | None = None) -> None:
+        """Roll the open step back, if any, and leave the domain. Waits for nobody.
+
+        What its forward wrote is zeroed: if there is a NaN in it, it would leak through attention.
+        """
+        state, batch, self._batch = self._rank.state, self._batch, None
+        if batch is not None and isinstance(state, InDomain):
+            self._report_non_finite(state, non_finite or self._runner.non_finite())
+            if batch.items:
+                self._runner.zero_written(batch)
         self._rank.roll_back()
         self._runner.exchange.leave()
         self._domains.leave()
         self._transport = None
 
-    def _reach(self, phase: str, layer: int) -> None:
-        self._progress.tick()
+    def _report_non_finite(self, state: InDomain, place: NonFinitePlace | None) -> None:
+        """Before the fence is acknowledged: the engine must know whose numbers these were."""
+        if place is None:
+            return
+        rank, (layer, phase, here) = self._rank, place
+        self._report(
+            NonFinite(rank.rank_id, rank.incarnation, state.epoch, state.step, layer, phase, here)
+        )
+
+    def _reach(self, phase: str, layer: int, num_rows: int) -> None:
+        """A phase of the step begins."""
         state = self._rank.state
-        if isinstance(state, InDomain):
-            self._injections.reached(state.step, phase, layer)
+        if not isinstance(state, InDomain):
+            return
+        if delay_s := self._injections.delay_s(self._progress.phase, self._progress.own_s):
+            time.sleep(delay_s)
+        self._progress.work(phase, layer, state.step, num_rows)
+        self._injections.reached(state.step, phase, layer, self._prompt_tokens)
+
+    def _prompt_tokens(self) -> Collection[int]:
+        """Tokens in the prompts of the sequences that run in this step."""
+        items = self._batch.items if self._batch is not None else ()
+        return {token for item in items for token in item.sequence.prompt_ids}
 
     def _publish_stats(self) -> None:
         now = time.monotonic()

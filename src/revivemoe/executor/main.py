@@ -14,8 +14,9 @@ from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.rank import Rank
-from revivemoe.executor.control import ControlThread, Progress
+from revivemoe.executor.control import ControlThread
 from revivemoe.executor.loop import StepLoop
+from revivemoe.executor.progress import Progress
 from revivemoe.executor.spec import RankSpec
 from revivemoe.messages import Fatal, RankStats, Ready, Report
 from revivemoe.model.load import CheckpointError
@@ -80,7 +81,7 @@ def _serve(
             prefill_tokens_beside_decodes=spec.prefill_tokens_beside_decodes,
         )
         rank = Rank(spec.rank, spec.incarnation, limits)
-        with Domains(fence, segment_fd, device=spec.device) as domains:
+        with Domains(fence, segment_fd, spec.device, progress.waits) as domains:
             loop = StepLoop(rank, runner, domains, control.commands, report, progress)
             published.append(loop)
             report(

@@ -1,13 +1,26 @@
 """Who is accused. Pure: facts come in with their times, accusations come out.
 
-First slice: a process that exited is gone, nothing else is an accusation. A missed heartbeat makes
-a rank `suspect` in the status; a communication error accuses nobody.
+| evidence                                        | meaning                                      |
+|-------------------------------------------------|----------------------------------------------|
+| its process exited                              | gone, at once                                |
+| no message for `suspect_after_s`                | suspect                                      |
+| ... for `accuse_after_s`                        | stopped: accused                             |
+| its step loop is at its own work for too long   | hung: accused. By its own clock, relative to |
+|                                                 | what its rows predict                        |
+| it waits for its peers                          | nothing: never the culprit                   |
+| more than half of all ranks are silent          | the engine suspects itself first             |
+
+The engine drains its inbox before it asks, and tells of every stall of its own.
 """
 
 from dataclasses import dataclass, replace
 
 from revivemoe.ids import Incarnation, RankId
+from revivemoe.messages import Activity, Heartbeat
 from revivemoe.recovery.faults import Fault
+from revivemoe.recovery.policy import Policy
+
+_UNKNOWN = Activity()
 
 
 @dataclass(frozen=True)
@@ -17,14 +30,22 @@ class Vitals:
     incarnation: Incarnation
     last_seen: float
     exited: bool = False
+    spoken: bool = False
+    """Whether it has said anything yet. A process that loads its first modules may be silent."""
+    progress: int = -1
+    activity: Activity = _UNKNOWN
 
 
 class Detector:
     """Keeps the vitals of every rank. Times are seconds of one monotonic clock, passed in."""
 
-    def __init__(self, suspect_after_s: float = 1.0) -> None:
-        self._suspect_after_s = suspect_after_s
+    def __init__(self, policy: Policy | None = None) -> None:
+        self._policy = policy or Policy()
         self._vitals: dict[RankId, Vitals] = {}
+        self._doubt_since: float | None = None
+        """Since when more than half of the ranks are silent at once."""
+
+    # ---- facts -------------------------------------------------------------------------------
 
     def launched(self, rank: RankId, incarnation: Incarnation, now: float) -> None:
         """A process was started for this rank."""
@@ -34,7 +55,15 @@ class Detector:
         """Any message of the rank's present process is evidence of life."""
         vitals = self._vitals.get(rank)
         if vitals is not None and vitals.incarnation == incarnation and not vitals.exited:
-            self._vitals[rank] = replace(vitals, last_seen=now)
+            self._vitals[rank] = replace(vitals, last_seen=now, spoken=True)
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        """What the rank's step loop is doing."""
+        vitals = self._vitals.get(heartbeat.rank)
+        if vitals is not None and vitals.incarnation == heartbeat.incarnation:
+            self._vitals[heartbeat.rank] = replace(
+                vitals, progress=heartbeat.progress, activity=heartbeat.activity
+            )
 
     def exited(
         self, rank: RankId, incarnation: Incarnation, detail: str, now: float
@@ -46,12 +75,85 @@ class Detector:
         self._vitals[rank] = replace(vitals, exited=True)
         return Fault(rank, "process_exit", detail, detect_s=max(0.0, now - vitals.last_seen))
 
+    def postpone(self, seconds: float) -> None:
+        """The engine itself stood still for so long: what it did not hear, it could not hear."""
+        for rank, vitals in self._vitals.items():
+            self._vitals[rank] = replace(vitals, last_seen=vitals.last_seen + seconds)
+
+    # ---- judgement ---------------------------------------------------------------------------
+
+    def judge(self, watched: frozenset[RankId], now: float) -> list[Fault]:
+        """Accusations among the ranks `watched` (members that are not accused yet)."""
+        alive = {r: v for r, v in self._vitals.items() if r in watched and not v.exited}
+        hung = [fault for rank in sorted(alive) if (fault := self._hung(rank, now)) is not None]
+        silent = [rank for rank in sorted(alive) if self.suspect(rank, now)]
+        if self._in_doubt(len(silent), len(alive), now):
+            return hung
+        gone = [rank for rank in silent if self._silence_s(rank, now) > self._policy.accuse_after_s]
+        return hung + [self._silent_fault(rank, now) for rank in gone]
+
+    def _in_doubt(self, num_silent: int, num_alive: int, now: float) -> bool:
+        """Whether to blame the engine itself: for as long as a suspicion lasts, not for ever."""
+        if 2 * num_silent <= num_alive:
+            self._doubt_since = None
+            return False
+        if self._doubt_since is None:
+            self._doubt_since = now
+        return now - self._doubt_since <= self._policy.accuse_after_s
+
+    def _silent_fault(self, rank: RankId, now: float) -> Fault:
+        silence_s = self._silence_s(rank, now)
+        detail = f"nothing heard for {silence_s:.2f} s: its process is stopped or stuck"
+        return Fault(rank, "heartbeat", detail, detect_s=silence_s)
+
+    def _hung(self, rank: RankId, now: float) -> Fault | None:
+        vitals = self._vitals[rank]
+        activity = vitals.activity
+        limit_s = self._limit_s(activity)
+        if limit_s is None or activity.since_s <= limit_s or not vitals.spoken:
+            return None
+        place = activity.name if activity.layer < 0 else f"{activity.name}, layer {activity.layer}"
+        detail = (
+            f"no progress for {activity.since_s:.2f} s at its own work ({place or activity.kind}, "
+            f"step {activity.step}), {limit_s:.2f} s would have been much"
+        )
+        silence_s = max(0.0, now - vitals.last_seen)
+        signature = f"hang:{place}"
+        return Fault(
+            rank, "hang", detail, detect_s=activity.since_s + silence_s, signature=signature
+        )
+
+    def _limit_s(self, activity: Activity) -> float | None:
+        """How long the step loop may stay where it is; None: as long as it takes the others."""
+        policy = self._policy
+        match activity.kind:
+            case "waiting":
+                return None
+            case "working":
+                if activity.budget_s is None:
+                    return policy.first_work_s
+                return max(policy.hang_after_s, policy.hang_factor * activity.budget_s)
+            case "announced":
+                return max(policy.hang_after_s, activity.budget_s or policy.first_work_s)
+            case _:
+                return policy.hang_after_s
+
+    # ---- for others to see -------------------------------------------------------------------
+
     def age_s(self, rank: RankId, now: float) -> float | None:
         """Seconds since the last evidence of life; None if the rank never had a process."""
-        vitals = self._vitals.get(rank)
-        return None if vitals is None else max(0.0, now - vitals.last_seen)
+        return None if rank not in self._vitals else self._silence_s(rank, now)
 
     def suspect(self, rank: RankId, now: float) -> bool:
         """Silent for longer than is normal. Not an accusation."""
-        age_s = self.age_s(rank, now)
-        return age_s is not None and age_s > self._suspect_after_s
+        vitals = self._vitals.get(rank)
+        if vitals is None or not vitals.spoken:
+            return False
+        return self._silence_s(rank, now) > self._policy.suspect_after_s
+
+    def gone(self, rank: RankId) -> bool:
+        """Whether the rank's present process is known to have exited."""
+        return self._vitals[rank].exited
+
+    def _silence_s(self, rank: RankId, now: float) -> float:
+        return max(0.0, now - self._vitals[rank].last_seen)

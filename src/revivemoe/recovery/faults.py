@@ -17,13 +17,10 @@ FaultKind = Literal[
     "slow",  # its own work takes a multiple of its peers'
     "device_fault",  # a monitor of its device says so
     "fence_timeout",  # it did not answer a fence
-    "load_failed",  # it could not load what its recovery needed
+    "start_timeout",  # its new process was not ready in time
     "isolate",  # an operator asked for it
     "whatif",  # nobody did
 ]
-
-OWN_DOING: frozenset[str] = frozenset({"process_exit", "hang", "heartbeat", "non_finite"})
-"""Kinds that a request may have brought about. (A process that was killed by SIGKILL may not.)"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,8 @@ class Fault:
     level: int = ISOLATE
     detect_s: float = 0.0
     """From the last evidence of life to the accusation, seconds: an upper bound."""
+    signature: str = ""
+    """Of a fault that a request may have brought about: kind and place. Empty for any other."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """`plan_recovery`: from the world and the faults to what shall be done, and one sentence why."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId
+from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
 from revivemoe.placement import ExpertPlacement, missing_fraction
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.policy import Policy
-from revivemoe.topology import Topology, without
+from revivemoe.recovery.repair import Reload, assign_reloads, with_cleared, with_reloads
+from revivemoe.topology import Topology, joined, without
+
+DOMAIN_FAILURES = 3
+"""So many domains in a row that did not come about: restart all ranks."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +20,14 @@ class SequenceView:
 
     seq_id: SeqId
     owner: RankId | None
-    """None while it waits for its first rank: not a migration, the router's affair."""
+    """None while no rank has it: it waits for its first one, or has lost its last one."""
     num_tokens: int
     """Prompt and committed output: what a migration would compute again."""
     arrival: int
+    orphan: bool = False
+    """It has lost its rank."""
+    held: bool = False
+    """It may not run now: another suspect is being tried alone."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,26 @@ class World:
     """Whether the model's routers can leave experts out."""
     recent_recoveries: int
     """Recoveries within the policy's window, this one not counted."""
+    recent_restarts: int = 0
+    """Restarts of ranks within the window."""
+    home: Topology | None = None
+    """The topology the instance was started with: roles and order of ranks that come back."""
+    gone: tuple[RankId, ...] = ()
+    """Members whose process of this epoch is gone, accused or not."""
+    ready: tuple[RankId, ...] = ()
+    """Ranks whose new process waits to be taken in."""
+    tables: dict[RankId, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """What the slots of those hold, as `ExpertPlacement.slots`."""
+    launching: tuple[RankId, ...] = ()
+    """Ranks whose new process is still loading."""
+    relaunchable: tuple[RankId, ...] = ()
+    """Ranks without a process, for which one may be started."""
+    loaded: tuple[Reload, ...] = ()
+    """Experts that lie in slots the map does not name yet."""
+    loading: tuple[Reload, ...] = ()
+    """Experts that are being loaded beside the steps."""
+    domain_failures: int = 0
+    """Domains in a row that did not come about."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,19 @@ class Continue:
     masked: tuple[tuple[LayerId, ExpertId], ...]
     """Experts that become missing with this plan."""
     reason: str
+    reloads: tuple[Reload, ...] = ()
+    """Loaded before the first step; `placement` names them already."""
+    background: tuple[Reload, ...] = ()
+    """To be loaded beside the steps; masked in `placement` until then."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start ranks anew behind the live streams, and plan again when they are ready."""
+
+    ranks: tuple[RankId, ...]
+    """To be started now; none if those that are being started will do."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -64,43 +105,161 @@ class GiveUp:
     reason: str
 
 
-RecoveryPlan = Continue | GiveUp
+RecoveryPlan = Continue | Restart | GiveUp
 
 
 def plan_recovery(world: World, faults: Sequence[Fault], policy: Policy) -> RecoveryPlan:
     """Decide what becomes of the instance without the accused ranks. Pure: the same input, the
-    same plan. Paper section 3: migrate, drop replicas, mask what is left within the bound.
+    same plan. Paper section 3: migrate, drop replicas, repair the expert set, go on.
     """
-    lost = frozenset(f.rank for f in faults) & frozenset(world.topology.members)
+    accused = frozenset(f.rank for f in faults)
+    lost = (accused | frozenset(world.gone)) & frozenset(world.topology.members)
     if world.recent_recoveries >= policy.max_recoveries:
         return GiveUp(
             f"{world.recent_recoveries} recoveries within {policy.window_s:.0f} s have reached the "
             f"policy's limit of {policy.max_recoveries}"
         )
-    topology = without(world.topology, lost, Epoch(world.topology.epoch + 1))
-    if not topology.attention:
-        return GiveUp(f"no attention rank is left ({_who(lost)} lost)")
-    if not topology.experts:
-        return GiveUp(f"no expert rank is left ({_who(lost)} lost)")
-    placement = world.placement.without(lost)
-    refusal = _refuse_masking(world, placement, policy)
+    if world.domain_failures >= DOMAIN_FAILURES:
+        why = f"{world.domain_failures} domains in a row did not come about"
+        everybody = tuple(r for r in world.topology.members if r not in lost)
+        return _restart(world, (*everybody, *world.relaunchable), policy, why)
+    present = _present(world, lost, accused)
+    refusal = _no_roles(present.topology, lost)
     if refusal is not None:
-        return GiveUp(f"{_who(lost)} lost: {refusal}")
-    masked = tuple(sorted(set(placement.missing()) - set(world.placement.missing())))
-    held = sum(e >= 0 for r in lost for row in world.placement.slots.get(r, ()) for e in row)
-    return Continue(
-        topology=topology,
-        placement=placement,
-        migrations=tuple(_migrate(world, topology)),
-        experts_dropped=held - len(masked),
-        masked=masked,
-        reason=_reason(lost, masked, world.placement.num_experts),
-    )
+        return _restart(world, world.relaunchable, policy, refusal)
+    return _repair(world, present, lost, policy)
+
+
+@dataclass(frozen=True)
+class _Present:
+    """Who and what is there."""
+
+    topology: Topology
+    placement: ExpertPlacement
+
+
+def _present(world: World, lost: frozenset[RankId], accused: frozenset[RankId]) -> _Present:
+    topology = without(world.topology, lost, Epoch(world.topology.epoch + 1))
+    placement = world.placement.without(lost)
+    back = tuple(r for r in world.ready if r not in accused)
+    if back:
+        assert world.home is not None, "ranks come back to a world without a home"
+        topology = joined(topology, back, world.home)
+        for rank in back:
+            if rank in world.tables:
+                placement = placement.with_rank(rank, world.tables[rank])
+    here = [load for load in world.loaded if load.rank in placement.slots]
+    return _Present(topology, with_reloads(placement, here))
+
+
+def _no_roles(topology: Topology, lost: frozenset[RankId]) -> str | None:
+    for role, ranks in (("attention", topology.attention), ("expert", topology.experts)):
+        if not ranks:
+            return f"no {role} rank is left ({_who(lost)} lost)"
+    return None
+
+
+def _restart(world: World, ranks: tuple[RankId, ...], policy: Policy, why: str) -> Restart | GiveUp:
+    """Start what can be started, if the policy allows it."""
+    ranks = tuple(sorted(set(ranks) - set(world.launching)))
+    if not ranks and world.launching:
+        waiting = ", ".join(map(str, world.launching))
+        return Restart((), f"{why}: waiting for ranks {waiting}, which are being started")
+    if "restart" not in policy.repair:
+        return GiveUp(f"{why}, and the policy does not allow a restart")
+    if not ranks:
+        return GiveUp(f"{why}, and no rank can be started anew")
+    if world.recent_restarts >= policy.max_restarts:
+        return GiveUp(
+            f"{why}, and {world.recent_restarts} restarts within {policy.window_s:.0f} s have "
+            f"reached the policy's limit of {policy.max_restarts}"
+        )
+    started = ", ".join(map(str, ranks))
+    return Restart(ranks, f"{why}: start ranks {started} anew, the streams wait")
+
+
+def _repair(
+    world: World, present: _Present, lost: frozenset[RankId], policy: Policy
+) -> RecoveryPlan:
+    """The first repair of the policy's order that is possible."""
+    placement = present.placement
+    missing = [pair for pair in placement.missing() if not _being_loaded(world, placement, pair)]
+    before = set(world.placement.missing())
+    if set(placement.missing()) <= before and "reload" not in policy.repair:
+        return _continue(world, present, lost)
+    refused = []
+    for repair in policy.repair:
+        plan, why_not = _try(repair, world, present, missing, lost, policy)
+        if plan is not None:
+            return plan
+        refused.append(why_not)
+    if set(placement.missing()) <= before:  # nothing new is missing: no worse than it was
+        return _continue(world, present, lost)
+    why = "; ".join(r for r in refused if r)
+    if "restart" not in policy.repair:
+        return GiveUp(f"{_who(lost)} lost: {why}")
+    return _restart(world, world.relaunchable, policy, f"{_who(lost)} lost: {why}")
+
+
+def _being_loaded(world: World, placement: ExpertPlacement, pair: tuple[LayerId, ExpertId]) -> bool:
+    return any((x.layer, x.expert) == pair and x.rank in placement.slots for x in world.loading)
+
+
+def _try(
+    repair: str,
+    world: World,
+    present: _Present,
+    missing: list[tuple[LayerId, ExpertId]],
+    lost: frozenset[RankId],
+    policy: Policy,
+) -> tuple[RecoveryPlan | None, str]:
+    """The plan with one kind of repair, or why it is not possible."""
+    if repair == "restart":
+        return None, ""
+    if repair == "mask":
+        refusal = _refuse_masking(world, present.placement, policy)
+        return (None, refusal) if refusal else (_continue(world, present, lost), "")
+    reserved = {(x.rank, x.layer, x.slot) for x in world.loading}
+    reloads = assign_reloads(_without_slots(present.placement, reserved), missing)
+    if not missing or not reloads:
+        return (
+            (_continue(world, present, lost), "")
+            if not present.placement.missing()
+            else (
+                None,
+                f"{len(missing)} experts have no replica left and there is no spare slot for them",
+            )
+        )
+    if policy.serve_masked_meanwhile and _refuse_masking(world, present.placement, policy) is None:
+        cleared = replace(present, placement=with_cleared(present.placement, reloads))
+        if _refuse_masking(world, cleared.placement, policy) is None:
+            return _continue(world, cleared, lost, background=reloads), ""
+    full = replace(present, placement=with_reloads(present.placement, reloads))
+    if len(reloads) < len(missing):
+        refusal = _refuse_masking(world, full.placement, policy)
+        if refusal or "mask" not in policy.repair:
+            room = f"spare slots for {len(reloads)} of {len(missing)} experts without a replica"
+            return None, f"{room}; {refusal}" if refusal else room
+    return _continue(world, full, lost, reloads=reloads), ""
+
+
+def _without_slots(
+    placement: ExpertPlacement, reserved: set[tuple[RankId, LayerId, SlotId]]
+) -> ExpertPlacement:
+    """The map without slots that are being loaded into (they look occupied by a sole expert)."""
+    if not reserved:
+        return placement
+    occupied = placement.num_experts  # no real expert: a sole one, and so never spare
+    for rank, layer, slot in reserved:
+        if rank in placement.slots:
+            placement = placement.with_slot(rank, layer, slot, occupied)
+            occupied += 1
+    return placement
 
 
 def _refuse_masking(world: World, placement: ExpertPlacement, policy: Policy) -> str | None:
     fraction = missing_fraction(placement)
-    if not fraction or fraction == missing_fraction(world.placement):
+    if not fraction or set(placement.missing()) <= set(world.placement.missing()):
         return None
     count = len(placement.missing())
     if not world.maskable:
@@ -114,14 +273,38 @@ def _refuse_masking(world: World, placement: ExpertPlacement, policy: Policy) ->
     return None
 
 
-def _migrate(world: World, topology: Topology) -> list[Migration]:
-    """Sequences without a living owner go, oldest first, to the survivor with the fewest tokens."""
+def _continue(
+    world: World,
+    present: _Present,
+    lost: frozenset[RankId],
+    reloads: tuple[Reload, ...] = (),
+    background: tuple[Reload, ...] = (),
+) -> Continue:
+    placement = present.placement
+    masked = tuple(sorted(set(placement.missing()) - set(world.placement.missing())))
+    dropped = lost - frozenset(present.topology.members)
+    held = sum(e >= 0 for r in dropped for row in world.placement.slots.get(r, ()) for e in row)
+    gone = len(masked) + len({(x.layer, x.expert) for x in reloads})
+    return Continue(
+        topology=present.topology,
+        placement=placement,
+        migrations=tuple(_migrate(world, present.topology, lost)),
+        experts_dropped=max(0, held - gone),
+        masked=masked,
+        reason=_reason(world, dropped, placement, masked, reloads, background),
+        reloads=reloads,
+        background=background,
+    )
+
+
+def _migrate(world: World, topology: Topology, lost: frozenset[RankId]) -> list[Migration]:
+    """Sequences without a living owner go, oldest first, to the rank with the fewest tokens."""
     load = dict.fromkeys(topology.attention, 0)
     homeless = []
     for view in world.sequences:
-        if view.owner in load:
+        if view.owner is not None and view.owner in load:
             load[view.owner] += view.num_tokens
-        elif view.owner is not None:
+        elif (view.orphan or view.owner is not None) and not view.held:
             homeless.append(view)
     migrations = []
     for view in sorted(homeless, key=lambda v: (v.arrival, v.seq_id)):
@@ -138,14 +321,33 @@ def _who(lost: frozenset[RankId]) -> str:
 
 
 def _reason(
-    lost: frozenset[RankId], masked: tuple[tuple[LayerId, ExpertId], ...], num_experts: int
+    world: World,
+    lost: frozenset[RankId],
+    placement: ExpertPlacement,
+    masked: tuple[tuple[LayerId, ExpertId], ...],
+    reloads: tuple[Reload, ...],
+    background: tuple[Reload, ...],
 ) -> str:
-    if not lost:
-        return "communication failed and no rank is accused: the same members get a new domain"
-    if not masked:
-        return f"{_who(lost)} lost; every lost expert has a replica: drop the lost ones and go on"
-    layers = len({layer for layer, _ in masked})
-    return (
-        f"{_who(lost)} lost; {len(masked)} experts over {layers} layers of {num_experts} have no "
-        "replica: mask them, which the policy allows, and go on degraded"
+    """One sentence for the person on call."""
+    parts = []
+    if reloads:
+        ranks = len({x.rank for x in reloads})
+        parts.append(f"{len(reloads)} experts are loaded into spare slots of {ranks} ranks")
+    if masked:
+        layers = len({layer for layer, _ in masked})
+        meanwhile = ", while they are loaded into spare slots" if background else ""
+        parts.append(
+            f"{len(masked)} experts over {layers} layers of {placement.num_experts} have no "
+            f"replica: mask them{meanwhile}, which the policy allows, and go on degraded"
+        )
+    if world.ready:
+        parts.append(f"ranks {', '.join(map(str, world.ready))} are taken in")
+    if world.loaded:
+        parts.append(f"{len(world.loaded)} experts loaded meanwhile are taken into use")
+    if lost:
+        if not masked and not reloads:
+            parts.append("every lost expert has a replica: drop the lost ones and go on")
+        return f"{_who(lost)} lost; {'; '.join(parts)}"
+    return "; ".join(parts) or (
+        "no rank is accused: the same members get a new domain and redo the step"
     )

@@ -8,12 +8,16 @@ from revivemoe.recovery.planner import SequenceView
 
 
 class RankPort(Protocol):
-    """Reaches ranks. Neither call ever blocks or fails because a rank is gone."""
+    """Reaches ranks. No call ever blocks, or fails because a rank is gone."""
 
     def send(self, rank: RankId, command: Command) -> None: ...
 
     def kill(self, rank: RankId) -> None:
         """End the rank's present process, if it still runs. Hygiene: nobody waits for it."""
+        ...
+
+    def restart(self, rank: RankId) -> None:
+        """Start a new process for the rank, once the present one, if any, is gone."""
         ...
 
 

@@ -17,6 +17,8 @@ class RecoveryRecord:
     """Filled in stage by stage by the coordinator; closed with an outcome. Times in seconds."""
 
     epoch: Epoch
+    cause: str
+    """Kind of the first fault, or what else the change of epoch is for."""
     faults: list[Fault]
     started: float
     """Monotonic."""
@@ -36,11 +38,12 @@ class RecoveryRecord:
     recompiled: int = 0
     reconciled: int = 0
     """Survivors' sequences whose holdings differed from the log and were mended."""
-
-    @property
-    def cause(self) -> str:
-        """Kind of the first fault; a failed communication if nobody was accused."""
-        return self.faults[0].kind if self.faults else "communication"
+    restarted: tuple[RankId, ...] = ()
+    """Ranks that were started anew for it."""
+    request_id: str | None = None
+    """Of the operator's request that it carries out."""
+    rolled_back: int = 0
+    """Ranks whose open step was undone."""
 
     @property
     def detect_s(self) -> float:

@@ -47,6 +47,9 @@ class Host:
     def kill(self, rank: RankId) -> None:
         self.log.append(("kill", rank))
 
+    def restart(self, rank: RankId) -> None:
+        self.log.append(("restart", rank))
+
     # SequenceOwner
     def unfinished(self) -> tuple[SequenceView, ...]:
         return tuple(SequenceView(s, o, 10, s) for s, o in self.owners.items())

@@ -1,20 +1,24 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from revivemoe.ids import Epoch, LayerId, RankId, SeqId
+from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
 from revivemoe.placement import ExpertPlacement
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import (
+    DOMAIN_FAILURES,
     Continue,
     GiveUp,
     Migration,
     RecoveryPlan,
+    Restart,
     SequenceView,
     World,
     plan_recovery,
 )
 from revivemoe.recovery.policy import Policy
+from revivemoe.recovery.repair import Reload
 from revivemoe.topology import Topology, collocated
 
 LAYERS = (LayerId(1), LayerId(2))
@@ -110,7 +114,10 @@ def test_masking_within_the_bound() -> None:
 
 def test_masking_beyond_the_bound() -> None:
     reason = give_up(plan_recovery(world(ONCE), lost(1), Policy(max_missing_fraction=0.24)))
-    assert reason.startswith("rank 1 lost: 25.0% of a layer's experts would be missing")
+    assert reason.startswith(
+        "rank 1 lost: 2 experts have no replica left and there is no spare slot"
+    )
+    assert "25.0% of a layer's experts would be missing" in reason
     assert "--max-missing-fraction 24.0%" in reason
     assert "--redundant-experts" in reason
 
@@ -141,10 +148,11 @@ def test_a_small_layer_counts_by_itself() -> None:
     slots = {RankId(0): ((0, 1, 2), (0, 1, 2)), RankId(1): ((3, -1, -1), (3, 2, -1))}
     placement = ExpertPlacement(num_experts=4, layers=LAYERS, slots=slots)
     topology = collocated(Epoch(1), 2)
-    plan = go_on(plan_recovery(world(placement, topology=topology), lost(0), ALL_MAY))
+    mask = replace(ALL_MAY, repair=("mask",))
+    plan = go_on(plan_recovery(world(placement, topology=topology), lost(0), mask))
     assert plan.masked == ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1))
     assert plan.experts_dropped == 1
-    half = Policy(max_missing_fraction=0.5)
+    half = Policy(max_missing_fraction=0.5, repair=("mask",))
     assert "75.0%" in give_up(plan_recovery(world(placement, topology=topology), lost(0), half))
 
 
@@ -216,3 +224,139 @@ def test_the_plan_is_a_function_of_its_input() -> None:
     sequences = tuple(view(i, i % 3, 5 + i, arrival=i % 2) for i in range(9))
     asked = world(sequences=sequences)
     assert plan_recovery(asked, lost(1), Policy()) == plan_recovery(asked, lost(1), Policy())
+
+
+# ---- reload ---------------------------------------------------------------------------------
+
+SPARE = placed((0, 1, -1), (2, -1, -1), (3, -1, -1))
+"""Every expert once; room on each rank."""
+
+
+def reload(rank: int, layer: int, slot: int, expert: int) -> Reload:
+    return Reload(RankId(rank), LayerId(layer), SlotId(slot), ExpertId(expert))
+
+
+def test_lost_experts_are_loaded_into_empty_slots() -> None:
+    plan = go_on(plan_recovery(world(SPARE), lost(0), Policy()))
+    assert plan.masked == ()
+    assert plan.experts_dropped == 0
+    assert plan.placement.missing() == []
+    assert {(r.layer, r.expert) for r in plan.reloads} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    assert {r.rank for r in plan.reloads} == {1, 2}, "in parallel over the survivors"
+    for r in plan.reloads:
+        assert SPARE.slots[r.rank][LAYERS.index(r.layer)][r.slot] == -1
+    assert "4 experts are loaded into spare slots of 2 ranks" in plan.reason
+
+
+def test_a_slot_whose_expert_has_another_replica_counts_as_spare() -> None:
+    """0 and 1 are on two ranks; the loss of rank 2 takes the only 3."""
+    placement = placed((0, 1), (0, 1), (2, 3), (2, -1))
+    four = world(placement.without(frozenset({RankId(3)})), topology=collocated(Epoch(4), 3))
+    plan = go_on(plan_recovery(four, lost(2), Policy()))
+    assert plan.placement.missing() == []
+    held = {e for r in (0, 1) for e in plan.placement.slots[RankId(r)][0]}
+    assert held == {0, 1, 2, 3}, "one replica of each of the others makes room"
+
+
+def test_no_room_then_mask_within_the_bound() -> None:
+    full = placed((0, 1), (2, -1), (3, -1))
+    plan = go_on(plan_recovery(world(full), lost(0), Policy(max_missing_fraction=0.5)))
+    assert len(plan.reloads) == 4
+    tight = placed((0, 1, 2), (3, -1, -1))
+    two = world(tight, topology=collocated(Epoch(4), 2))
+    plan = go_on(plan_recovery(two, lost(0), Policy(max_missing_fraction=0.25)))
+    assert (len(plan.reloads), len(plan.masked)) == (4, 2), "two of three fit; the rest is masked"
+
+
+def test_masked_meanwhile_if_the_policy_says_so() -> None:
+    policy = Policy(max_missing_fraction=0.5, serve_masked_meanwhile=True)
+    plan = go_on(plan_recovery(world(SPARE), lost(0), policy))
+    assert plan.reloads == ()
+    assert len(plan.background) == len(plan.masked) == 4
+    assert set(plan.placement.missing()) == set(plan.masked)
+    assert "while they are loaded" in plan.reason
+    strict = replace(policy, max_missing_fraction=0.25)
+    assert go_on(plan_recovery(world(SPARE), lost(0), strict)).reloads, "beyond it: loaded first"
+
+
+def test_the_order_is_the_policys() -> None:
+    mask_first = Policy(max_missing_fraction=0.5, repair=("mask", "reload"))
+    assert go_on(plan_recovery(world(SPARE), lost(0), mask_first)).reloads == ()
+    never = Policy(max_missing_fraction=0.5, repair=("restart",))
+    again = world(SPARE, relaunchable=(RankId(0),))
+    assert isinstance(plan_recovery(again, lost(0), never), Restart)
+
+
+def test_slots_that_are_being_loaded_into_are_taken() -> None:
+    """Rank 1 loads expert 0 into its slot 1 beside the steps; the loss of 2 must not use that."""
+    left = SPARE.without(frozenset({RankId(0)}))
+    loading = tuple(reload(1, layer, 1, 0) for layer in LAYERS)
+    now = world(left, topology=Topology(Epoch(4), (1, 2), (1, 2), (1, 2)), loading=loading)
+    plan = go_on(plan_recovery(now, lost(2), ALL_MAY))
+    assert not {(r.layer, r.slot) for r in plan.reloads} & {(1, 1), (2, 1)}
+    assert {r.expert for r in plan.reloads} <= {1, 3}, "0 is on its way"
+
+
+def test_experts_loaded_meanwhile_are_taken_into_use() -> None:
+    left = SPARE.without(frozenset({RankId(0)}))
+    loaded = tuple(reload(1, layer, s, e) for layer in LAYERS for s, e in ((1, 0), (2, 1)))
+    now = world(left, topology=Topology(Epoch(4), (1, 2), (1, 2), (1, 2)), loaded=loaded)
+    plan = go_on(plan_recovery(now, [], Policy()))
+    assert plan.placement.missing() == []
+    assert plan.reloads == plan.masked == ()
+
+
+# ---- restart --------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_repaired_is_started_anew() -> None:
+    again = world(ONCE, relaunchable=(RankId(1),), gone=(RankId(1),))
+    plan = plan_recovery(again, lost(1), Policy())
+    assert isinstance(plan, Restart)
+    assert plan.ranks == (1,)
+    assert "the streams wait" in plan.reason
+
+
+def test_a_restarted_rank_is_taken_in_with_its_experts() -> None:
+    home = collocated(Epoch(1), 3)
+    back = world(
+        ONCE, gone=(RankId(1),), ready=(RankId(1),), home=home, tables={RankId(1): ((2,), (2,))},
+        sequences=(view(0, None), view(1, 0)),
+    )  # fmt: skip
+    plan = go_on(plan_recovery(back, [], Policy()))
+    assert plan.topology.members == (0, 1, 2)
+    assert plan.placement.missing() == []
+    assert plan.migrations == (), "what has never had a rank waits for the router"
+
+
+def test_while_a_rank_is_loading_the_plan_waits() -> None:
+    waiting = world(ONCE, gone=(RankId(1),), launching=(RankId(1),))
+    plan = plan_recovery(waiting, [], Policy())
+    assert isinstance(plan, Restart)
+    assert plan.ranks == ()
+
+
+def test_all_ranks_at_once() -> None:
+    everybody = tuple(RankId(r) for r in range(3))
+    plan = plan_recovery(world(relaunchable=everybody), lost(0, 1, 2), Policy())
+    assert isinstance(plan, Restart)
+    assert plan.ranks == everybody
+
+
+def test_restarts_have_a_limit() -> None:
+    again = world(ONCE, relaunchable=(RankId(1),), recent_restarts=3)
+    assert "3 restarts" in give_up(plan_recovery(again, lost(1), Policy(max_restarts=3)))
+
+
+def test_domains_that_do_not_come_about_restart_everybody() -> None:
+    stuck = world(domain_failures=DOMAIN_FAILURES)
+    plan = plan_recovery(stuck, [], Policy())
+    assert isinstance(plan, Restart)
+    assert plan.ranks == (0, 1, 2)
+
+
+def test_suspects_are_not_migrated() -> None:
+    held = SequenceView(SeqId(0), None, 10, 0, orphan=True, held=True)
+    free = SequenceView(SeqId(1), None, 10, 1, orphan=True)
+    plan = go_on(plan_recovery(world(sequences=(held, free)), lost(1), Policy()))
+    assert [m.seq_id for m in plan.migrations] == [1]

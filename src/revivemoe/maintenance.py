@@ -1,0 +1,263 @@
+"""Planned changes of the membership: made at a step boundary, with nothing rolled back.
+
+    drain    a rank goes: what it holds is made ready elsewhere first, then it leaves
+    rejoin   a rank comes back: its new process is taken in once it has loaded
+    restore  experts that were loaded beside the steps are taken into use
+    pause    all ranks stop together until told to go on
+
+One at a time. A fault comes before all of them; what it interrupts is taken up again after it.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from revivemoe.engine_state import Serving
+from revivemoe.ids import RankId, SeqId
+from revivemoe.messages import ExpertsLoaded, LoadExperts, SlotLoad
+from revivemoe.recovery.faults import Fault
+from revivemoe.recovery.planner import Continue
+from revivemoe.recovery.repair import Reload, assign_reloads
+
+if TYPE_CHECKING:
+    from revivemoe.engine import Engine
+
+log = logging.getLogger("revivemoe.maintenance")
+
+SETTLE_S = 1.0
+"""How long sequences that have moved may take to get on by a token before their rank leaves."""
+
+
+@dataclass
+class Drain:
+    """One rank on its way out."""
+
+    fault: Fault
+    deadline: float
+    request_id: str | None
+    targets: dict[SeqId, RankId]
+    shadows: set[SeqId]
+    moved: dict[SeqId, int] = field(default_factory=dict)
+    """Sequences that were handed over, and the tokens they had then."""
+    settle_until: float | None = None
+    """Set once they were."""
+
+
+@dataclass
+class Loading:
+    """Experts being loaded beside the steps, by one rank."""
+
+    rank: RankId
+    reloads: tuple[Reload, ...]
+
+
+class Maintenance:
+    """Decides when the engine makes its next planned change."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self._drain: Drain | None = None
+        self._asked: deque[tuple[Fault, str | None]] = deque()
+        """Drains that wait for their turn."""
+        self._loading: dict[int, Loading] = {}
+        self._loaded: list[Reload] = []
+        """In their slots, but not in the map yet."""
+        self._next_request = 0
+        self._restore_id: str | None = None
+        self._pause: tuple[bool, str | None] = (False, None)
+        self._joins: dict[RankId, str | None] = {}
+
+    # ---- asked for ---------------------------------------------------------------------------
+
+    def drain(self, fault: Fault, now: float, request_id: str | None = None) -> None:
+        """Take a rank out at a step boundary. Refused (with an event) if nobody could take over."""
+        view = self._engine.ranks[fault.rank]
+        if view.dead or view.draining or any(f.rank == fault.rank for f, _ in self._asked):
+            return
+        view.fault = fault
+        self._asked.append((fault, request_id))
+        self.tick(now)
+
+    def rejoin(self, rank: RankId, now: float, request_id: str | None) -> None:
+        """Start a new process for a rank that is out. Raises ValueError if it is not."""
+        engine = self._engine
+        if rank not in engine.ranks:
+            raise ValueError(f"id {rank} is not a rank of this instance")
+        view = engine.ranks[rank]
+        if not view.dead:
+            raise ValueError(f"rank {rank} is not out: it has a process")
+        if not engine.detector.gone(rank):
+            raise ValueError(f"the old process of rank {rank} is still there: it does not die")
+        self._joins[rank] = request_id
+        engine.launch(rank, now)
+
+    def restore(self, now: float, request_id: str | None) -> None:
+        """Load missing experts into spare slots. Raises ValueError if there is nothing to do."""
+        engine = self._engine
+        if not engine.missing:
+            raise ValueError("no expert is missing")
+        pending = {(r.layer, r.expert) for r in self._reloading()}
+        wanted = [pair for pair in engine.missing if pair not in pending]
+        reloads = assign_reloads(engine.placement, wanted) if wanted else ()
+        if not reloads and not pending:
+            raise ValueError(
+                f"{len(engine.missing)} experts are missing and no rank has a spare slot for them: "
+                "let a rank rejoin"
+            )
+        self._restore_id = request_id
+        self._load(reloads)
+
+    def pause(self, request_id: str | None) -> None:
+        """Stop all ranks at the next step boundary."""
+        self._pause = (True, request_id)
+
+    def unpause(self) -> None:
+        """A pause that has not begun will not."""
+        self._pause = (False, None)
+
+    # ---- what happens ------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Make the next planned change, if the engine is free for it."""
+        engine = self._engine
+        if not isinstance(engine.state, Serving) or engine.coordinator.active:
+            return
+        joiners = [v for v in engine.ranks.values() if v.ready and not v.dead and engine.is_new(v)]
+        wanted, request_id = self._pause
+        if wanted:
+            self._pause = (False, None)
+            engine.change_epoch([], "pause", now, hold=True, request_id=request_id)
+        elif joiners:
+            ids = [self._joins.pop(v.rank, None) for v in joiners]
+            engine.change_epoch([], "rejoin", now, request_id=next(filter(None, ids), None))
+        elif self._drain is not None:
+            self._go_on_draining(self._drain, now)
+        elif self._asked:
+            self._begin_drain(*self._asked.popleft(), now)
+        elif self._loaded and not self._loading:
+            engine.change_epoch([], "restore_experts", now, request_id=self._restore_id)
+
+    def interrupt(self) -> None:
+        """A fault comes first: the drain begins anew after it, if it is still wanted."""
+        drain, self._drain = self._drain, None
+        if drain is not None:
+            self._engine.ranks[drain.fault.rank].draining = False
+            self._asked.appendleft((drain.fault, drain.request_id))
+
+    def postpone(self, seconds: float) -> None:
+        """The engine itself stood still for so long."""
+        if self._drain is not None:
+            self._drain.deadline += seconds
+
+    def after(self, plan: Continue, now: float) -> None:
+        """A new epoch runs: what it has taken into use is settled, and what it asks for begins."""
+        members = plan.topology.members
+        used = plan.placement
+        self._loaded = [
+            r
+            for r in self._loaded
+            if r.rank in members and not _names(used.slots[r.rank], used.layers, r)
+        ]
+        self._loading = {k: v for k, v in self._loading.items() if v.rank in members}
+        self._asked = deque((f, i) for f, i in self._asked if f.rank in members)
+        if self._drain is not None and self._drain.fault.rank not in members:
+            self._drain = None
+        if plan.background:
+            self._load(plan.background)
+
+    def on_loaded(self, report: ExpertsLoaded, now: float) -> None:
+        """A rank has loaded experts beside the steps, or could not."""
+        loading = self._loading.pop(report.request, None)
+        if loading is None:
+            return
+        told = {"id": report.rank, "experts": len(loading.reloads), "seconds": report.seconds}
+        self._engine.event("experts_loaded", {**told, "error": report.error})
+        if report.error is None:
+            self._loaded += loading.reloads
+        else:
+            log.warning("rank %d could not load experts: %s", report.rank, report.error)
+        self.tick(now)
+
+    def reloads(self) -> tuple[tuple[Reload, ...], tuple[Reload, ...]]:
+        """Experts that lie in slots the map does not name, and those under way."""
+        return tuple(self._loaded), tuple(self._reloading())
+
+    # ---- how ---------------------------------------------------------------------------------
+
+    def _reloading(self) -> list[Reload]:
+        return [reload for loading in self._loading.values() for reload in loading.reloads]
+
+    def _load(self, reloads: Iterable[Reload]) -> None:
+        by_rank: dict[RankId, list[Reload]] = {}
+        for reload in reloads:
+            by_rank.setdefault(reload.rank, []).append(reload)
+        for rank, wanted in by_rank.items():
+            self._next_request += 1
+            self._loading[self._next_request] = Loading(rank, tuple(wanted))
+            loads = tuple(SlotLoad(r.layer, r.slot, r.expert) for r in wanted)
+            self._engine.send(rank, LoadExperts(self._next_request, loads))
+
+    def _begin_drain(self, fault: Fault, request_id: str | None, now: float) -> None:
+        engine = self._engine
+        view = engine.ranks[fault.rank]
+        if view.dead or fault.rank not in engine.topology.members:
+            return
+        plan = engine.plan_for([fault])
+        if not isinstance(plan, Continue):
+            told = {"id": fault.rank, "reason": plan.reason, "request_id": request_id}
+            engine.event("drain_refused", told)
+            log.warning("rank %d cannot be drained: %s", fault.rank, plan.reason)
+            return
+        view.draining = True
+        targets = {m.seq_id: m.to for m in plan.migrations}
+        owned = [seq_id for seq_id in engine.ledger.owned_by(fault.rank) if seq_id in targets]
+        shadows = {engine.ledger.warm(seq_id, targets[seq_id]) for seq_id in owned}
+        deadline = now + engine.config.policy.drain_timeout_s
+        self._drain = Drain(fault, deadline, request_id, targets, shadows)
+        self._load((*plan.reloads, *plan.background))
+        told = {"id": fault.rank, "kind": fault.kind, "detail": fault.detail}
+        engine.event("drain", {**told, "sequences": len(owned), "request_id": request_id})
+        if shadows:
+            engine.wake()
+        else:
+            self._go_on_draining(self._drain, now)
+
+    def _go_on_draining(self, drain: Drain, now: float) -> None:
+        engine = self._engine
+        if drain.settle_until is None:
+            warm = not any(engine.ledger.warming(shadow) for shadow in drain.shadows)
+            if (warm and not self._loading) or now >= drain.deadline:
+                self._move(drain, now)
+        elif now >= drain.settle_until or self._settled(drain):
+            engine.change_epoch([drain.fault], drain.fault.kind, now, request_id=drain.request_id)
+
+    def _move(self, drain: Drain, now: float) -> None:
+        """Hand the sequences over: what is computed of them lies in the targets' prefix caches."""
+        engine = self._engine
+        others = [r for r in engine.topology.attention if not engine.ranks[r].draining]
+        for number, seq_id in enumerate(engine.ledger.owned_by(drain.fault.rank)):
+            target = drain.targets.get(seq_id)
+            if target not in others:
+                target = others[number % len(others)]
+            drain.moved[seq_id] = engine.ledger.num_output(seq_id) or 0
+            engine.ledger.hand_over(seq_id, target)
+        drain.settle_until = now + SETTLE_S
+        engine.event("drain_moved", {"id": drain.fault.rank, "sequences": len(drain.moved)})
+        if drain.moved:
+            engine.wake()
+        else:
+            self._go_on_draining(drain, now)
+
+    def _settled(self, drain: Drain) -> bool:
+        """Whether every sequence that moved has got on, or is finished."""
+        for seq_id, before in drain.moved.items():
+            tokens = self._engine.ledger.num_output(seq_id)
+            if tokens is not None and tokens <= before:
+                return False
+        return True
+
+
+def _names(table: tuple[tuple[int, ...], ...], layers: tuple[int, ...], reload: Reload) -> bool:
+    return table[layers.index(reload.layer)][reload.slot] == reload.expert
