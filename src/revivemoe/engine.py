@@ -657,6 +657,7 @@ class Engine:
         if finished is not None:
             self._finish(finished, now)
         elif plan is not None and plan is not carried_out:
+            self._retire_leavers(plan.topology)
             if plan.placement.missing():
                 self.ledger.mark_degraded()
             moved = [self.ledger.request_id(m.seq_id) for m in plan.migrations]
@@ -751,7 +752,9 @@ class Engine:
                 self.missing = plan.placement.missing()
                 if self.degraded:
                     self.ledger.mark_degraded()
-                self._retire_leavers()
+                self._incarnations_in_epoch = {
+                    rank: self.ranks[rank].incarnation for rank in plan.topology.members
+                }
                 log.info("epoch %d: %s", plan.topology.epoch, record.reason)
                 self._enter(Serving())
                 self.assign()
@@ -759,12 +762,11 @@ class Engine:
             case Failed(reason=reason):
                 self._fail(reason)
 
-    def _retire_leavers(self) -> None:
-        """Members of the new epoch are counted by their process; who left it alive is out."""
-        members = self.topology.members
-        self._incarnations_in_epoch = {r: self.ranks[r].incarnation for r in members}
-        for view in self.ranks.values():
-            if view.rank not in members and view.draining:
+    def _retire_leavers(self, topology: Topology) -> None:
+        """Members that the plan leaves out have been told to stop: their exit is no fault."""
+        for rank in self.topology.members:
+            view = self.ranks[rank]
+            if rank not in topology.members and view.ready:
                 view.condemn(view.fault)
 
     def _fail_start(self, fault: Fault) -> None:

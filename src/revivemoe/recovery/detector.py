@@ -7,7 +7,8 @@
 | ... for `accuse_after_s`                        | stopped: accused                             |
 | its step loop is at its own work for too long   | hung: accused. By its own clock, relative to |
 |                                                 | what its rows predict                        |
-| it waits for its peers                          | nothing: never the culprit                   |
+| it waits for its peers                          | nothing: never the culprit, unless all wait  |
+|                                                 | and it does so where the others have been    |
 | more than half of all ranks are silent          | the engine suspects itself first             |
 
 The engine drains its inbox before it asks, and tells of every stall of its own.
@@ -86,6 +87,7 @@ class Detector:
         """Accusations among the ranks `watched` (members that are not accused yet)."""
         alive = {r: v for r, v in self._vitals.items() if r in watched and not v.exited}
         hung = [fault for rank in sorted(alive) if (fault := self._hung(rank, now)) is not None]
+        hung = hung or self._left_behind(alive, now)
         silent = [rank for rank in sorted(alive) if self.suspect(rank, now)]
         if self._in_doubt(len(silent), len(alive), now):
             return hung
@@ -112,7 +114,7 @@ class Detector:
         limit_s = self._limit_s(activity)
         if limit_s is None or activity.since_s <= limit_s or not vitals.spoken:
             return None
-        place = activity.name if activity.layer < 0 else f"{activity.name}, layer {activity.layer}"
+        place = _where(activity)
         detail = (
             f"no progress for {activity.since_s:.2f} s at its own work ({place or activity.kind}, "
             f"step {activity.step}), {limit_s:.2f} s would have been much"
@@ -122,6 +124,28 @@ class Detector:
         return Fault(
             rank, "hang", detail, detect_s=activity.since_s + silence_s, signature=signature
         )
+
+    def _left_behind(self, alive: dict[RankId, Vitals], now: float) -> list[Fault]:
+        """Ranks that wait for what the others have long given them: they are stuck in the wait."""
+        waits = {rank: v.activity for rank, v in alive.items()}
+        limit_s = self._policy.hang_after_s
+        if not all(a.kind == "waiting" and a.since_s > limit_s for a in waits.values()):
+            return []
+        front = max((_place(a) for a in waits.values()), default=None)
+        behind = [rank for rank, a in sorted(waits.items()) if _place(a) != front]
+        if 2 * len(behind) >= len(waits):
+            return []  # no telling who is right
+        return [
+            Fault(
+                rank,
+                "hang",
+                f"waits for {waits[rank].since_s:.2f} s in {_where(waits[rank])} for what all "
+                "others have given: they are further",
+                detect_s=waits[rank].since_s,
+                signature=f"hang:{_where(waits[rank])}",
+            )
+            for rank in behind
+        ]
 
     def _limit_s(self, activity: Activity) -> float | None:
         """How long the step loop may stay where it is; None: as long as it takes the others."""
@@ -157,3 +181,20 @@ class Detector:
 
     def _silence_s(self, rank: RankId, now: float) -> float:
         return max(0.0, now - self._vitals[rank].last_seen)
+
+
+PHASES = ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit")
+BEHIND_ALL_LAYERS = 1 << 30
+
+
+def _place(activity: Activity) -> tuple[int, int, int]:
+    """Places of a step in order."""
+    layer = activity.layer
+    if activity.name in ("sample", "commit"):
+        layer = BEHIND_ALL_LAYERS
+    phase = PHASES.index(activity.name) if activity.name in PHASES else 0
+    return activity.step, layer, phase
+
+
+def _where(activity: Activity) -> str:
+    return activity.name if activity.layer < 0 else f"{activity.name}, layer {activity.layer}"

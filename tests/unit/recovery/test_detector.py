@@ -203,3 +203,28 @@ def test_hangs_are_told_by_the_ranks_own_clocks_so_the_engine_need_not_doubt_its
     for rank in (A, B, C):
         doing(detector, rank, working(2.0, 0.01))
     assert [f.rank for f in detector.judge(ALL, 10.0)] == [A, B, C]
+
+
+def waiting(name: str, layer: int, step: int = 7, since_s: float = 1.5) -> Activity:
+    return Activity("waiting", name, layer, step, since_s, 0.01)
+
+
+def test_a_rank_stuck_in_a_wait_is_behind_all_others() -> None:
+    detector = four()
+    for rank in (A, B, C):
+        doing(detector, rank, waiting("combine", 3))
+    doing(detector, D, waiting("dispatch", 3))
+    (fault,) = detector.judge(ALL, 10.0)
+    assert (fault.rank, fault.kind) == (D, "hang")
+
+
+def test_all_waiting_at_one_place_accuses_nobody() -> None:
+    detector = four()
+    for rank in ALL:
+        doing(detector, rank, waiting("combine", 3))
+    assert detector.judge(ALL, 10.0) == []
+    doing(detector, D, waiting("dispatch", 3))
+    doing(detector, C, waiting("dispatch", 3))
+    assert detector.judge(ALL, 10.0) == [], "two against two: no telling"
+    doing(detector, A, waiting("schedule", -1, step=8, since_s=0.5))
+    assert detector.judge(ALL, 10.0) == [], "one has only just come there"
