@@ -11,6 +11,7 @@ from revivemoe.sim.channel import Channel
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.forward import Forward
+from revivemoe.sim.mishaps import Mishaps, NoMishaps
 from revivemoe.sim.process import Process
 from revivemoe.sim.requests import Request
 from revivemoe.sim.scenario import Scenario
@@ -18,6 +19,7 @@ from revivemoe.sim.steploop import StepLoop
 
 START_S = 0.02
 LOAD_S = 0.1
+SLOW_LOAD_S = 4.0
 
 
 class SimCluster:
@@ -29,19 +31,24 @@ class SimCluster:
         rng: Random,
         scenario: Scenario,
         on_report: Callable[[Report], None],
-        on_exit: Callable[[RankId, Incarnation, str], None],
+        on_exit: Callable[[RankId, Incarnation, str, bool], None],
     ) -> None:
         self.clock, self.rng = clock, rng
         self.processes: dict[RankId, Process] = {}
         """The last process of each rank."""
+        self.history: list[Process] = []
+        """All processes there have been."""
         self.loops: dict[RankId, StepLoop] = {}
         self.forkserver_alive = True
+        self.never_started: set[Process] = set()
         self.on_reach: Callable[[Process, Request], float] = lambda process, request: 1.0
-        self.load_fails: Callable[[Process], bool] = lambda process: False
+        self.mishaps: Mishaps = NoMishaps()
+        self.slow_launches = 0
+        """So many of the next launches take very long."""
         self._scenario = scenario
         self._on_report, self._tell_exit = on_report, on_exit
         self._commands: dict[RankId, Channel[Command]] = {}
-        self._reports: dict[RankId, Channel[Report]] = {}
+        self._reports: dict[Process, Channel[Report]] = {}
         self._domains: dict[Epoch, tuple[Configure, Domain]] = {}
 
     # ---- engine.Cluster ----------------------------------------------------------------------
@@ -53,20 +60,31 @@ class SimCluster:
         reports = Channel(self.clock, self.rng, delay_s, self._on_report)
         process = Process(self, rank, incarnation, reports.send)
         self.processes[rank] = process
+        self.history.append(process)
         self._commands[rank] = Channel(self.clock, self.rng, delay_s, process.deliver)
-        self._reports[rank] = reports
+        self._reports[process] = reports
         core = Rank(rank, incarnation, self._scenario.limits)
         loop = StepLoop(
             process,
             core,
-            Forward(core, self.rng),
+            Forward(process, core, self.rng, self.mishaps),
             [list(row) for row in slots],
-            LOAD_S * (0.5 + self.rng.random()),
+            self._load_s(),
             self._enter,
-            self._load_fails,
+            self.clock.after,
+            self.mishaps,
         )
         self.loops[rank] = loop
-        process.start(loop.run(), START_S * (0.5 + self.rng.random()))
+        if self.forkserver_alive:
+            process.start(loop.run(), START_S * (0.5 + self.rng.random()))
+        else:
+            self.never_started.add(process)
+            process.die("the fork server is gone")
+
+    def _load_s(self) -> float:
+        slow = self.slow_launches > 0
+        self.slow_launches -= slow
+        return (SLOW_LOAD_S if slow else LOAD_S) * (0.5 + self.rng.random())
 
     def send(self, rank: RankId, command: Command) -> None:
         if rank in self._commands:
@@ -74,8 +92,8 @@ class SimCluster:
 
     def kill(self, rank: RankId) -> None:
         process = self.processes.get(rank)
-        if process is not None and not process.unkillable:
-            process.die("killed by signal 9")
+        if process is not None:
+            process.kill()
 
     def domain(self) -> DomainSpec:
         return DomainSpec("gloo" if self._scenario.eager_errors else "shm")
@@ -85,10 +103,10 @@ class SimCluster:
     def on_exit(self, process: Process, detail: str) -> None:
         """The exit is noticed on another way than the reports come, and may overtake them."""
         rank, incarnation = process.rank, process.incarnation
-        if self.processes[rank] is process:
-            self._reports[rank].lose_rest()
+        self._reports[process].lose_rest()
+        by_itself = not detail.startswith("killed")
         delay_s = self.rng.random() * 2 * self._scenario.max_delay_s
-        self.clock.after(delay_s, partial(self._tell_exit, rank, incarnation, detail))
+        self.clock.after(delay_s, partial(self._tell_exit, rank, incarnation, detail, by_itself))
 
     def reach(self, process: Process, request: Request) -> float:
         return self.on_reach(process, request)
@@ -114,6 +132,3 @@ class SimCluster:
                 assert expert < 0 or held[layer][slot] == expert, (
                     f"rank {process.rank} enters epoch {configure.epoch} without expert {expert}"
                 )
-
-    def _load_fails(self, process: Process) -> bool:
-        return self.load_fails(process)

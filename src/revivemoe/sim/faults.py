@@ -1,10 +1,13 @@
 """What is done to the simulated instance, and when. Values only."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 FaultKind = Literal[
     "kill",  # the process exits
+    "kill-two",  # two processes at once
+    "kill-all",  # all processes at once
+    "kill-down",  # one after another, down to the last
     "error",  # its own code fails: last words, then it exits
     "stop",  # SIGSTOP: silent; killing it works
     "corpse",  # silent and unkillable: stuck in a driver, no exit ever comes
@@ -15,13 +18,22 @@ FaultKind = Literal[
     "link-twice",  # ... and once more in the next epoch
     "nan",  # a rank turns finite numbers into NaN, once
     "nan-twice",  # ... and when the step is done again
-    "kill-two",  # two processes at once
-    "kill-all",  # all processes at once
+    "health",  # a monitor reports the device of a rank
+    "poison",  # a request brings down whoever runs it, by an error
+    "poison-hang",  # ... by a hang
+    "load-fails",  # the next load of experts or weights fails
+    "launch-slow",  # the next process takes long to load; then a kill
     "stall",  # the engine itself stands still
     "forkserver",  # the fork server ends: nothing can be launched
-    "health",  # a monitor reports the device of a rank
-    "poison",  # a request kills whoever runs it (armed by its admission)
+    "drain",  # an operator takes a rank out
+    "rejoin",  # an operator lets a rank that is out come back
+    "restore",  # an operator has missing experts loaded
+    "retry",  # an operator asks for a new domain
+    "pause",  # an operator stops all ranks, and lets them go on later
 ]
+
+KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
+POISONS: tuple[FaultKind, ...] = ("poison", "poison-hang")
 
 
 @dataclass(frozen=True)
@@ -63,4 +75,4 @@ class FaultSpec:
     level: int = 6
     """Of a device report."""
     seconds: float = 3.0
-    """Of a stall, or until a zombie goes on."""
+    """Of a stall or a pause, or until a zombie goes on."""

@@ -6,13 +6,24 @@ from random import Random
 from revivemoe.core.fake_kv import FakeKv
 from revivemoe.core.rank import Rank
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
+from revivemoe.messages import Pace
 from revivemoe.sim.answers import logprob_of, next_token
-from revivemoe.sim.requests import CommunicationFailed, DomainLeft, Meet, Request, Work
+from revivemoe.sim.mishaps import Mishaps
+from revivemoe.sim.process import Process
+from revivemoe.sim.requests import (
+    CommunicationFailed,
+    DomainLeft,
+    Meet,
+    NumbersBroken,
+    Request,
+    Work,
+)
 
 NUM_LAYERS = 2
 WORK_S = 0.0015
 """Own work of one phase of one layer."""
 WORK_PER_TOKEN_S = 0.00005
+PACE_WEIGHT = 0.2
 
 Steps = Generator[Request, list[object] | None, None]
 
@@ -20,18 +31,20 @@ Steps = Generator[Request, list[object] | None, None]
 class Forward:
     """Runs batches of one rank. Reads and writes the fake KV as attention would."""
 
-    def __init__(self, rank: Rank, rng: Random) -> None:
+    def __init__(self, process: Process, rank: Rank, rng: Random, mishaps: Mishaps) -> None:
         self.kv = FakeKv(rank.limits.block_size)
-        self._rank, self._rng = rank, rng
-        self._known: set[str] = set()
-        """Phases that have run before: only for these is it known how long they take."""
+        self._process, self._rank, self._rng, self._mishaps = process, rank, rng, mishaps
 
     def execute(self, batch: Batch, mask_key: bytes) -> Steps:
         """All layers; a step that is cut has written any part of its KV."""
         self.kv.check(batch)
+        self._mishaps.runs(self._process, batch)
         try:
             yield from self.serve(batch.num_tokens)
-        except (DomainLeft, CommunicationFailed):
+            yield from self._work("sample", -1, len(batch.items))
+            if self._mishaps.corrupts(self._process, "sample"):
+                raise NumbersBroken("sample", -1, produced_here=True)
+        except (DomainLeft, CommunicationFailed, NumbersBroken):
             written = self._rng.randint(0, batch.num_tokens)
             self.kv.write(batch, mask_key, max_tokens=written)
             raise
@@ -40,17 +53,37 @@ class Forward:
     def serve(self, num_tokens: int = 0) -> Steps:
         """The experts' part, which every member takes; attention only with tokens."""
         for layer in range(NUM_LAYERS):
+            broken = False
             if num_tokens:
-                yield self.work("attention", layer, num_tokens)
-            yield Meet("dispatch", layer, None)
-            yield self.work("experts", layer, num_tokens)
-            yield Meet("combine", layer, None)
+                yield from self._work("attention", layer, num_tokens)
+                broken = self._mishaps.corrupts(self._process, "attention")
+            yield from self._exchange("dispatch", layer, broken, "attention", "experts")
+            yield from self._work("experts", layer, num_tokens)
+            broken = self._mishaps.corrupts(self._process, "experts")
+            yield from self._exchange("combine", layer, broken, "experts", "combine")
 
-    def work(self, phase: str, layer: int, num_tokens: int) -> Work:
+    def _work(self, phase: str, layer: int, num_tokens: int) -> Steps:
+        """Own work. How long it will take is known once it has been done before."""
         predicted_s = WORK_S + WORK_PER_TOKEN_S * num_tokens
-        budget_s = predicted_s if phase in self._known else None
-        self._known.add(phase)
-        return Work(phase, layer, predicted_s * (0.5 + self._rng.random()), budget_s)
+        size = max(0, num_tokens - 1).bit_length()
+        known = self._process.paces.get((phase, size))
+        seconds = predicted_s * (0.5 + self._rng.random())
+        began = self._process.now
+        yield Work(phase, layer, seconds, predicted_s if known else None)
+        took_s = self._process.now - began
+        before_s, count = (known.seconds, known.count) if known else (took_s, 0)
+        mean_s = before_s + PACE_WEIGHT * (took_s - before_s)
+        self._process.paces[phase, size] = Pace(phase, size, mean_s, count + 1)
+
+    def _exchange(self, phase: str, layer: int, broken: bool, producer: str, victim: str) -> Steps:
+        """Rows to and from the experts. A producer of NaN sees it before or after it sends."""
+        if broken and self._rng.random() < 0.5:
+            raise NumbersBroken(producer, layer, produced_here=True)
+        values = yield Meet(phase, layer, broken)
+        if broken:
+            raise NumbersBroken(producer, layer, produced_here=True)
+        if values is not None and any(values):
+            raise NumbersBroken(victim, layer, produced_here=False)
 
     def check(self) -> None:
         """Assert that every block named by a table or by the prefix cache holds that KV."""
@@ -61,6 +94,7 @@ class Forward:
 
 
 def results_of(batch: Batch) -> list[StepResult]:
+    """What the model makes of a batch."""
     return [_result_of(item) for item in batch.items]
 
 

@@ -3,11 +3,13 @@
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
-from revivemoe.engine import Engine, FailedState, Recovering, Serving, Starting
+from revivemoe.engine import Engine
+from revivemoe.engine_state import FailedState, Paused, Recovering, Serving, Starting
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages import Report
+from revivemoe.recovery.coordinator import Fencing, Resuming
 from revivemoe.sim.clock import Clock
 
 TICK_S = 0.05
@@ -45,8 +47,12 @@ class EngineHost:
     def on_report(self, report: Report) -> None:
         self.call(partial(self._take, report))
 
-    def on_exit(self, rank: RankId, incarnation: Incarnation, detail: str) -> None:
-        self.call(lambda: self.engine.on_exit(rank, incarnation, detail, self._clock.now))
+    def on_exit(self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool) -> None:
+        self.call(partial(self._exited, rank, incarnation, detail, by_itself))
+
+    def _exited(self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool) -> None:
+        now = self._clock.now
+        self.engine.on_exit(rank, incarnation, detail, now, by_itself=by_itself)
 
     def stall(self, seconds: float) -> None:
         """The engine's thread stands still."""
@@ -73,8 +79,38 @@ def stage_of(engine: Engine) -> str:
         case Starting():
             return "starting"
         case Serving():
-            return "serving" if engine._unresumed is None else "first step"
+            return _serving_stage(engine)
         case Recovering():
-            return type(engine.coordinator.state).__name__.lower()
+            return _recovery_stage(engine)
+        case Paused():
+            return "paused"
         case FailedState():
             return "failed"
+        case _:
+            assert_never(engine.state)
+
+
+def _serving_stage(engine: Engine) -> str:
+    if engine._unresumed is not None:
+        return "first step"
+    if engine.maintenance._drain is not None:
+        return "draining"
+    return "loading" if engine.maintenance._loading else "serving"
+
+
+def _recovery_stage(engine: Engine) -> str:
+    match engine.coordinator.state:
+        case Fencing(at_boundary=True):
+            return "boundary"
+        case Resuming(plan=plan) if plan.reloads:
+            return "reloading"
+        case state:
+            return type(state).__name__.lower()
+
+
+def is_settled(engine: Engine) -> bool:
+    """Serving, and no planned change is under way or wanted."""
+    maintenance = engine.maintenance
+    return isinstance(engine.state, Serving) and not (
+        maintenance._drain or maintenance._asked or maintenance._loading or maintenance._loaded
+    )

@@ -11,14 +11,26 @@ from random import Random
 from typing import Protocol, assert_never
 
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.messages import Activity, Command, Fence, Heartbeat, Hello, RankStats, Report
+from revivemoe.messages import (
+    Activity,
+    Command,
+    Fence,
+    Heartbeat,
+    Hello,
+    Pace,
+    RankStats,
+    Report,
+)
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.requests import CommunicationFailed, DomainLeft, Idle, Meet, Request, Work
 
 HEARTBEAT_S = 0.1
+BEATS_PER_PACE = 3
 IDLE_TICK_S = 0.5
 """A parked loop ticks its progress so often."""
+WAIT_TIMEOUT_S = 4.0
+"""Bound on every wait in a domain. Shorter than usual, for the sake of virtual time."""
 POLL_S = 0.0003
 """Within this time a wait sees that its exchange is complete, or that it is fenced."""
 
@@ -45,12 +57,17 @@ class Process:
         self, host: Host, rank: RankId, incarnation: Incarnation, say: Callable[[Report], None]
     ) -> None:
         self.rank, self.incarnation = rank, incarnation
-        self.alive, self.stopped, self.hung, self.unkillable = True, False, False, False
+        self.alive, self.stopped, self.hung = True, False, False
+        self.unkillable = False
+        """A SIGKILL has no effect."""
+        self.kill_pending = False
+        """One was sent nevertheless."""
         self.commands: deque[Command] = deque()
         self.fenced = Epoch(0)
         """Every wait in a domain below this epoch ends at once."""
         self.domain: Domain | None = None
         self.stats = RankStats()
+        self.paces: dict[tuple[str, int], Pace] = {}
         self.step = 0
         self.doing: Request = Idle()
         self._host, self._say = host, say
@@ -60,8 +77,13 @@ class Process:
         """Counts what the step loop has waited for: an answer to an earlier wait is stale."""
         self._since = 0.0
         self._progress = 0
+        self._beats = 0
         self._frozen: list[Callable[[], None]] = []
         """What happens once a stopped process goes on."""
+
+    @property
+    def now(self) -> float:
+        return self._host.clock.now
 
     # ---- life --------------------------------------------------------------------------------
 
@@ -82,6 +104,12 @@ class Process:
         self.alive = False
         self.leave_domain()
         self._host.on_exit(self, detail)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.kill_pending = True
+        if not self.unkillable:
+            self.die("killed by signal 9")
 
     def stop(self) -> None:
         """SIGSTOP: neither thread runs."""
@@ -121,13 +149,14 @@ class Process:
         if self.stopped:
             self._frozen.append(self._beat)
             return
-        now = self._host.clock.now
+        now = self.now
         progress = self._progress
         if isinstance(self.doing, Idle):
             progress += int((now - self._since) / IDLE_TICK_S)
-        self.report(
-            Heartbeat(self.rank, self.incarnation, progress, self.stats, self._activity(now))
-        )
+        self._beats += 1
+        pace = list(self.paces.values()) if self._beats % BEATS_PER_PACE == 0 else None
+        activity = self._activity(now)
+        self.report(Heartbeat(self.rank, self.incarnation, progress, self.stats, activity, pace))
         self._host.clock.after(HEARTBEAT_S, self._beat)
 
     def _activity(self, now: float) -> Activity:
@@ -217,6 +246,8 @@ class Process:
         assert self.domain is not None
         wait = self._wait
         self._num_exchanges += 1
+        timeout = CommunicationFailed(f"{request.phase} not complete after {WAIT_TIMEOUT_S:g} s")
+        self._later(partial(self._throw, timeout), WAIT_TIMEOUT_S)
 
         def wake(values: list[object]) -> None:
             if wait == self._wait:

@@ -11,6 +11,14 @@ class CommunicationFailed(Exception):
     """The transport failed under this rank."""
 
 
+class NumbersBroken(Exception):
+    """The step met NaN here."""
+
+    def __init__(self, phase: str, layer: int, produced_here: bool) -> None:
+        super().__init__(f"NaN in {phase}, layer {layer}")
+        self.phase, self.layer, self.produced_here = phase, layer, produced_here
+
+
 class Work(NamedTuple):
     """Keep the step loop busy. Not interruptible, as own work is not."""
 

@@ -7,14 +7,15 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from revivemoe.engine import Engine, FailedState, Serving
+from revivemoe.engine import Engine
+from revivemoe.engine_state import FailedState
 from revivemoe.ids import Epoch
 from revivemoe.placement import place
 from revivemoe.sim.client import Client
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.cluster import SimCluster
-from revivemoe.sim.faults import FaultKind, FaultSpec
-from revivemoe.sim.host import EngineHost, stage_of
+from revivemoe.sim.faults import KINDS, FaultKind, FaultSpec
+from revivemoe.sim.host import EngineHost, is_settled, stage_of
 from revivemoe.sim.scenario import NUM_EXPERTS, Arrival, Scenario, draw
 from revivemoe.sim.strikes import Strikes
 from revivemoe.sim.verdict import Verdict
@@ -22,14 +23,10 @@ from revivemoe.sim.vocabulary import LetterVocabulary
 from revivemoe.streams import EngineUnavailable
 from revivemoe.topology import collocated
 
-LIMIT_S = 120.0
+LIMIT_S = 200.0
 """Virtual time within which all requests must have ended."""
 SETTLE_S = 0.3
 """How long to look on after the last request has ended."""
-
-KINDS: tuple[FaultKind, ...] = (
-    "kill", "kill", "kill", "error", "kill-two", "kill-all", "stall", "forkserver", "slow",
-)  # fmt: skip
 
 Trace = Callable[[str], None]
 
@@ -74,6 +71,7 @@ class Simulation:
         self.clients: list[Client] = []
         self.verdict = Verdict(scenario, self.engine, self.cluster, self.strikes)
         self._trace = trace
+        self.strikes.trace = self._tell
         self._stage = ""
         self._served = False
 
@@ -95,9 +93,8 @@ class Simulation:
         return (
             len(self.clients) == len(self.scenario.arrivals)
             and all(client.done for client in self.clients)
-            and isinstance(self.engine.state, Serving)
+            and is_settled(self.engine)
             and not self.strikes.pending
-            and self.clock.now > self.strikes.stalled_until
         )
 
     # ---- what the engine does ----------------------------------------------------------------
@@ -115,10 +112,12 @@ class Simulation:
                 self.clock.after(arrival.at_s, partial(self._arrive, arrival))
 
     def _on_event(self, event: dict[str, Any]) -> None:
+        self._tell(str(event))
+        self.verdict.on_event(event)
+
+    def _tell(self, line: str) -> None:
         if self._trace is not None:
-            self._trace(f"{self.clock.now:9.4f} {event}")
-        if event["event"] == "fault":
-            self.verdict.on_accusation(event)
+            self._trace(f"{self.clock.now:9.4f} {line}")
 
     # ---- clients -----------------------------------------------------------------------------
 

@@ -6,17 +6,29 @@ from random import Random
 
 from revivemoe.config import EngineConfig
 from revivemoe.core.limits import RankLimits
-from revivemoe.recovery.policy import Policy
+from revivemoe.recovery.policy import REPAIRS, Policy
 from revivemoe.sampling_params import SamplingParams
-from revivemoe.sim.answers import EOS, VOCABULARY, answers
-from revivemoe.sim.faults import AtPoint, AtTime, FaultKind, FaultSpec, InStage, When
+from revivemoe.sim.answers import EOS, POISON, VOCABULARY, answers
+from revivemoe.sim.faults import (
+    KINDS,
+    POISONS,
+    AtPoint,
+    AtTime,
+    FaultKind,
+    FaultSpec,
+    InStage,
+    When,
+)
 from revivemoe.streams import StopStrings, Submission
 
 NUM_EXPERTS = 16
 MAX_MODEL_LEN = 64
 STEPS = 40
 """About so many steps a seed takes; faults at a step are drawn below."""
-STAGES = ("fencing", "resuming", "first step")
+STAGES = (
+    "fencing", "fencing", "resuming", "resuming", "first step", "restarting", "reloading",
+    "boundary", "draining", "loading",
+)  # fmt: skip
 POINTS = (
     (-1, "headers"), (0, "attention"), (0, "dispatch"), (0, "experts"), (0, "combine"),
     (1, "attention"), (1, "dispatch"), (1, "experts"), (1, "combine"), (-1, "sample"),
@@ -62,21 +74,40 @@ class Scenario:
         )
 
 
-def draw(seed: int, kinds: tuple[FaultKind, ...]) -> Scenario:
+def draw(seed: int, kinds: tuple[FaultKind, ...] = KINDS) -> Scenario:
     """The scenario of a seed, with faults of these kinds."""
     rng = Random(seed)
     num_ranks = rng.choice((4, 4, 4, 5, 6))
+    count = rng.choice((1, 1, 2, 3))
+    faults = tuple(_fault(rng, kinds, num_ranks, n) for n in range(count))
     return Scenario(
         seed=seed,
         num_ranks=num_ranks,
         redundant=rng.choice((NUM_EXPERTS, NUM_EXPERTS, 4, 2, 0)),
         spare=rng.randint(0, 2),
         limits=_limits(rng),
-        policy=Policy(max_missing_fraction=rng.choice((1 / 32, 1 / 2))),
+        policy=_policy(rng),
         eager_errors=rng.random() < 0.4,
         max_delay_s=rng.choice((0.0005, 0.002, 0.02)),
-        arrivals=tuple(_arrivals(rng)),
-        faults=tuple(_fault(rng, kinds, num_ranks, n) for n in range(rng.choice((1, 1, 2, 3)))),
+        arrivals=tuple(_arrivals(rng, any(f.kind in POISONS for f in faults))),
+        faults=faults,
+    )
+
+
+def _policy(rng: Random) -> Policy:
+    """Shorter deadlines than usual, so that a seed that meets one does not take for ever."""
+    return Policy(
+        max_missing_fraction=rng.choice((1 / 32, 1 / 8, 1 / 2)),
+        serve_masked_meanwhile=rng.random() < 0.3,
+        repair=rng.choice((REPAIRS, REPAIRS, ("mask", "reload", "restart"), ("reload", "mask"))),
+        fence_timeout_s=5.0,
+        resume_timeout_s=10.0,
+        reload_timeout_s=10.0,
+        restart_timeout_s=20.0,
+        drain_timeout_s=3.0,
+        first_work_s=5.0,
+        slow_after_s=0.3,
+        isolate_slow=rng.random() < 0.5,
     )
 
 
@@ -95,10 +126,14 @@ def _limits(rng: Random) -> RankLimits:
 # ---- requests -------------------------------------------------------------------------------
 
 
-def _arrivals(rng: Random) -> list[Arrival]:
+def _arrivals(rng: Random, poison: bool) -> list[Arrival]:
     common = [tuple(_tokens(rng, rng.choice((8, 12, 17)))) for _ in range(2)]
-    count = rng.randint(8, 11)
-    return [_arrival(rng, common, n) for n in range(count)]
+    arrivals = [_arrival(rng, common, n) for n in range(rng.randint(8, 11))]
+    if poison:
+        params = SamplingParams(seed=0, max_tokens=8)
+        prompt = (*_tokens(rng, rng.randint(0, 12)), POISON)
+        arrivals.append(Arrival(rng.random() * 0.2, Submission("poison", (prompt,), 1, params)))
+    return arrivals
 
 
 def _arrival(rng: Random, common: list[tuple[int, ...]], number: int) -> Arrival:

@@ -21,6 +21,7 @@ from revivemoe.messages import (
     Fence,
     Inject,
     LoadExperts,
+    NonFinite,
     Ready,
     Resumed,
     StepAborted,
@@ -30,8 +31,16 @@ from revivemoe.messages import (
 from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.forward import Forward, Steps, results_of
+from revivemoe.sim.mishaps import Mishaps
 from revivemoe.sim.process import Process
-from revivemoe.sim.requests import CommunicationFailed, DomainLeft, Idle, Meet, Work
+from revivemoe.sim.requests import (
+    CommunicationFailed,
+    DomainLeft,
+    Idle,
+    Meet,
+    NumbersBroken,
+    Work,
+)
 
 DOMAIN_S = 0.002
 LOAD_EXPERT_S = 0.01
@@ -39,7 +48,7 @@ COMMITS_PER_CHECK = 6
 """Every so many commits all blocks are checked; after every fence in any case."""
 
 Enter = Callable[[Configure, Process], Domain]
-LoadFails = Callable[[Process], bool]
+Later = Callable[[float, Callable[[], None]], None]
 
 
 class StepLoop:
@@ -53,12 +62,13 @@ class StepLoop:
         slots: list[list[int]],
         load_s: float,
         enter: Enter,
-        load_fails: LoadFails,
+        later: Later,
+        mishaps: Mishaps,
     ) -> None:
         """`slots[layer index][slot]`: the expert that lies there, or -1."""
         self.rank, self.forward, self.slots = rank, forward, slots
         self._process, self._load_s, self._enter = process, load_s, enter
-        self._load_fails = load_fails
+        self._later, self._mishaps = later, mishaps
         self._entered: Configure | None = None
         self._loaded = 0
         self._stopped = False
@@ -67,6 +77,7 @@ class StepLoop:
     def run(self) -> Steps:
         """Take commands and steps until told to stop."""
         yield Work("load", -1, self._load_s, 5 * self._load_s, announced=True)
+        self._fail_load_perhaps("weights")
         rank = self.rank
         num_blocks = rank.limits.num_blocks
         self._process.report(Ready(rank.rank_id, rank.incarnation, "sim", num_blocks, self._load_s))
@@ -102,7 +113,7 @@ class StepLoop:
             case Configure():
                 yield from self._configure(command)
             case LoadExperts():
-                yield from self._load_beside(command)
+                self._load_beside(command)
             case Stop():
                 self._stopped = True
             case Inject():
@@ -143,26 +154,32 @@ class StepLoop:
             for slot, expert in enumerate(wanted):
                 if expert not in (EMPTY, held[slot]):
                     yield Work("load", -1, LOAD_EXPERT_S, 10 * LOAD_EXPERT_S, announced=True)
-                    self._fail_load_perhaps()
+                    self._fail_load_perhaps("experts")
                     held[slot] = expert
                     self._loaded += 1
 
-    def _fail_load_perhaps(self) -> None:
-        if self._load_fails(self._process):
+    def _fail_load_perhaps(self, what: str) -> None:
+        if self._mishaps.load_fails(self._process):
             rank = self.rank
-            self._process.report(Fatal(rank.rank_id, rank.incarnation, "experts: read error"))
+            self._process.report(Fatal(rank.rank_id, rank.incarnation, f"{what}: read error"))
             self._process.die("exited with status 1")
 
-    def _load_beside(self, command: LoadExperts) -> Steps:
-        began_s = LOAD_EXPERT_S * len(command.loads)
-        yield Work("load", -1, began_s, 10 * began_s, announced=True)
-        failed = self._load_fails(self._process)
-        rank, error = self.rank, "read error" if failed else None
-        if not failed:
+    def _load_beside(self, command: LoadExperts) -> None:
+        """A thread of its own loads them; the steps go on."""
+        seconds = LOAD_EXPERT_S * len(command.loads)
+        self._later(seconds, lambda: self._loaded_beside(command, seconds))
+
+    def _loaded_beside(self, command: LoadExperts, seconds: float) -> None:
+        if not self._process.alive:
+            return
+        rank, error = self.rank, None
+        if self._mishaps.load_fails(self._process):
+            error = "read error"
+        else:
             for load in command.loads:
                 self.slots[load.layer][load.slot] = load.expert
         self._process.report(
-            ExpertsLoaded(rank.rank_id, rank.incarnation, command.request, began_s, 0, error)
+            ExpertsLoaded(rank.rank_id, rank.incarnation, command.request, seconds, 0, error)
         )
 
     # ---- the step ----------------------------------------------------------------------------
@@ -173,6 +190,9 @@ class StepLoop:
         except DomainLeft:
             self._leave()
         except CommunicationFailed as failure:
+            self._abort_step(failure)
+        except NumbersBroken as failure:
+            self._report_numbers(failure)
             self._abort_step(failure)
 
     def _run_step(self) -> Steps:
@@ -200,7 +220,6 @@ class StepLoop:
         if batch.items:
             self.rank.mark_executing()
             yield from self.forward.execute(batch, state.mask_key)
-            yield self.forward.work("sample", -1, len(batch.items))
         else:
             yield from self.forward.serve()
         tokens = self.rank.commit(results_of(batch))
@@ -221,7 +240,22 @@ class StepLoop:
         resumed = Resumed(rank.rank_id, rank.incarnation, entered.epoch, entered.step, DOMAIN_S)
         self._process.report(msgspec.structs.replace(resumed, experts_loaded=self._loaded))
 
-    def _abort_step(self, failure: CommunicationFailed) -> None:
+    def _report_numbers(self, failure: NumbersBroken) -> None:
+        state, rank = self.rank.state, self.rank
+        assert isinstance(state, InDomain)
+        self._process.report(
+            NonFinite(
+                rank.rank_id,
+                rank.incarnation,
+                state.epoch,
+                state.step,
+                failure.layer,
+                failure.phase,
+                failure.produced_here,
+            )
+        )
+
+    def _abort_step(self, failure: Exception) -> None:
         state, rank = self.rank.state, self.rank
         assert isinstance(state, InDomain)
         self._leave()

@@ -1,49 +1,71 @@
 """Makes the faults of a scenario happen at their moments, and remembers what was done to whom."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
-from typing import assert_never
+from typing import Any
 
+from revivemoe.core.step import Batch, ScheduledSequence
 from revivemoe.ids import RankId
 from revivemoe.messages import Fatal
+from revivemoe.operations import Operations
+from revivemoe.recovery.faults import DeviceReport
+from revivemoe.sim.answers import POISON
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.cluster import SimCluster
-from revivemoe.sim.faults import AtPoint, AtTime, FaultSpec, InStage
+from revivemoe.sim.faults import POISONS, AtPoint, AtTime, FaultSpec, InStage
 from revivemoe.sim.host import EngineHost, stage_of
+from revivemoe.sim.links import Links
 from revivemoe.sim.process import Process
-from revivemoe.sim.requests import Idle, Request
+from revivemoe.sim.requests import Idle, Meet, Request
 
 SLOWNESS = 5.0
+BETWEEN_KILLS_S = 0.25
+RETRY_S = 0.3
+MOST_RETRIES = 10
+
+Struck = list[tuple[FaultSpec, str]]
 
 
 class Strikes:
-    """The faults still to come, and what those that came make excusable."""
+    """The faults still to come, and what those that came make excusable. `Mishaps`."""
 
     def __init__(
         self, clock: Clock, cluster: SimCluster, host: EngineHost, faults: tuple[FaultSpec, ...]
     ) -> None:
-        self.struck: list[tuple[FaultSpec, str]] = []
+        self.struck: Struck = []
         """Each fault with the stage it struck in."""
         self.guilty: set[Process] = set()
         """What the engine may accuse."""
-        self.stalled_until = 0.0
+        self.drained: set[RankId] = set()
+        """What it may take out as planned."""
+        self.poisoned: list[Process] = []
+        """What the poison request has brought down."""
+        self.links = Links(cluster.rng)
+        self.trace: Callable[[str], None] = lambda line: None
         self._clock, self._cluster, self._host = clock, cluster, host
+        self._operations: Operations | None = None
         self._waiting = [f for f in faults if not isinstance(f.when, AtTime)]
         self._timed = [f for f in faults if isinstance(f.when, AtTime)]
+        self._poison = next((f for f in faults if f.kind in POISONS), None)
         self._under_way = 0
         self._slow: set[Process] = set()
-        cluster.on_reach = self.reach
+        self._nan: Counter[Process] = Counter()
+        self._nan_done: Counter[Process] = Counter()
+        self._load_failures = 0
+        cluster.on_reach, cluster.mishaps = self.reach, self
 
     @property
     def pending(self) -> bool:
-        """Some fault has begun to happen and has not struck yet."""
+        """Some fault has begun to happen, and goes on."""
         return self._under_way > 0
 
     def on_serving(self) -> None:
         """The instance serves for the first time: faults at a time count from here."""
         for fault in self._timed:
             assert isinstance(fault.when, AtTime)
-            self._later(fault, fault.when.seconds)
+            self._later(fault.when.seconds, partial(self._strike, fault))
         self._timed = []
 
     def on_stage(self, stage: str) -> None:
@@ -51,79 +73,209 @@ class Strikes:
         for fault in self._waiting:
             if isinstance(fault.when, InStage) and fault.when.stage == stage:
                 self._waiting.remove(fault)
-                self._later(fault, fault.when.delay_s)
+                self._later(fault.when.delay_s, partial(self._strike, fault))
                 return
 
     def reach(self, process: Process, request: Request) -> float:
         """A step loop is at this place: strike what waits for it. Returns its slowness."""
-        if not isinstance(request, Idle):
-            for fault in self._waiting:
-                if _is_at(fault, process, request):
-                    self._waiting.remove(fault)
-                    self._strike(fault)
-                    break
+        if isinstance(request, Idle):
+            return 1.0
+        for fault in self._waiting:
+            if _is_at(fault, process, request):
+                self._waiting.remove(fault)
+                self._strike(fault)
+                break
+        if isinstance(request, Meet) and self.links.failed(process):
+            process.fail_wait("connection reset by peer")
         return SLOWNESS if process in self._slow else 1.0
+
+    # ---- Mishaps -----------------------------------------------------------------------------
+
+    def load_fails(self, process: Process) -> bool:
+        if not self._load_failures:
+            return False
+        self._load_failures -= 1
+        self.guilty.add(process)
+        return True
+
+    def corrupts(self, process: Process, phase: str) -> bool:
+        if not self._nan[process] or self._cluster.rng.random() < 0.3:
+            return False
+        self._nan[process] -= 1
+        self._nan_done[process] += 1
+        if self._nan_done[process] > 1:
+            self.guilty.add(process)
+        return True
+
+    def runs(self, process: Process, batch: Batch) -> None:
+        if self._poison is None or not any(_is_poison(item) for item in batch.items):
+            return
+        self.poisoned.append(process)
+        if self._poison.kind == "poison":
+            self._fail(process)
+        else:
+            self._hang(process)
 
     # ---- striking ----------------------------------------------------------------------------
 
-    def _later(self, fault: FaultSpec, delay_s: float) -> None:
+    def _later(self, delay_s: float, action: Callable[[], None]) -> None:
         self._under_way += 1
-        self._clock.after(delay_s, partial(self._strike_later, fault))
+        self._clock.after(delay_s, partial(self._end_later, action))
 
-    def _strike_later(self, fault: FaultSpec) -> None:
+    def _end_later(self, action: Callable[[], None]) -> None:
         self._under_way -= 1
-        self._strike(fault)
+        action()
 
     def _strike(self, fault: FaultSpec) -> None:
         self.struck.append((fault, stage_of(self._host.engine)))
-        process = self._process(fault.rank)
+        self.trace(f"strike {fault}")
+        process = self._cluster.processes[RankId(fault.rank)]
+        other = self._cluster.processes[RankId(fault.peer)]
+        if not self._strike_one(fault, process) and not self._ask(fault):
+            self._strike_more(fault, process, other)
+
+    def _strike_one(self, fault: FaultSpec, process: Process) -> bool:
+        """Faults of one process. False if it is none of those."""
         match fault.kind:
             case "kill":
                 self._kill(process)
-            case "kill-two":
-                self._kill(process)
-                self._kill(self._process(fault.peer))
-            case "kill-all":
-                for each in self._cluster.processes.values():
-                    self._kill(each)
             case "error":
                 self._fail(process)
             case "stop" | "corpse" | "zombie":
                 self._stop(process, fault)
             case "hang":
-                self.guilty.add(process)
-                process.hung = True
+                self._hang(process)
             case "slow":
                 self._slow.add(process)
+                self.drained.add(process.rank)
+            case "nan":
+                self._nan[process] += 1
+            case "nan-twice":
+                self._nan[process] += 2
+            case _:
+                return False
+        return True
+
+    def _strike_more(self, fault: FaultSpec, process: Process, other: Process) -> None:
+        """Faults of several processes, or of something else."""
+        match fault.kind:
+            case "kill-two":
+                self._kill(process)
+                self._kill(other)
+            case "kill-all":
+                for each in list(self._cluster.processes.values()):
+                    self._kill(each)
+            case "kill-down":
+                self._kill_down()
+            case "link" | "link-twice":
+                times = 1 if fault.kind == "link" else 2
+                self.links.cut(process.rank, other.rank, times)
+            case "load-fails":
+                self._load_failures += 1
+            case "launch-slow":
+                self._cluster.slow_launches += 1
+                self._kill(process)
             case "stall":
                 self._host.stall(fault.seconds)
-                self.stalled_until = self._clock.now + fault.seconds
+                self._later(fault.seconds, lambda: None)
             case "forkserver":
                 self._cluster.forkserver_alive = False
                 self._host.call(self._host.engine.on_forkserver_gone)
-            case "link" | "link-twice" | "nan" | "nan-twice" | "health" | "poison":
-                raise NotImplementedError(fault.kind)
             case _:
-                assert_never(fault.kind)
-
-    def _process(self, rank: int) -> Process:
-        return self._cluster.processes[RankId(rank)]
+                assert fault.kind in POISONS, fault.kind
 
     def _kill(self, process: Process) -> None:
         self.guilty.add(process)
-        process.die("killed by signal 9")
+        process.kill()
+
+    def _kill_down(self) -> None:
+        living = [p for p in self._cluster.processes.values() if p.alive and p.incarnation == 1]
+        if len(living) > 1:
+            self._kill(living[0])
+            self._later(BETWEEN_KILLS_S, self._kill_down)
 
     def _fail(self, process: Process) -> None:
         self.guilty.add(process)
         process.report(Fatal(process.rank, process.incarnation, "RuntimeError: device lost"))
         process.die("exited with status 1")
 
+    def _hang(self, process: Process) -> None:
+        self.guilty.add(process)
+        process.hung = True
+
     def _stop(self, process: Process, fault: FaultSpec) -> None:
         self.guilty.add(process)
+        self.drained.add(process.rank)  # One long pause looks like slowness, too.
         process.unkillable = fault.kind != "stop"
         process.stop()
         if fault.kind == "zombie":
-            self._clock.after(fault.seconds, process.go_on)
+            self._later(fault.seconds, partial(self._go_on, process))
+
+    def _go_on(self, process: Process) -> None:
+        """A zombie goes on, and says what it has to say. If it was killed, it dies later."""
+        process.go_on()
+        self._clock.after(self._cluster.rng.random(), partial(self._die_of_it, process))
+
+    def _die_of_it(self, process: Process) -> None:
+        process.unkillable = False
+        if process.kill_pending:
+            process.kill()
+
+    # ---- what is asked of the engine ---------------------------------------------------------
+
+    def _ask(self, fault: FaultSpec) -> bool:
+        """Instructions and device reports. False if it is none of those."""
+        rank = RankId(fault.rank)
+        match fault.kind:
+            case "health":
+                self._report_health(rank, fault.level)
+            case "drain":
+                self.drained.add(rank)
+                self._instruct("isolate", {"id": rank})
+            case "rejoin":
+                self._rejoin(MOST_RETRIES)
+            case "restore":
+                self._instruct("restore_experts", {})
+            case "retry":
+                self._instruct("retry", {})
+            case "pause":
+                self._instruct("pause", {})
+                self._later(fault.seconds, lambda: self._instruct("resume", {}))
+            case _:
+                return False
+        return True
+
+    def _report_health(self, rank: RankId, level: int) -> None:
+        action = self._host.engine.config.policy.action_of(level)
+        if action == "isolate":
+            self.guilty.add(self._cluster.processes[rank])
+        elif action == "drain":
+            self.drained.add(rank)
+        report = DeviceReport(rank, level, "sim", "drawn by the seed", "injected")
+        self._host.call(lambda: self._host.engine.on_health(report, self._clock.now))
+
+    def _rejoin(self, retries: int) -> None:
+        """Let the first rank that is out come back; if there is none, look again later."""
+        out = [view.rank for view in self._host.engine.ranks.values() if view.dead]
+        if out:
+            self._instruct("rejoin", {"id": out[0]})
+        elif retries:
+            self._later(RETRY_S, partial(self._rejoin, retries - 1))
+
+    def _instruct(self, instruction: str, params: dict[str, Any]) -> None:
+        self._host.call(partial(self._apply, instruction, params))
+
+    def _apply(self, instruction: str, params: dict[str, Any]) -> None:
+        """As an operator would; what is refused now is not asked for again."""
+        if self._operations is None:
+            self._operations = Operations(self._host.engine)
+        request_id = f"{instruction} {self._clock.num_actions}"
+        with contextlib.suppress(ValueError):
+            self._operations.apply(instruction, params, request_id, self._clock.now)
+
+
+def _is_poison(item: ScheduledSequence) -> bool:
+    return POISON in item.sequence.prompt_ids
 
 
 def _is_at(fault: FaultSpec, process: Process, request: Request) -> bool:
@@ -139,6 +291,6 @@ def _is_at(fault: FaultSpec, process: Process, request: Request) -> bool:
     )
 
 
-def coverage(struck: list[tuple[FaultSpec, str]]) -> Counter[tuple[str, str]]:
+def coverage(struck: Struck) -> Counter[tuple[str, str]]:
     """(kind, stage) of the faults that struck."""
     return Counter((fault.kind, stage) for fault, stage in struck)

@@ -2,13 +2,22 @@
 
 from typing import Any
 
-from revivemoe.engine import Engine, FailedState, Serving
+from revivemoe.engine import Engine
+from revivemoe.engine_state import FailedState
 from revivemoe.ids import RankId
 from revivemoe.placement import missing_fraction
 from revivemoe.sim.client import Client
 from revivemoe.sim.cluster import SimCluster
+from revivemoe.sim.faults import POISONS
+from revivemoe.sim.process import Process
 from revivemoe.sim.scenario import Scenario
 from revivemoe.sim.strikes import Strikes
+
+POISONED = "poison"
+"""Id of the request that brings down whoever runs it."""
+LIKE_POISON = ("hang", "error", "nan-twice", "load-fails", *POISONS)
+"""Faults that a request may have brought about, as far as anybody can see."""
+MOST_LOST_BY_POISON = 2
 
 
 class Verdict:
@@ -19,26 +28,59 @@ class Verdict:
     ) -> None:
         self._scenario, self._engine = scenario, engine
         self._cluster, self._strikes = cluster, strikes
+        self._cut_off: set[RankId] = set()
+        """Ends of links that were accused."""
+        self._convicted: set[str] = set()
 
-    def on_accusation(self, event: dict[str, Any]) -> None:
-        """Whoever is accused has a fault in this scenario."""
+    def on_event(self, event: dict[str, Any]) -> None:
+        """What the engine tells of what it does."""
+        match event["event"]:
+            case "fault":
+                self._check_accusation(event)
+            case "drain":
+                assert RankId(event["id"]) in self._strikes.drained, f"drained for nothing: {event}"
+            case "convicted":
+                self._check_conviction(event)
+            case _:
+                pass
+
+    def _check_accusation(self, event: dict[str, Any]) -> None:
+        """Whoever is accused has a fault in this scenario; of a link, one end only."""
         process = self._cluster.processes[RankId(event["id"])]
-        assert process in self._strikes.guilty, (
+        if process in self._strikes.guilty or process in self._cluster.never_started:
+            return
+        for ends in self._strikes.links.suspects():
+            if process.rank in ends and not ends & self._cut_off:
+                self._cut_off.add(process.rank)
+                return
+        raise AssertionError(
             f"rank {process.rank} is accused of {event['kind']} ({event['detail']}), but is healthy"
         )
+
+    def _check_conviction(self, event: dict[str, Any]) -> None:
+        """Two faults of a rank's own while a request is on trial cannot be told from poison."""
+        similar = sum(fault.kind in LIKE_POISON for fault, _ in self._strikes.struck)
+        innocent = event["request"] != POISONED
+        assert not innocent or similar > 1, f"an innocent request is convicted: {event}"
+        self._convicted.add(event["request"])
 
     def stuck(self, clients: list[Client]) -> str:
         """Why a seed has not come to its end."""
         waiting = [c.submission.request_id for c in clients if not c.done]
-        ranks = "; ".join(
-            f"rank {p.rank}: {'alive' if p.alive else 'dead'}"
-            f"{' stopped' if p.stopped else ''}{' hung' if p.hung else ''}, {p.doing}, "
-            f"{self._cluster.loops[p.rank].rank.state}"
-            for p in self._cluster.processes.values()
-        )
+        ranks = "; ".join(self._describe(p) for p in self._cluster.processes.values())
         return (
-            f"no end in sight: engine {self._engine.state} {self._engine.coordinator.state}, "
+            f"no end in sight: engine {self._engine.state} {type(self._engine.coordinator.state).__name__}, "
             f"waiting for {waiting}; {ranks}"
+        )
+
+    def _describe(self, process: Process) -> str:
+        life = "alive" if process.alive else "dead"
+        marks = [name for name in ("stopped", "hung") if getattr(process, name)]
+        state = type(self._cluster.loops[process.rank].rank.state).__name__
+        doing = type(process.doing).__name__
+        return (
+            f"rank {process.rank}.{process.incarnation} {' '.join([life, *marks])}, step "
+            f"{process.step}, {state}, {doing} {getattr(process.doing, 'phase', '')}"
         )
 
     def at_end(self, clients: list[Client]) -> None:
@@ -47,27 +89,45 @@ class Verdict:
             self._check_failed(clients, self._engine.state.reason)
             return
         for client in clients:
-            name = client.submission.request_id
-            assert client.failure is None, f"{name} failed: {client.failure}"
-            assert not client.refused, f"{name} was refused"
+            self._check_client(client)
+        self._check_poison()
         self._check_placement()
         self._check_ranks()
+
+    def _check_client(self, client: Client) -> None:
+        name = client.submission.request_id
+        assert not client.refused, f"{name} was refused"
+        if name in self._convicted:
+            assert client.failure is not None, f"{name} is convicted and goes on"
+        elif name == POISONED:
+            assert client.failure is not None, f"{name} got through"
+        else:
+            assert client.failure is None, f"{name} failed: {client.failure}"
+
+    def _check_poison(self) -> None:
+        lost = len(set(self._strikes.poisoned))
+        others = any(fault.kind not in POISONS for fault, _ in self._strikes.struck)
+        assert lost <= MOST_LOST_BY_POISON + others, f"the poison request took {lost} ranks"
 
     def _check_failed(self, clients: list[Client], reason: str) -> None:
         assert self.excuses(), f"failed without need: {reason}"
         for client in clients:
-            assert client.done, f"{client.submission.request_id} hangs after the failure"
+            name = client.submission.request_id
+            assert client.done, f"{name} hangs after the failure"
 
     def excuses(self) -> list[str]:
         """Facts that make a failure of the whole instance legitimate."""
-        lost = frozenset(p.rank for p in self._strikes.guilty)
-        left = [r for r in self._engine.ranks if r not in lost]
-        if not left:
-            return ["no rank is left"]
-        fraction = missing_fraction(self._engine.placement.without(lost))
-        if fraction > self._scenario.policy.max_missing_fraction:
-            return ["experts are missing"]
-        return []
+        policy, kinds = self._scenario.policy, {f.kind for f, _ in self._strikes.struck}
+        found = []
+        if "restart" not in policy.repair:
+            found.append("no restart allowed")
+        if kinds & {"forkserver", "corpse", "zombie"}:
+            found.append("some rank cannot be started anew")
+        if any(stage == "starting" for _, stage in self._strikes.struck):
+            found.append("a fault before the first step")
+        if len(self._strikes.guilty) + len(kinds) >= policy.max_recoveries:
+            found.append("so many faults")
+        return found
 
     def _check_placement(self) -> None:
         engine = self._engine
@@ -77,7 +137,6 @@ class Verdict:
         assert fraction <= self._scenario.policy.max_missing_fraction, "too much is masked"
 
     def _check_ranks(self) -> None:
-        assert isinstance(self._engine.state, Serving)
         for rank in self._engine.topology.members:
             loop, process = self._cluster.loops[rank], self._cluster.processes[rank]
             if not process.alive or process in self._strikes.guilty:
