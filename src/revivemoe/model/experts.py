@@ -4,14 +4,14 @@ Legend: T tokens here, K experts per token, E experts of the layer, S slots on a
 received from all members, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
-from revivemoe.ids import LayerId, RankId
+from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
 from revivemoe.model.finite import FiniteCheck
 from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.topology import Topology
@@ -30,8 +30,13 @@ it. Phases as in `NonFinitePlace`."""
 class MoeLayer:
     """One layer's local experts and the map from experts to slots of the whole domain."""
 
-    def __init__(self, layer: LayerId, module: Any, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self, layer: LayerId, module: Any, num_experts: int, top_k: int, held: Sequence[int]
+    ) -> None:
+        """`module` holds slots (`load_model`); `held`: the expert in each of them, -1 for none."""
         self.layer = layer
+        self.held = list(held)
+        """The expert whose weights each slot holds; -1: none, or they are being written."""
         self.module = module
         self.top_k = top_k
         self.num_experts = num_experts
@@ -53,6 +58,26 @@ class MoeLayer:
             picked = self._backend(self.module, rows_RH[row_of], ids, weights)
             out_RH.index_add_(0, row_of, picked.float())
         return out_RH
+
+    def read_slot(self, slot: SlotId) -> dict[str, torch.Tensor]:
+        """The slot's row of each parameter of the experts module: views of the live buffers."""
+        return {name: getattr(self.module, name).data[slot] for name in self.module.revive_rows}
+
+    @torch.no_grad()
+    def write_slot(
+        self, slot: SlotId, expert: ExpertId, params: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Put an expert into a slot, in place, and only then say that it is there.
+
+        The slot must not be one that the present epoch uses, unless for this very expert.
+        """
+        rows = self.read_slot(slot)
+        assert rows.keys() == params.keys(), f"{sorted(params)} for {sorted(rows)}"
+        assert all(params[name].shape == row.shape for name, row in rows.items())
+        self.held[slot] = EMPTY
+        for name, row in rows.items():
+            row.copy_(params[name])
+        self.held[slot] = expert
 
 
 class ExpertExchange:

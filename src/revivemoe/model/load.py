@@ -29,7 +29,7 @@ from revivemoe.placement import EMPTY
 ATTENTION = "revivemoe_paged"
 EXPERTS = "revivemoe_dispatch"
 
-_EXPERT_KEY = re.compile(r"^(?P<head>.*\.layers\.(?P<layer>\d+)\..*\bexperts\.)(?P<rest>.+)$")
+EXPERT_KEY = re.compile(r"^(?P<head>.*\.layers\.(?P<layer>\d+)\..*\bexperts\.)(?P<rest>.+)$")
 _EXPERTS_MARKS = ("num_experts", "is_transposed", "has_bias", "_apply_gate")
 """What the experts interface of `transformers` gives every module that goes through it."""
 _LAYER_KEY = re.compile(r"\.layers\.(\d+)\.")
@@ -61,12 +61,12 @@ def load_model(
     `slots[layer]` lists the expert in each slot, or -1 for an empty slot (zeros).
     Raises CheckpointError if a tensor the model needs is not there.
     """
-    model = _construct(model_dir, dtype)
+    model = construct(model_dir, dtype)
     experts = find_experts(model)
     routers = {layer: _find_router(model, module) for layer, module in experts.items()}
     num_slots = len(next(iter(slots.values()))) if slots else 0
     for module in experts.values():
-        _shrink_to_slots(module, num_slots)
+        set_num_experts(module, num_slots)
     with ExitStack() as stack:
         state = _lazy_state(model_dir, model.config.num_hidden_layers, slots, dtype, stack)
         _fill(model, state, dtype, model_dir)
@@ -102,7 +102,11 @@ def _find_router(model: nn.Module, experts: nn.Module) -> tuple[nn.Module, str]:
     return parent, ""
 
 
-def _construct(model_dir: Path, dtype: torch.dtype) -> Any:
+def construct(model_dir: Path, dtype: torch.dtype) -> Any:
+    """The model with its parameters on meta. Raises CheckpointError.
+
+    Patches `nn.Module` while it runs: nothing else may build a module then.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -139,15 +143,24 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original
 
 
-def _shrink_to_slots(experts: Any, num_slots: int) -> None:
-    """Give an experts module `num_slots` experts. Id `num_slots` is the sentinel for 'not here'."""
-    num_experts = experts.num_experts
-    for name, param in list(experts.named_parameters(recurse=False)):
-        if param.shape[:1] == (num_experts,):
-            empty = torch.empty(num_slots, *param.shape[1:], dtype=param.dtype, device="meta")
-            setattr(experts, name, nn.Parameter(empty, requires_grad=False))
-    experts.num_experts = num_slots
+def set_num_experts(experts: Any, count: int) -> tuple[str, ...]:
+    """Give an experts module `count` experts, on meta. Id `count` is the sentinel for 'not here'.
+
+    Returns the names of the parameters that have a row per expert.
+    """
+    names = experts.__dict__.setdefault("revive_rows", _names_of_rows(experts))
+    for name in names:
+        old = getattr(experts, name)
+        empty = torch.empty(count, *old.shape[1:], dtype=old.dtype, device="meta")
+        setattr(experts, name, nn.Parameter(empty, requires_grad=False))
+    experts.num_experts = count
     experts._is_expert_parallel = True
+    return names
+
+
+def _names_of_rows(experts: Any) -> tuple[str, ...]:
+    params = experts.named_parameters(recurse=False)
+    return tuple(name for name, p in params if p.shape[:1] == (experts.num_experts,))
 
 
 # ---- reading ----------------------------------------------------------------------------------
@@ -211,15 +224,15 @@ def _lazy_state(
         layer = _LAYER_KEY.search(key)
         if layer is not None and int(layer.group(1)) >= num_layers:
             continue  # multi-token-prediction layers behind the decoder
-        match = _EXPERT_KEY.match(key)
+        match = EXPERT_KEY.match(key)
         if match is None:
             state[key] = opened[path].get_slice(key)
         else:
-            _add_expert(state, match, opened[path].get_slice(key), slots, dtype)
+            add_expert(state, match, opened[path].get_slice(key), slots, dtype)
     return state
 
 
-def _add_expert(
+def add_expert(
     state: dict[str, Any],
     match: re.Match[str],
     source: Any,
@@ -241,22 +254,31 @@ def _add_expert(
 
 
 def _fill(model: Any, state: dict[str, Any], dtype: torch.dtype, model_dir: Path) -> None:
+    problems = convert(model, state, dtype)
+    model.tie_weights()
+    named = " ".join(problems)
+    left = [name for name, param in model.named_parameters() if param.is_meta and param.numel()]
+    problems += [name for name in left if name not in named]
+    if problems:
+        raise CheckpointError(
+            f"{model_dir} does not fill the model: {', '.join(sorted(problems)[:4])}"
+            f"{' ...' if len(problems) > 4 else ''} (an incomplete or mismatched checkpoint?)"
+        )
+
+
+def convert(model: Any, state: dict[str, Any], dtype: torch.dtype) -> list[str]:
+    """Put what `state` holds into the model, by `transformers`' own rules for its family.
+
+    Parameters that `state` does not fill stay on meta. Returns what could not be converted.
+    """
     config = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),  # what has to stay in float32
         weight_mapping=get_model_conversion_mapping(model),
     )
     info, _ = convert_and_load_state_dict_in_model(model, state, config)
-    model.tie_weights()
-    left = [name for name, param in model.named_parameters() if param.is_meta and param.numel()]
-    wrong = {
-        name: f"{name} has shape {list(found)} instead of {list(needed)}"
+    wrong = [
+        f"{name} has shape {list(found)} instead of {list(needed)}"
         for name, found, needed in info.mismatched_keys
-    }
-    left = [name for name in left if name not in wrong]
-    problems = [*left, *info.conversion_errors, *wrong.values()]
-    if problems:
-        raise CheckpointError(
-            f"{model_dir} does not fill the model: {', '.join(sorted(problems)[:4])}"
-            f"{' ...' if len(problems) > 4 else ''} (an incomplete or mismatched checkpoint?)"
-        )
+    ]
+    return [*info.conversion_errors, *wrong]

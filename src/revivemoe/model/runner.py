@@ -10,16 +10,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
-from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.messages import TokenLogprobs
+from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
+from revivemoe.messages import SlotLoad, TokenLogprobs
 from revivemoe.model import experts as experts_hook
+from revivemoe.model.expert_loads import ExpertLoader, ExpertSource, LoadReport
+from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.experts import ExpertExchange, MoeLayer
 from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
+from revivemoe.model.host_cache import HostCache
 from revivemoe.model.load import ATTENTION, EXPERTS, LoadedModel, load_model
 from revivemoe.model.paged import PagedCache, ProbeCache, paged_attention, plan_attention
 from revivemoe.model.router import MaskableRouter
 from revivemoe.model.sampling import SamplingRow, sample, token_logprobs
-from revivemoe.placement import ExpertPlacement
+from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.topology import Topology
 
 
@@ -51,12 +54,16 @@ class ModelRunner:
         self._model = loaded.model
         self._device, self._dtype = device, dtype
         self._routers = _wrap_routers(loaded)
-        layers = [MoeLayer(k, m, num_experts, top_k) for k, m in loaded.experts.items()]
+        layers = [
+            MoeLayer(layer, module, num_experts, top_k, slots.get(layer, ()))
+            for layer, module in loaded.experts.items()
+        ]
         for layer in layers:
             layer.slot_of_expert_E = layer.slot_of_expert_E.to(device)
             layer.module.revive_layer = layer
             layer.module.revive_exchange = None
         self.exchange = ExpertExchange(layers, loaded.model.config.hidden_size, dtype)
+        self._loader = ExpertLoader(layers, ExpertReader(model_dir, dtype))
         self._cache: PagedCache | None = None
         self._kv_shapes = self._probe()
         self.load_s = time.monotonic() - started
@@ -82,6 +89,51 @@ class ModelRunner:
 
     def _reach_attention(self, layer: int, num_tokens: int) -> None:
         self.exchange.on_phase("attention", layer, num_tokens)
+
+    # ---- experts in slots ---------------------------------------------------------------------
+
+    def held(self) -> dict[LayerId, tuple[int, ...]]:
+        """The expert in each slot, by layer; -1: none."""
+        return {layer.layer: tuple(layer.held) for layer in self.exchange.layers.values()}
+
+    def to_load(self, placement: ExpertPlacement, me: RankId) -> tuple[SlotLoad, ...]:
+        """What `placement` gives this rank that its slots do not hold yet."""
+        held = self.held()
+        return tuple(
+            SlotLoad(layer, SlotId(slot), ExpertId(expert))
+            for layer, given in zip(placement.layers, placement.slots.get(me, ()), strict=False)
+            for slot, expert in enumerate(given)
+            if expert not in (EMPTY, held[layer][slot])
+        )
+
+    def load_experts(
+        self, loads: Sequence[SlotLoad], sources: Sequence[ExpertSource] = ()
+    ) -> LoadReport:
+        """Load experts into slots that the present epoch does not use; from any thread.
+
+        `sources`, in this order, are asked before host memory and the checkpoint. Raises
+        CheckpointError; experts already loaded by then stay.
+        """
+        return self._loader.load(loads, sources)
+
+    def attach_host_cache(self, fd: int) -> None:
+        """Share converted experts with the other ranks of this host (`create_host_cache`).
+
+        Raises ValueError if the cache does not fit this model.
+        """
+        self._loader.host_cache = HostCache(fd, self.row_shapes())
+
+    def row_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of one expert's share of each parameter of its module."""
+        module = next(iter(self.exchange.layers.values())).module
+        params = {name: getattr(module, name) for name in module.revive_rows}
+        return {name: (tuple(param.shape[1:]), param.dtype) for name, param in params.items()}
+
+    def fill_host_cache(self) -> int:
+        """Put the experts this rank holds into host memory; returns how many. From any thread."""
+        return self._loader.fill_host_cache()
+
+    # ---- steps --------------------------------------------------------------------------------
 
     def enter(
         self, dispatcher: Dispatcher, placement: ExpertPlacement, topology: Topology, me: RankId
