@@ -1,5 +1,6 @@
 """DeepSeek-V2, which `make-model` does not make: loaded whole, and masked, through the runner."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ LIMITS = RankLimits(
     num_blocks=60, block_size=8, max_num_seqs=8, max_num_batched_tokens=16,
     max_model_len=96, prefill_tokens_beside_decodes=8,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more, and threads that wait for each other suffer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["greedy", "group_limited_greedy"])

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ LIMITS = RankLimits(
 )  # fmt: skip
 GREEDY = SamplingParams(seed=0, temperature=0.0, max_tokens=24, logprobs=3)
 PROMPTS = [[7, 8, 9, 10, 11], list(range(20, 50)), [99]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more, and threads that wait for each other suffer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def ids(*experts: int) -> list[ExpertId]:

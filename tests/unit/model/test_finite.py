@@ -1,6 +1,7 @@
 """Where NaN and infinity are laid: to the first stage with finite input and broken output."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ from revivemoe.sampling_params import SamplingParams
 BROKEN = [math.nan, math.inf, -math.inf]
 DTYPES = [torch.float32, torch.bfloat16]
 LAYERS = [LayerId(1), LayerId(2), LayerId(4)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more, and threads that wait for each other suffer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def a_check() -> FiniteCheck:
