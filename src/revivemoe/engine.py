@@ -11,6 +11,7 @@ real processes, the simulation and the tests with neither.
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, assert_never
 
 from revivemoe.config import EngineConfig
@@ -362,10 +363,7 @@ class Engine:
         else:
             if by_itself or view.last_words:
                 said = view.last_words or detail
-                signature = f"process_exit:{said}"
-                fault = Fault(
-                    rank, "process_exit", said, detect_s=fault.detect_s, signature=signature
-                )
+                fault = replace(fault, detail=said, signature="process_exit")
             self.accuse([fault], now)
 
     def _on_exit_at_start(self, state: Starting, view: RankView, fault: Fault, now: float) -> None:
@@ -580,6 +578,7 @@ class Engine:
         self.event("fault", {**told, "detail": fault.detail, "detect_s": fault.detect_s})
         log.warning("rank %d: %s: %s", fault.rank, fault.kind, fault.detail)
         view.condemn(fault)
+        view.condemned_at = self._clock()
         self.slowness.forget(fault.rank)
         self._orphan(fault)
 
@@ -691,11 +690,15 @@ class Engine:
                 for v in views
                 if (v.launched and not v.ready and not v.dead) or v.restart_when_gone
             ),
-            relaunchable=tuple(v.rank for v in views if v.dead and self.detector.gone(v.rank)),
+            relaunchable=tuple(v.rank for v in views if v.dead and self._replaceable(v, now)),
             loaded=loaded,
             loading=loading,
             domain_failures=self._domain_failures,
         )
+
+    def _replaceable(self, view: RankView, now: float) -> bool:
+        """Whether its process is gone, or may still be expected to go."""
+        return self.detector.gone(view.rank) or now <= view.condemned_at + CORPSE_WAIT_S
 
     def is_new(self, view: RankView) -> bool:
         """Whether the rank's present process has no part in the present epoch."""
@@ -708,17 +711,18 @@ class Engine:
         self._restarts.setdefault(self.coordinator.record.epoch, now)
         if not view.dead:
             view.condemn(None)
+            view.condemned_at = now
             self.ledger.orphan(rank)
         if self.detector.gone(rank):
             self.launch(rank, now)
         else:
-            view.restart_when_gone, view.kill_deadline = True, now + CORPSE_WAIT_S
+            view.restart_when_gone = True
             self._cluster.kill(rank)
 
     def _give_up_corpses(self, now: float) -> None:
         """A process that does not die cannot be replaced: its memory may still be written to."""
         for view in self.ranks.values():
-            if view.restart_when_gone and now > view.kill_deadline:
+            if view.restart_when_gone and not self._replaceable(view, now):
                 view.restart_when_gone = False
                 self.event("unkillable", {"id": view.rank, "pid": view.pid})
                 self._proceed(now)

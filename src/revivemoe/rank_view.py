@@ -25,7 +25,8 @@ class RankView:
     draining: bool = False
     restart_when_gone: bool = False
     """A new process is wanted as soon as the present one is gone."""
-    kill_deadline: float = 0.0
+    condemned_at: float = float("-inf")
+    """When it was last accused."""
     maskable: bool = True
     stats: RankStats = field(default_factory=RankStats)
     fault: Fault | None = None

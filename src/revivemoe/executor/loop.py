@@ -75,6 +75,8 @@ class StepLoop:
         self._experts_loaded = 0
         self._batch: Batch | None = None
         """Of the step whose forward has begun."""
+        self._rolled_back = False
+        """Whether a step was undone since the last fence that was acknowledged."""
         self._stopped = False
         self._injections = Injections()
         self._stats = rank.stats()
@@ -149,8 +151,9 @@ class StepLoop:
 
     def _acknowledge(self, ack: FenceAck | None, began: float) -> None:
         if ack is not None:
-            rollback_s = time.monotonic() - began
-            self._report(msgspec.structs.replace(ack, rollback_s=rollback_s))
+            rollback_s, undone = time.monotonic() - began, self._rolled_back
+            self._report(msgspec.structs.replace(ack, rollback_s=rollback_s, rolled_back=undone))
+            self._rolled_back = False
 
     def _configure(self, command: Configure) -> None:
         if not self._rank.configure(command.epoch, command.step, mask_key(command), command.wake):
@@ -286,7 +289,7 @@ class StepLoop:
             self._report_non_finite(state, non_finite or self._runner.non_finite())
             if batch.items:
                 self._runner.zero_written(batch)
-        self._rank.roll_back()
+        self._rolled_back |= self._rank.roll_back()
         self._runner.exchange.leave()
         self._domains.leave()
         self._transport = None

@@ -107,6 +107,8 @@ class Coordinator:
         self._highest_epoch = Epoch(0)
         self._current: list[Fault] = []
         """Faults of the recovery under way, without those of ranks started anew since."""
+        self._planned = False
+        """Whether the change under way is a planned one."""
 
     @property
     def active(self) -> bool:
@@ -149,6 +151,8 @@ class Coordinator:
         `absent`: members that are being started anew, and so have no part in any domain.
         """
         configured = self.plan.topology.members if self.plan is not None else ()
+        if self._planned:  # Who was to leave in good order is not accused by another's fault.
+            self._current, self._planned = [], False
         record = self._open_record(topology, faults, now, cause)
         accused = {f.rank for f in self._current}
         members = {*topology.members, *configured} - accused - set(absent)
@@ -163,6 +167,7 @@ class Coordinator:
         `faults` take part, and are told to stop once they are out. `hold`: then wait for `resume`.
         """
         assert not self.active, "another change of epoch is under way"
+        self._planned = True
         record = self._open_record(topology, faults, now, cause)
         self._fence(record, set(topology.members), now, at_boundary=True, hold=hold)
 
@@ -363,7 +368,7 @@ class Coordinator:
         spent = state.configured + state.domain_s + state.experts_s
         record.phases["resume"] = max(0.0, now - spent)
         record.outcome, record.finished = "restarted" if record.restarted else "recovered", now
-        self.state = Idle()
+        self.state, self._planned = Idle(), False
         return Recovered(state.plan, record)
 
     # ---- deadlines ---------------------------------------------------------------------------
