@@ -151,7 +151,7 @@ class Process:
             return
         now = self.now
         progress = self._progress
-        if isinstance(self.doing, Idle):
+        if isinstance(self.doing, Idle) and not self.hung:
             progress += int((now - self._since) / IDLE_TICK_S)
         self._beats += 1
         pace = list(self.paces.values()) if self._beats % BEATS_PER_PACE == 0 else None
@@ -163,7 +163,8 @@ class Process:
         since_s = now - self._since
         match self.doing:
             case Idle():
-                return Activity("idle", "", -1, self.step, since_s % IDLE_TICK_S)
+                ticked_s = since_s if self.hung else since_s % IDLE_TICK_S
+                return Activity("idle", "", -1, self.step, ticked_s)
             case Meet(phase=phase, layer=layer):
                 return Activity("waiting", phase, layer, self.step, since_s)
             case Work(phase=phase, layer=layer, budget_s=budget_s, announced=announced):

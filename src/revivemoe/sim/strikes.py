@@ -190,6 +190,7 @@ class Strikes:
 
     def _kill_down(self) -> None:
         living = [p for p in self._cluster.processes.values() if p.alive and p.incarnation == 1]
+        living = [p for p in living if not p.unkillable]
         if len(living) > 1:
             self._kill(living[0])
             self._later(BETWEEN_KILLS_S, self._kill_down)

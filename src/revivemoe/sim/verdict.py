@@ -8,14 +8,14 @@ from revivemoe.ids import RankId
 from revivemoe.placement import missing_fraction
 from revivemoe.sim.client import Client
 from revivemoe.sim.cluster import SimCluster
-from revivemoe.sim.faults import POISONS
+from revivemoe.sim.host import stage_of
 from revivemoe.sim.process import Process
 from revivemoe.sim.scenario import Scenario
 from revivemoe.sim.strikes import Strikes
 
 POISONED = "poison"
 """Id of the request that brings down whoever runs it."""
-LIKE_POISON = ("hang", "error", "nan-twice", "load-fails", *POISONS)
+LIKE_POISON = ("hang", "error", "nan-twice", "load-fails")
 """Faults that a request may have brought about, as far as anybody can see."""
 MOST_LOST_BY_POISON = 2
 
@@ -59,19 +59,18 @@ class Verdict:
 
     def _check_conviction(self, event: dict[str, Any]) -> None:
         """Two faults of a rank's own while a request is on trial cannot be told from poison."""
-        similar = sum(fault.kind in LIKE_POISON for fault, _ in self._strikes.struck)
         innocent = event["request"] != POISONED
-        assert not innocent or similar > 1, f"an innocent request is convicted: {event}"
+        assert not innocent or self._num_like_poison() > 1, (
+            f"an innocent request is convicted: {event}"
+        )
         self._convicted.add(event["request"])
 
     def stuck(self, clients: list[Client]) -> str:
         """Why a seed has not come to its end."""
         waiting = [c.submission.request_id for c in clients if not c.done]
         ranks = "; ".join(self._describe(p) for p in self._cluster.processes.values())
-        return (
-            f"no end in sight: engine {self._engine.state} {type(self._engine.coordinator.state).__name__}, "
-            f"waiting for {waiting}; {ranks}"
-        )
+        stage = stage_of(self._engine)
+        return f"no end in sight: the engine is {stage}, waiting for {waiting}; {ranks}"
 
     def _describe(self, process: Process) -> str:
         life = "alive" if process.alive else "dead"
@@ -106,8 +105,11 @@ class Verdict:
 
     def _check_poison(self) -> None:
         lost = len(set(self._strikes.poisoned))
-        others = any(fault.kind not in POISONS for fault, _ in self._strikes.struck)
-        assert lost <= MOST_LOST_BY_POISON + others, f"the poison request took {lost} ranks"
+        most = MOST_LOST_BY_POISON + self._num_like_poison()
+        assert lost <= most, f"the poison request took {lost} ranks"
+
+    def _num_like_poison(self) -> int:
+        return sum(fault.kind in LIKE_POISON for fault, _ in self._strikes.struck)
 
     def _check_failed(self, clients: list[Client], reason: str) -> None:
         assert self.excuses(), f"failed without need: {reason}"
@@ -125,6 +127,8 @@ class Verdict:
             found.append("some rank cannot be started anew")
         if any(stage == "starting" for _, stage in self._strikes.struck):
             found.append("a fault before the first step")
+        if len(self._strikes.guilty) > policy.max_restarts:
+            found.append("so many restarts")
         if len(self._strikes.guilty) + len(kinds) >= policy.max_recoveries:
             found.append("so many faults")
         return found
