@@ -154,11 +154,14 @@ def test_a_tensor_that_is_missing(
     reader.read(LAST, ids(8))
 
 
-def test_an_index_without_the_tensor(made: dict[str, Path], tmp_path: Path) -> None:
-    """A key that the index no longer names."""
+@pytest.mark.parametrize("part", ["up_", "down_", ""])
+def test_an_index_without_the_tensor(made: dict[str, Path], tmp_path: Path, part: str) -> None:
+    """Keys that the index no longer names: nobody would miss them while reading."""
     path = Path(shutil.copytree(made["qwen3_moe"], tmp_path / "m"))
     index = path / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace(".3.mlp.experts.7.up_", ".3.mlp.experts.77.up_"))
+    index.write_text(
+        index.read_text().replace(f".3.mlp.experts.7.{part}", f".3.mlp.experts.77.{part}")
+    )
     with pytest.raises(CheckpointError, match="lacks experts"):
         ExpertReader(path, torch.float32).read(LAST, ids(7))
 
@@ -238,10 +241,13 @@ def test_another_slot_and_another_expert(made: dict[str, Path]) -> None:
 def test_a_slot_says_what_it_holds_only_when_it_does(made: dict[str, Path]) -> None:
     solo = SoloRank(made["qwen3_moe"], LIMITS)
     layer = solo.runner.exchange.layers[LAST]
-    with pytest.raises(AssertionError):
-        layer.write_slot(SlotId(2), ExpertId(9), {"gate_up_proj": torch.zeros(1)})
-    assert layer.held[2] == 2, "nothing was touched"
     rows = {name: row.clone() for name, row in layer.read_slot(SlotId(9)).items()}
+    for wrong in ({"down_proj": torch.zeros(1)}, {"down_proj": rows["down_proj"]}):
+        with pytest.raises(AssertionError):
+            layer.write_slot(SlotId(2), ExpertId(9), rows | {"down_proj": torch.zeros(1)})
+        with pytest.raises(AssertionError):
+            layer.write_slot(SlotId(2), ExpertId(9), wrong)
+    assert layer.held[2] == 2, "nothing was touched"
     seen = []
 
     class Watched(dict[str, Any]):

@@ -22,9 +22,9 @@ EXPERTS = 6
 SHAPES: dict[str, Any] = {
     "down": ((5, 3), torch.bfloat16),
     "up": ((3, 7), torch.float32),
-    "bias": ((5,), torch.bfloat16),
+    "bias": ((6,), torch.bfloat16),
 }
-BYTES = 5 * 3 * 2 + 3 * 7 * 4 + 5 * 2
+BYTES = 5 * 3 * 2 + 3 * 7 * 4 + 6 * 2
 LIMITS = RankLimits(
     num_blocks=60, block_size=8, max_num_seqs=8, max_num_batched_tokens=16,
     max_model_len=96, prefill_tokens_beside_decodes=8,
@@ -184,6 +184,24 @@ def test_what_came_from_disk_is_kept(made: dict[str, Path]) -> None:
     again = [SlotLoad(LayerId(3), SlotId(2), ExpertId(2))]
     assert solo.runner.load_experts(again).sources == {"disk": 1}
     assert solo.runner.load_experts(again).sources == {"host": 1}
+    os.close(fd)
+
+
+def test_a_peer_is_asked_before_host_memory(made: dict[str, Path]) -> None:
+    path = made["qwen3_moe"]
+    solo = SoloRank(path, LIMITS)
+    fd = cache_for(solo, path)
+    solo.runner.fill_host_cache()
+
+    class Peer:
+        name = "peer"
+
+        def fetch(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
+            shapes = solo.runner.row_shapes().items()
+            return {n: torch.ones(s) for n, (s, _) in shapes} if expert == 2 else None
+
+    loads = [SlotLoad(LayerId(3), SlotId(s), ExpertId(s)) for s in (2, 5)]
+    assert solo.runner.load_experts(loads, [Peer()]).sources == {"peer": 1, "host": 1}
     os.close(fd)
 
 
