@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test lint type fmt unit gpu-check clean
+.PHONY: setup demo test test-matrix lint type fmt unit gpu-check clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ demo: setup
 
 test: lint type
 	$(BIN)/python -m pytest -q
+
+# Every kind of fault at every point of a step, over both transports: about 25 minutes.
+test-matrix: setup
+	$(BIN)/python -m pytest -q -m matrix tests/dist/test_matrix.py
 
 unit: setup
 	$(BIN)/python -m pytest -q tests/unit

@@ -43,7 +43,7 @@ from revivemoe.messages import (
     Wake,
 )
 from revivemoe.placement import ExpertPlacement
-from revivemoe.quarantine import on_trial_at, strike
+from revivemoe.quarantine import strike
 from revivemoe.rank_view import RankView
 from revivemoe.recovery.coordinator import Coordinator, Failed, Finished, Recovered, Restarting
 from revivemoe.recovery.detector import Detector
@@ -584,12 +584,10 @@ class Engine:
 
     def _orphan(self, fault: Fault) -> None:
         """The rank's sequences need another one; those that may have brought it down are tried."""
-        requests = self.ledger.unfinished_requests()
-        on_trial = on_trial_at(fault.rank, requests)
         victims = self.ledger.orphan(fault.rank)
         if not fault.signature:
             return
-        convicted = strike(victims, on_trial, fault.signature)
+        convicted = strike(victims, fault.signature)
         if convicted is not None:
             self.totals.convicted += 1
             request_id = convicted.submission.request_id

@@ -61,6 +61,8 @@ class LiveSequence:
     """The process that may report tokens for it; None while it waits for a rank."""
     orphan: bool = False
     """It has lost its rank."""
+    proven: bool = False
+    """It has got on by a token on its present rank."""
 
     @property
     def num_tokens(self) -> int:
@@ -104,6 +106,16 @@ class Arrival:
     """Finish reasons of the sequences that ended."""
     released: bool = False
     """A request on trial has proved harmless: others wait for that."""
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A request that was on a rank that failed."""
+
+    request: LiveRequest
+    proven: bool
+    """All its sequences there had got on by a token since they came."""
+    on_trial: bool
 
 
 @dataclass(frozen=True)
@@ -205,17 +217,17 @@ class Ledger:
         return assigned
 
     def _target(self, request: LiveRequest, load: dict[RankId, int]) -> RankId | None:
+        """The rank for a request's next sequence; None if it has to wait."""
         suspicion = request.suspicion
         if suspicion is not None and suspicion.trial in load:
             return suspicion.trial
-        if suspicion is not None:
-            busy = {
-                r.suspicion.trial for r in self.unfinished_requests() if r.suspicion is not None
-            }
-            load = {rank: tokens for rank, tokens in load.items() if rank not in busy}
-        if not load:
+        trying = {r.suspicion.trial for r in self.unfinished_requests() if r.suspicion is not None}
+        free = {rank: tokens for rank, tokens in load.items() if rank not in trying}
+        if suspicion is None:  # not beside a trial, if that can be helped
+            free = free or load
+        if not free:
             return None
-        target = min(load, key=lambda rank: (load[rank], rank))
+        target = min(free, key=lambda rank: (free[rank], rank))
         if suspicion is not None:
             suspicion.trial, suspicion.unproven = target, set(request.unfinished)
         return target
@@ -226,18 +238,25 @@ class Ledger:
 
     # ---- loss of a rank ----------------------------------------------------------------------
 
-    def orphan(self, rank: RankId) -> list[LiveRequest]:
+    def orphan(self, rank: RankId) -> list[Victim]:
         """The rank is lost: its sequences have none any more. Returns the requests it ran."""
+        proven: dict[int, bool] = {}
         requests: dict[int, LiveRequest] = {}
         for sequence in self._sequences.values():
             if sequence.owner is not None and sequence.owner[0] == rank:
                 sequence.owner, sequence.orphan = None, True
-                requests[id(sequence.request)] = sequence.request
-        for request in requests.values():
-            if request.suspicion is not None and request.suspicion.trial == rank:
-                request.suspicion.trial = None
+                key = id(sequence.request)
+                requests[key] = sequence.request
+                proven[key] = proven.get(key, True) and sequence.proven
+        victims = []
+        for key, request in requests.items():
+            suspicion = request.suspicion
+            on_trial = suspicion is not None and suspicion.trial == rank
+            if suspicion is not None and on_trial:
+                suspicion.trial = None
+            victims.append(Victim(request, proven[key], on_trial))
         self._shadows = {s: owner for s, owner in self._shadows.items() if owner[0] != rank}
-        return list(requests.values())
+        return victims
 
     def convict(self, request: LiveRequest, message: str) -> None:
         """End one request with an error event: it brings down whoever runs it."""
@@ -402,7 +421,7 @@ class Ledger:
             self._send(to, Abort(seq_id))
         elif sequence.owner is not None and sequence.owner[0] != to:
             self._send(sequence.owner[0], Abort(seq_id))
-        sequence.owner, sequence.orphan = owner, False
+        sequence.owner, sequence.orphan, sequence.proven = owner, False, False
         log = sequence.log
         spec = SequenceSpec(
             seq_id=seq_id,
@@ -420,7 +439,8 @@ class Ledger:
 
 
 def _prove(sequence: LiveSequence) -> bool:
-    """A token of a suspect has been committed. Returns whether that clears its request."""
+    """A token has been committed. Returns whether that clears a suspect."""
+    sequence.proven = True
     suspicion = sequence.request.suspicion
     if suspicion is None or suspicion.trial is None:
         return False

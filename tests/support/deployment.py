@@ -26,6 +26,32 @@ class Deployment(ServerProcess):
     def num_dead(self) -> int:
         return len(with_status(self.status(), "dead"))
 
+    def inject(
+        self, rank: int, kind: str, at: dict[str, Any] | None = None, params: Any = None
+    ) -> None:
+        """Arm a fault at a point of a rank's step loop; now, without one."""
+        body = {"id": rank, "kind": kind, "at": at or {}, "params": params or {}}
+        response = httpx.post(f"{self.url}/v1/fault_tolerance/inject", json=body, timeout=10)
+        assert response.status_code == 202, response.text
+
+    def apply(self, instruction: str, **params: Any) -> str:
+        """Ask for something; returns the request id."""
+        body = {"instruction": instruction, "params": params}
+        response = httpx.post(f"{self.url}/v1/fault_tolerance/apply", json=body, timeout=10)
+        assert response.status_code == 202, response.text
+        return str(response.json()["request_id"])
+
+    def await_rejoin(self, rank: int, timeout_s: float = 30.0) -> Status:
+        """Start a new process for a rank and wait until it is a member again."""
+        request_id = self.apply("rejoin", id=rank)
+        return self.await_status(
+            lambda s: (
+                any(r["request_id"] == request_id for r in s["recoveries"])
+                and s["state"] == "serving"
+            ),
+            timeout_s,
+        )
+
     def inject_kill(self, rank: int, **at: int | str) -> None:
         """Arm a SIGKILL of a rank by itself, at a point of its step loop."""
         body = {"id": rank, "kind": "kill", "at": at}
