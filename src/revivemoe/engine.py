@@ -709,12 +709,16 @@ class Engine:
         self._restarts.setdefault(self.coordinator.record.epoch, now)
         if not view.dead:
             view.condemn(None)
-            view.condemned_at = now
             self.ledger.orphan(rank)
+        self.replace(rank, now)
+
+    def replace(self, rank: RankId, now: float) -> None:
+        """Start a new process for a rank that is out, once the present one is gone."""
+        view = self.ranks[rank]
         if self.detector.gone(rank):
             self.launch(rank, now)
         else:
-            view.restart_when_gone = True
+            view.restart_when_gone, view.condemned_at = True, now
             self._cluster.kill(rank)
 
     def _give_up_corpses(self, now: float) -> None:

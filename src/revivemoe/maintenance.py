@@ -88,10 +88,10 @@ class Maintenance:
         view = engine.ranks[rank]
         if not view.dead:
             raise ValueError(f"rank {rank} is not out: it has a process")
-        if not engine.detector.gone(rank):
-            raise ValueError(f"the old process of rank {rank} is still there: it does not die")
+        if view.restart_when_gone:
+            raise ValueError(f"a new process of rank {rank} is under way already")
         self._joins[rank] = request_id
-        engine.launch(rank, now)
+        engine.replace(rank, now)
 
     def restore(self, now: float, request_id: str | None) -> None:
         """Load missing experts into spare slots. Raises ValueError if there is nothing to do."""
