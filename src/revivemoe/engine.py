@@ -12,19 +12,21 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, assert_never
+from typing import Any, assert_never
 
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Vocabulary
+from revivemoe.device_watch import DeviceWatch
 from revivemoe.engine_state import FailedState, Paused, Recovering, Serving, Starting, State
 from revivemoe.engine_state import state_name as state_name
+from revivemoe.fleet import Cluster as Cluster
+from revivemoe.fleet import Fleet
 from revivemoe.ids import Epoch, Incarnation, RankId
 from revivemoe.ledger import Ledger, LiveRequest, Sink
 from revivemoe.maintenance import Maintenance
 from revivemoe.messages import (
     Command,
     Configure,
-    DomainSpec,
     ExpertsLoaded,
     Fatal,
     Fence,
@@ -46,12 +48,11 @@ from revivemoe.placement import ExpertPlacement
 from revivemoe.quarantine import strike
 from revivemoe.rank_view import RankView
 from revivemoe.recovery.coordinator import Coordinator, Failed, Finished, Recovered, Restarting
-from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import DeviceReport, Fault
-from revivemoe.recovery.planner import GiveUp, RecoveryPlan, Restart, World, plan_recovery
+from revivemoe.recovery.planner import RecoveryPlan, World, describe_plan, plan_recovery
 from revivemoe.recovery.record import RecoveryRecord
-from revivemoe.recovery.repeats import Links, Numbers
-from revivemoe.recovery.slowness import Slowness
+from revivemoe.recovery.repeats import Numbers
+from revivemoe.recovery.symptoms import Symptoms
 from revivemoe.streams import EngineUnavailable, Submission
 from revivemoe.topology import Topology
 from revivemoe.totals import Totals
@@ -65,26 +66,8 @@ TICK_GAP_S = 0.25
 """A longer time between two ticks is a stall of the engine itself, which excuses the ranks."""
 OWN_STALL_S = 1.0
 """After one longer than this, nobody is judged before the next tick."""
-CORPSE_WAIT_S = 5.0
-"""How long a killed process that is to be replaced may take to be gone."""
 LAST_EPOCH = Epoch(1 << 40)
 """No epoch comes after it: a fence to it ends a rank's part in the instance."""
-
-
-class Cluster(Protocol):
-    """Starts ranks and reaches them. No call blocks, or fails because a rank is gone."""
-
-    def launch(
-        self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
-    ) -> None: ...
-
-    def send(self, rank: RankId, command: Command) -> None: ...
-
-    def kill(self, rank: RankId) -> None: ...
-
-    def domain(self) -> DomainSpec:
-        """How the members of the next epoch shall reach each other."""
-        ...
 
 
 class Engine:
@@ -103,34 +86,31 @@ class Engine:
         assert config.max_model_len is not None, "the config is resolved beforehand"
         policy = config.policy
         self.config, self.topology, self.placement = config, topology, placement
-        self.home, self.home_placement = topology, placement
-        """What the instance was started with: ranks come back to their roles and experts."""
+        self.home = topology
+        """What the instance was started with: ranks come back to their roles."""
         self.missing = placement.missing()
         """Experts that no rank holds, of the present placement."""
-        self.detector = Detector(policy)
-        self.slowness = Slowness(policy)
-        self.ledger = Ledger(vocabulary, config.max_model_len, self._send, self._incarnation)
+        devices = {rank: config.rank_device(rank) for rank in topology.members}
+        self.fleet = Fleet(cluster, placement, devices, policy, self.event)
+        self.ranks, self.detector = self.fleet.views, self.fleet.detector
+        self.ledger = Ledger(
+            vocabulary, config.max_model_len, self.fleet.send, self.fleet.incarnation
+        )
         self.coordinator = Coordinator(self, self.ledger, policy, clock, self.event)
         self.maintenance = Maintenance(self)
-        self.ranks: dict[RankId, RankView] = {
-            rank: RankView(rank, Incarnation(0), config.rank_device(rank))
-            for rank in topology.members
-        }
+        self.devices = DeviceWatch(self)
         self.records: deque[RecoveryRecord] = deque(maxlen=KEPT_RECORDS)
         self.totals = Totals()
         self.state: State = Starting(float("inf"), set())
         self.last_step = 0
         self.last_ft_request_id: str | None = None
         self._cluster, self._clock, self._on_event = cluster, clock, on_event
-        self._links = Links(policy.repeat_window_s)
+        self._symptoms = Symptoms(policy)
         self._numbers = Numbers(policy.repeat_window_s)
         self._wake = 0
         self._last_commit: float | None = None
         self._unresumed: RecoveryRecord | None = None
         """A recovery whose first step in the new epoch has not been seen."""
-        self._symptom_since: float | None = None
-        self._reporters: set[RankId] = set()
-        """Members whose communication failed in the present epoch."""
         self._stopping = False
         self._last_tick = clock()
         self._starts: deque[float] = deque(maxlen=256)
@@ -140,10 +120,8 @@ class Engine:
         self._counted = False
         """Whether the recovery under way counts towards the policy's limit."""
         self._domain_failures = 0
-        self._reports_due: list[tuple[int, DeviceReport]] = []
-        """Injected: to come when the instance has reached a step."""
-        self._incarnations_in_epoch: dict[RankId, Incarnation] = {}
-        """The processes that are members of the present epoch."""
+        self._load_failed_at: float | None = None
+        """When experts last could not be loaded before a resume."""
 
     # ---- life --------------------------------------------------------------------------------
 
@@ -152,20 +130,8 @@ class Engine:
         members = self.topology.members
         self.state = Starting(now + self.config.start_timeout_s, set(members))
         for rank in members:
-            self.launch(rank, now)
-        self._incarnations_in_epoch = {r: self.ranks[r].incarnation for r in members}
-
-    def launch(self, rank: RankId, now: float) -> None:
-        """Start a (new) process for a rank, with the experts it had at the start."""
-        view = self.ranks[rank]
-        incarnation = view.relaunch()
-        view.table = self.home_placement.slots.get(rank, ())
-        self.slowness.forget(rank)
-        self._numbers.forget(rank)
-        self.detector.launched(rank, incarnation, now)
-        self._cluster.launch(rank, incarnation, view.table)
-        if incarnation > 1:
-            self.event("launch", {"id": rank, "incarnation": incarnation})
+            self.fleet.launch(rank, now)
+        self.fleet.enter_epoch(members)
 
     def stop(self) -> None:
         """Ask every living rank to exit. The fence frees those that wait for each other.
@@ -175,8 +141,8 @@ class Engine:
         self._stopping = True
         for view in self.ranks.values():
             if not view.dead:
-                self._send(view.rank, Fence(LAST_EPOCH))
-                self._send(view.rank, Stop())
+                self.fleet.send(view.rank, Fence(LAST_EPOCH))
+                self.fleet.send(view.rank, Stop())
 
     def tick(self, now: float) -> None:
         """Judge deadlines. Called a few times a second, after the inbox has been drained.
@@ -189,6 +155,7 @@ class Engine:
             self.coordinator.postpone(stalled_s)
             self.detector.postpone(stalled_s)
             self.maintenance.postpone(stalled_s)
+            self._symptoms.postpone(stalled_s)
         if stalled_s > OWN_STALL_S:
             self.event("engine_stalled", {"seconds": stalled_s})
             return
@@ -209,28 +176,23 @@ class Engine:
         return gap_s if gap_s > TICK_GAP_S else 0.0
 
     def _judge(self, now: float) -> None:
-        watched = frozenset(v.rank for v in self.ranks.values() if v.launched and not v.dead)
-        if faults := self.detector.judge(watched, now):
+        if faults := self.fleet.judge(now):
             self.accuse(faults, now)
         elif (overdue := self.coordinator.overdue(now)) is not None:
             self._overdue(overdue, now)
-        elif self._symptom_lasts(now):
+        elif self._symptoms.unexplained(now):
             self._blame_link(now)
         else:
-            self._give_up_corpses(now)
-            self._judge_pace(now)
-            self.maintenance.tick(now)
+            self._look_after(now)
 
-    def _judge_pace(self, now: float) -> None:
-        slow = self.slowness.judge(now)
-        for view in self.ranks.values():
-            ratio = None if view.dead else slow.get(view.rank)
-            if ratio is not None and view.slow is None:
-                detail = f"its own work takes {ratio:.1f} times what it takes its peers"
-                self.event("slow", {"id": view.rank, "factor": ratio, "detail": detail})
-                if self.config.policy.isolate_slow:
-                    self.maintenance.drain(Fault(view.rank, "slow", detail, level=4), now)
-            view.slow = ratio
+    def _look_after(self, now: float) -> None:
+        """Nobody is accused: what else is due."""
+        if self.fleet.give_up_corpses(now):
+            self._proceed(now)
+        for fault in self.fleet.newly_slow(now):
+            if self.config.policy.isolate_slow:
+                self.maintenance.drain(fault, now)
+        self.maintenance.tick(now)
 
     def _overdue(self, faults: list[Fault], now: float) -> None:
         """A stage has missed its deadline: begin again from the fence, which is a new attempt."""
@@ -238,23 +200,18 @@ class Engine:
             self._domain_failures += 1
         if isinstance(self.coordinator.state, Restarting):
             detail = f"it was not ready within {self.config.policy.restart_timeout_s:.0f} s"
-            late = [v.rank for v in self.ranks.values() if v.launched and not v.ready]
+            late = [v.rank for v in self.ranks.values() if v.loading]
             faults = [Fault(rank, "start_timeout", detail) for rank in late]
         if self.coordinator.record.cause != "pause":
             self._starts.append(now)
         self.accuse(faults, now)
 
-    def _symptom_lasts(self, now: float) -> bool:
-        since = self._symptom_since
-        return since is not None and now - since > self.config.policy.symptom_grace_s
-
     def _blame_link(self, now: float) -> None:
         """Communication failed and nobody is accused: a new domain, or one of the two goes."""
-        fault = self._links.failed(frozenset(self._reporters), now)
         if self.coordinator.active:
             self._starts.append(now)
             self._domain_failures += self.coordinator.plan is not None
-        self.accuse([] if fault is None else [fault], now)
+        self.accuse(self._symptoms.blame(now), now)
 
     # ---- requests ----------------------------------------------------------------------------
 
@@ -301,7 +258,7 @@ class Engine:
         """Tell all members that there is work."""
         self._wake += 1
         for rank in self.topology.members:
-            self._send(rank, Wake(self._wake))
+            self.fleet.send(rank, Wake(self._wake))
 
     # ---- what ranks report -------------------------------------------------------------------
 
@@ -317,7 +274,7 @@ class Engine:
             case Ready():
                 self._on_ready(view, report, now)
             case Heartbeat():
-                self._on_heartbeat(view, report)
+                self.fleet.on_heartbeat(report)
             case Tokens():
                 self._on_tokens(report, now)
             case FenceAck():
@@ -330,7 +287,7 @@ class Engine:
             case NonFinite():
                 self._on_non_finite(report, now)
             case ExpertsLoaded():
-                self.maintenance.on_loaded(report, now)
+                self._on_experts_loaded(report, now)
             case Fatal():
                 self._on_fatal(view, report)
             case _:
@@ -357,7 +314,7 @@ class Engine:
             view.condemn(None)
         elif view.dead:
             if view.restart_when_gone:
-                self.launch(rank, now)
+                self.fleet.launch(rank, now)
         elif isinstance(self.state, Starting):
             self._on_exit_at_start(self.state, view, fault, now)
         else:
@@ -381,48 +338,8 @@ class Engine:
 
     def on_health(self, report: DeviceReport, now: float) -> None:
         """A monitor tells of a rank's device; the policy says what that asks for."""
-        view = self.ranks.get(report.rank)
-        if view is None or isinstance(self.state, FailedState | Starting) or self._stopping:
-            return
-        action = "clear" if report.level == 0 else self.config.policy.action_of(report.level)
-        said = {"id": report.rank, "level": report.level, "code": report.code}
-        told = {**said, "detail": report.detail, "source": report.source, "action": action}
-        self.event("device", told)
-        if view.dead:
-            return
-        detail = f"{report.code}: {report.detail}" if report.detail else report.code
-        fault = Fault(report.rank, "device_fault", detail, report.level)
-        match action:
-            case "clear":
-                view.fault = None
-            case "watch":
-                view.fault = fault
-            case "retry" if isinstance(self.state, Serving):
-                self.redo("device_fault", now)
-            case "drain":
-                self.maintenance.drain(fault, now)
-            case "isolate":
-                self.accuse([fault], now)
-            case _:
-                pass
-
-    def report_at(self, report: DeviceReport, step: int | None, now: float) -> None:
-        """A device report that shall come at a step. Raises ValueError if that is past."""
-        view = self.ranks.get(report.rank)
-        if view is None or view.dead:
-            raise ValueError(f"id {report.rank} is not a living rank")
-        if step is None:
-            self.on_health(report, now)
-        elif step <= self.last_step:
-            raise ValueError(f"step {step} is past: the instance is at {self.last_step}")
-        else:
-            self._reports_due.append((step, report))
-
-    def _deliver_reports(self, now: float) -> None:
-        due = [report for step, report in self._reports_due if step <= self.last_step]
-        self._reports_due = [pair for pair in self._reports_due if pair[0] > self.last_step]
-        for report in due:
-            self.on_health(report, now)
+        if not self._stopping:
+            self.devices.on_report(report, now)
 
     def fail(self, reason: str) -> None:
         """An error of the engine's own host: nothing can be relied upon."""
@@ -436,7 +353,7 @@ class Engine:
             raise ValueError(f"id {rank} is not a living rank")
         if fault.step is not None and fault.step <= self.last_step:
             raise ValueError(f"step {fault.step} is past: the instance is at {self.last_step}")
-        self._send(rank, fault)
+        self.fleet.send(rank, fault)
 
     def what_if(self, ranks: list[RankId]) -> dict[str, Any]:
         """The plan for the loss of these ranks now; does nothing. Raises ValueError."""
@@ -470,14 +387,7 @@ class Engine:
                 wake=self._wake,
             )
             for rank in self.topology.members:
-                self._send(rank, configure)
-
-    def _on_heartbeat(self, view: RankView, beat: Heartbeat) -> None:
-        self.detector.beat(beat)
-        if view.ready:
-            view.stats = beat.stats
-        if beat.pace is not None:
-            self.slowness.heard(view.rank, beat.pace)
+                self.fleet.send(rank, configure)
 
     def _on_tokens(self, report: Tokens, now: float) -> None:
         arrival = self.ledger.on_tokens(report)
@@ -492,8 +402,7 @@ class Engine:
             self._unresumed = None
         self._last_commit = now
         self.last_step = max(self.last_step, report.step)
-        if self._reports_due:
-            self._deliver_reports(now)
+        self.devices.reached(self.last_step, now)
         if arrival.released:
             self.assign()
 
@@ -528,9 +437,7 @@ class Engine:
         if isinstance(self.state, Starting):
             self._fail(f"the ranks could not meet: {report.detail}")
         elif self._of_present_epoch(report.epoch):
-            self._reporters.add(report.rank)
-            if self._symptom_since is None:
-                self._symptom_since = now
+            self._symptoms.reported(report.rank, now)
 
     def _on_non_finite(self, report: NonFinite, now: float) -> None:
         """Redo the step. Whom to blame is clear when all have left it: no later claim comes."""
@@ -555,7 +462,7 @@ class Engine:
         for fault in faults:
             self._condemn(fault)
         for fault in outside:  # nobody misses them
-            self._cluster.kill(fault.rank)
+            self.fleet.kill(fault.rank)
         if faults and len(outside) == len(faults):
             return
         self._recover(faults, faults[0].kind if faults else "communication", now)
@@ -573,13 +480,8 @@ class Engine:
         return self.coordinator.active or rank in (*self.topology.members, *configured)
 
     def _condemn(self, fault: Fault) -> None:
-        view = self.ranks[fault.rank]
-        told = {"id": fault.rank, "kind": fault.kind, "level": fault.level}
-        self.event("fault", {**told, "detail": fault.detail, "detect_s": fault.detect_s})
-        log.warning("rank %d: %s: %s", fault.rank, fault.kind, fault.detail)
-        view.condemn(fault)
-        view.condemned_at = self._clock()
-        self.slowness.forget(fault.rank)
+        self.fleet.condemn(fault, self._clock())
+        self._numbers.forget(fault.rank)
         self._orphan(fault)
 
     def _orphan(self, fault: Fault) -> None:
@@ -603,7 +505,7 @@ class Engine:
             self._starts.append(now)
             self._counted = True
         absent = [r for r, v in self.ranks.items() if not v.ready]
-        self._clear_symptoms()
+        self._symptoms.explained()
         self.maintenance.interrupt()
         self.coordinator.begin(self.topology, faults, now, cause=cause, absent=absent)
         self._await_first_step()
@@ -620,17 +522,13 @@ class Engine:
         request_id: str | None = None,
     ) -> None:
         """A planned change: all stop together at a step boundary. Ranks of `faults` go out."""
-        self._clear_symptoms()
+        self._symptoms.explained()
         self._counted = False
         self.coordinator.begin_at_boundary(self.topology, faults, now, cause, hold)
         self.coordinator.record.request_id = request_id
         self._await_first_step()
         self._enter(Recovering())
         self._proceed(now)
-
-    def _clear_symptoms(self) -> None:
-        self._symptom_since = None
-        self._reporters.clear()
 
     def _await_first_step(self) -> None:
         """Time the stall, if anybody has work."""
@@ -667,40 +565,42 @@ class Engine:
         self._proceed(now)
 
     def _world(self, now: float) -> World:
-        policy, views = self.config.policy, self.ranks.values()
+        policy, fleet = self.config.policy, self.fleet
         horizon = now - policy.window_s
         loaded, loading = self.maintenance.reloads()
-        joining = [v.rank for v in views if v.ready and not v.dead and self.is_new(v)]
+        joining = fleet.joining
         return World(
             topology=self.topology,
             placement=self.placement,
             sequences=self.ledger.unfinished(),
-            maskable=all(view.maskable for view in views),
+            maskable=all(view.maskable for view in self.ranks.values()),
             recent_recoveries=sum(t >= horizon for t in self._starts)
             - int(self.coordinator.active and self._counted),
             recent_restarts=sum(t >= horizon for t in self._restarts.values()),
             home=self.home,
-            gone=tuple(v.rank for v in views if v.dead or self.is_new(v)),
-            ready=tuple(joining),
-            tables={r: self.ranks[r].table for r in joining},
-            launching=tuple(
-                v.rank
-                for v in views
-                if (v.launched and not v.ready and not v.dead) or v.restart_when_gone
-            ),
-            relaunchable=tuple(v.rank for v in views if v.dead and self._replaceable(v, now)),
+            gone=tuple(fleet.gone),
+            ready=tuple(view.rank for view in joining),
+            tables={view.rank: view.table for view in joining},
+            launching=tuple(fleet.launching),
+            relaunchable=tuple(fleet.relaunchable(now)),
             loaded=loaded,
             loading=loading,
             domain_failures=self._domain_failures,
+            can_load=not self._load_failed_lately(now),
         )
 
-    def _replaceable(self, view: RankView, now: float) -> bool:
-        """Whether its process is gone, or may still be expected to go."""
-        return self.detector.gone(view.rank) or now <= view.condemned_at + CORPSE_WAIT_S
+    def _load_failed_lately(self, now: float) -> bool:
+        at = self._load_failed_at
+        return at is not None and now - at <= self.config.policy.repeat_window_s
 
-    def is_new(self, view: RankView) -> bool:
-        """Whether the rank's present process has no part in the present epoch."""
-        return self._incarnations_in_epoch.get(view.rank) != view.incarnation
+    def _on_experts_loaded(self, report: ExpertsLoaded, now: float) -> None:
+        if report.request or report.error is None:
+            self.maintenance.on_loaded(report, now)
+            return
+        self.event("load_failed", {"id": report.rank, "detail": report.error})
+        log.warning("rank %d could not load experts: %s", report.rank, report.error)
+        self._load_failed_at = now
+        self.redo(self.coordinator.record.cause if self.coordinator.active else "load", now)
 
     def restart(self, rank: RankId) -> None:
         """`RankPort`: a new process for a rank, once the present one is gone."""
@@ -710,32 +610,15 @@ class Engine:
         if not view.dead:
             view.condemn(None)
             self.ledger.orphan(rank)
-        self.replace(rank, now)
-
-    def replace(self, rank: RankId, now: float) -> None:
-        """Start a new process for a rank that is out, once the present one is gone."""
-        view = self.ranks[rank]
-        if self.detector.gone(rank):
-            self.launch(rank, now)
-        else:
-            view.restart_when_gone, view.condemned_at = True, now
-            self._cluster.kill(rank)
-
-    def _give_up_corpses(self, now: float) -> None:
-        """A process that does not die cannot be replaced: its memory may still be written to."""
-        for view in self.ranks.values():
-            if view.restart_when_gone and not self._replaceable(view, now):
-                view.restart_when_gone = False
-                self.event("unkillable", {"id": view.rank, "pid": view.pid})
-                self._proceed(now)
+        self.fleet.replace(rank, now)
 
     def send(self, rank: RankId, command: Command) -> None:
         """`RankPort`."""
-        self._send(rank, command)
+        self.fleet.send(rank, command)
 
     def kill(self, rank: RankId) -> None:
         """`RankPort`."""
-        self._cluster.kill(rank)
+        self.fleet.kill(rank)
 
     def _finish(self, finished: Finished, now: float) -> None:
         record = finished.record
@@ -758,9 +641,7 @@ class Engine:
                 self.missing = plan.placement.missing()
                 if self.degraded:
                     self.ledger.mark_degraded()
-                self._incarnations_in_epoch = {
-                    rank: self.ranks[rank].incarnation for rank in plan.topology.members
-                }
+                self.fleet.enter_epoch(plan.topology.members)
                 log.info("epoch %d: %s", plan.topology.epoch, record.reason)
                 self._enter(Serving())
                 self.assign()
@@ -786,7 +667,7 @@ class Engine:
         ended = self.ledger.fail_all(f"the instance has failed: {reason}", 503)
         self.event("failed", {"reason": reason, "streams_ended": ended})
         for view in self.ranks.values():
-            self._cluster.kill(view.rank)
+            self.fleet.kill(view.rank)
 
     # ---- helpers -----------------------------------------------------------------------------
 
@@ -797,32 +678,6 @@ class Engine:
     def event(self, kind: str, detail: dict[str, Any]) -> None:
         """Tell whoever follows the events."""
         self._on_event({"event": kind, **detail})
-
-    def _send(self, rank: RankId, command: Command) -> None:
-        self._cluster.send(rank, command)
-
-    def _incarnation(self, rank: RankId) -> Incarnation:
-        return self.ranks[rank].incarnation
-
-
-def describe_plan(plan: RecoveryPlan) -> dict[str, Any]:
-    """A plan as a JSON document."""
-    match plan:
-        case GiveUp():
-            return {"outcome": "failed", "reason": plan.reason}
-        case Restart():
-            return {"outcome": "restarted", "reason": plan.reason, "restart": list(plan.ranks)}
-        case _:
-            return {
-                "outcome": "recovered",
-                "reason": plan.reason,
-                "members": list(plan.topology.members),
-                "migrations": [{"seq_id": m.seq_id, "to": m.to} for m in plan.migrations],
-                "recomputed_tokens": sum(m.num_tokens for m in plan.migrations),
-                "experts_dropped": plan.experts_dropped,
-                "experts_reloaded": len(plan.reloads) + len(plan.background),
-                "experts_masked": [list(pair) for pair in plan.masked],
-            }
 
 
 def first_topology_epoch() -> Epoch:

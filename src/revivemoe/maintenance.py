@@ -91,7 +91,7 @@ class Maintenance:
         if view.restart_when_gone:
             raise ValueError(f"a new process of rank {rank} is under way already")
         self._joins[rank] = request_id
-        engine.replace(rank, now)
+        engine.fleet.replace(rank, now)
 
     def restore(self, now: float, request_id: str | None) -> None:
         """Load missing experts into spare slots. Raises ValueError if there is nothing to do."""
@@ -124,7 +124,7 @@ class Maintenance:
         engine = self._engine
         if not isinstance(engine.state, Serving) or engine.coordinator.active:
             return
-        joiners = [v for v in engine.ranks.values() if v.ready and not v.dead and engine.is_new(v)]
+        joiners = engine.fleet.joining
         wanted, request_id = self._pause
         if wanted:
             self._pause = (False, None)
@@ -197,7 +197,7 @@ class Maintenance:
             self._next_request += 1
             self._loading[self._next_request] = Loading(rank, tuple(wanted))
             loads = tuple(SlotLoad(r.layer, r.slot, r.expert) for r in wanted)
-            self._engine.send(rank, LoadExperts(self._next_request, loads))
+            self._engine.fleet.send(rank, LoadExperts(self._next_request, loads))
 
     def _begin_drain(self, fault: Fault, request_id: str | None, now: float) -> None:
         engine = self._engine

@@ -37,6 +37,11 @@ class RankView:
     table: tuple[tuple[int, ...], ...] = ()
     """The experts its process was started with, as `ExpertPlacement.slots`."""
 
+    @property
+    def loading(self) -> bool:
+        """Its process is under way."""
+        return self.launched and not self.ready and not self.dead
+
     def relaunch(self) -> Incarnation:
         """Turn to a new process."""
         self.incarnation = Incarnation(self.incarnation + 1)

@@ -280,7 +280,7 @@ class Instance:
             raise ValueError(f"'level' {level} is out of range: 1 to 6, or 0 for healthy again")
         code = str(inject.params.get("code", "injected"))
         report = DeviceReport(rank, level, code, "", "injected")
-        self.engine.report_at(report, inject.step, time.monotonic())
+        self.engine.devices.report_at(report, inject.step, time.monotonic())
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()

@@ -32,7 +32,7 @@ def status_document(engine: Engine, now: float, wall: float) -> dict[str, Any]:
 
 
 def _engine(engine: Engine, view: RankView, now: float) -> dict[str, Any]:
-    member = view.rank in engine.topology.members and not (view.dead or engine.is_new(view))
+    member = view.rank in engine.topology.members and not (view.dead or engine.fleet.is_new(view))
     age_s = engine.detector.age_s(view.rank, now)
     stats = view.stats
     return {
@@ -57,7 +57,7 @@ def _engine(engine: Engine, view: RankView, now: float) -> dict[str, Any]:
 def _status(engine: Engine, view: RankView, now: float) -> str:
     if view.dead:
         return "dead"
-    if not view.ready or isinstance(engine.state, Starting) or engine.is_new(view):
+    if not view.ready or isinstance(engine.state, Starting) or engine.fleet.is_new(view):
         return "joining"
     if view.draining:
         return "draining"

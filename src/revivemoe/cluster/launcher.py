@@ -84,7 +84,8 @@ class Launcher:
 
     def restart(self) -> None:
         """Start another fork server after the former one is gone. Ranks and segment stay."""
-        assert self._process is not None and self._sock is not None, "never started"
+        assert self._process is not None, "never started"
+        assert self._sock is not None, "never started"
         self._sock.close()
         self._process.kill()
         self._process.wait()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
 from revivemoe.placement import ExpertPlacement, missing_fraction
@@ -61,6 +62,8 @@ class World:
     """Experts that are being loaded beside the steps."""
     domain_failures: int = 0
     """Domains in a row that did not come about."""
+    can_load: bool = True
+    """False while loading experts has just failed."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,8 @@ def _try(
     if repair == "mask":
         refusal = _refuse_masking(world, present.placement, policy)
         return (None, refusal) if refusal else (_continue(world, present, lost), "")
+    if not world.can_load and missing:
+        return None, "experts could not be loaded a moment ago"
     reserved = {(x.rank, x.layer, x.slot) for x in world.loading}
     reloads = assign_reloads(_without_slots(present.placement, reserved), missing)
     if not missing or not reloads:
@@ -351,3 +356,23 @@ def _reason(
     return "; ".join(parts) or (
         "no rank is accused: the same members get a new domain and redo the step"
     )
+
+
+def describe_plan(plan: RecoveryPlan) -> dict[str, Any]:
+    """A plan as a JSON document."""
+    match plan:
+        case GiveUp():
+            return {"outcome": "failed", "reason": plan.reason}
+        case Restart():
+            return {"outcome": "restarted", "reason": plan.reason, "restart": list(plan.ranks)}
+        case _:
+            return {
+                "outcome": "recovered",
+                "reason": plan.reason,
+                "members": list(plan.topology.members),
+                "migrations": [{"seq_id": m.seq_id, "to": m.to} for m in plan.migrations],
+                "recomputed_tokens": sum(m.num_tokens for m in plan.migrations),
+                "experts_dropped": plan.experts_dropped,
+                "experts_reloaded": len(plan.reloads) + len(plan.background),
+                "experts_masked": [list(pair) for pair in plan.masked],
+            }
