@@ -403,7 +403,7 @@ class Engine:
         self._last_commit = now
         self.last_step = max(self.last_step, report.step)
         self.devices.reached(self.last_step, now)
-        if arrival.released:
+        if arrival.released and self.ledger.num_waiting:
             self.assign()
 
     def _on_resumed(self, report: Resumed, now: float) -> None:
@@ -586,6 +586,7 @@ class Engine:
             loaded=loaded,
             loading=loading,
             domain_failures=self._domain_failures,
+            trials=self.ledger.trials(),
             can_load=not self._load_failed_lately(now),
         )
 

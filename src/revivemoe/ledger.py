@@ -105,7 +105,7 @@ class Arrival:
     finished: tuple[str, ...]
     """Finish reasons of the sequences that ended."""
     released: bool = False
-    """A request on trial has proved harmless: others wait for that."""
+    """Some sequence has got on by its first token on its rank: a suspect may wait for that."""
 
 
 @dataclass(frozen=True)
@@ -217,20 +217,33 @@ class Ledger:
         return assigned
 
     def _target(self, request: LiveRequest, load: dict[RankId, int]) -> RankId | None:
-        """The rank for a request's next sequence; None if it has to wait."""
+        """The rank for a request's next sequence; None if it has to wait.
+
+        A suspect is tried where nothing else is new, and nothing new goes where one is tried.
+        """
         suspicion = request.suspicion
         if suspicion is not None and suspicion.trial in load:
             return suspicion.trial
-        trying = {r.suspicion.trial for r in self.unfinished_requests() if r.suspicion is not None}
-        free = {rank: tokens for rank, tokens in load.items() if rank not in trying}
-        if suspicion is None:  # not beside a trial, if that can be helped
-            free = free or load
+        shut = self.trials()
+        if suspicion is not None:
+            shut = shut | self._with_unproven()
+        free = {rank: tokens for rank, tokens in load.items() if rank not in shut}
         if not free:
             return None
         target = min(free, key=lambda rank: (free[rank], rank))
         if suspicion is not None:
             suspicion.trial, suspicion.unproven = target, set(request.unfinished)
         return target
+
+    def trials(self) -> frozenset[RankId]:
+        """Ranks on which a suspect is being tried."""
+        suspicions = (r.suspicion for r in self.unfinished_requests())
+        return frozenset(s.trial for s in suspicions if s is not None and s.trial is not None)
+
+    def _with_unproven(self) -> frozenset[RankId]:
+        """Ranks with a sequence that has not got on by a token there."""
+        owned = (s for s in self._sequences.values() if s.owner is not None and not s.proven)
+        return frozenset(s.owner[0] for s in owned if s.owner is not None)
 
     def unfinished_requests(self) -> list[LiveRequest]:
         """Every request with some choice unfinished."""
@@ -320,7 +333,9 @@ class Ledger:
                 continue
             new_tokens += 1
             first_tokens += token.position == 0
-            released |= _prove(sequence)
+            if not sequence.proven:
+                _prove(sequence)
+                released = True
             sequence.request.emit(delta)
             if delta.finish_reason is not None:
                 finished.append(delta.finish_reason)
@@ -434,18 +449,21 @@ class Ledger:
         self._send(to, Add(spec))
 
     @property
+    def num_waiting(self) -> int:
+        """Sequences without a rank."""
+        return sum(s.owner is None for s in self._sequences.values())
+
+    @property
     def num_unfinished(self) -> int:
         return len(self._sequences)
 
 
-def _prove(sequence: LiveSequence) -> bool:
-    """A token has been committed. Returns whether that clears a suspect."""
+def _prove(sequence: LiveSequence) -> None:
+    """Its first token on its present rank has been committed."""
     sequence.proven = True
     suspicion = sequence.request.suspicion
     if suspicion is None or suspicion.trial is None:
-        return False
+        return
     suspicion.unproven.discard(sequence.seq_id)
-    if suspicion.unproven:
-        return False
-    sequence.request.suspicion = None
-    return True
+    if not suspicion.unproven:
+        sequence.request.suspicion = None

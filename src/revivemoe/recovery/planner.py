@@ -62,6 +62,8 @@ class World:
     """Experts that are being loaded beside the steps."""
     domain_failures: int = 0
     """Domains in a row that did not come about."""
+    trials: frozenset[RankId] = frozenset()
+    """Ranks on which a suspect is tried: nothing new goes there."""
     can_load: bool = True
     """False while loading experts has just failed."""
 
@@ -311,6 +313,7 @@ def _migrate(world: World, topology: Topology, lost: frozenset[RankId]) -> list[
             load[view.owner] += view.num_tokens
         elif (view.orphan or view.owner is not None) and not view.held:
             homeless.append(view)
+    load = {rank: tokens for rank, tokens in load.items() if rank not in world.trials} or load
     migrations = []
     for view in sorted(homeless, key=lambda v: (v.arrival, v.seq_id)):
         target = min(load, key=lambda rank: (load[rank], rank))
