@@ -272,7 +272,14 @@ class Ledger:
         return victims
 
     def convict(self, request: LiveRequest, message: str) -> None:
-        """End one request with an error event: it brings down whoever runs it."""
+        """End one request with an error event: it brings down whoever runs it.
+
+        That explains the faults which made suspects of others.
+        """
+        signature = request.suspicion.signature if request.suspicion is not None else None
+        for other in self.unfinished_requests():
+            if other.suspicion is not None and other.suspicion.signature == signature:
+                other.suspicion = None
         request.sink.push(StreamFailed(message, 500))
         self.abort(request)
 
