@@ -21,6 +21,7 @@ class EngineConfig:
     data_parallel_size: int = 1
     redundant_experts: int = 0
     spare_expert_slots: int = 0
+    expert_host_cache: bool = False
     comm_backend: str = "auto"
     device: str = "auto"
     dtype: str = "auto"

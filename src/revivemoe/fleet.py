@@ -52,7 +52,8 @@ class Fleet:
         }
         self.detector = Detector(policy)
         self.slowness = Slowness(policy)
-        self._cluster, self._home, self._event = cluster, home, event
+        self.home = home
+        self._cluster, self._event = cluster, event
         self._in_epoch: dict[RankId, Incarnation] = {}
         """The processes that are members of the present epoch."""
 
@@ -62,7 +63,7 @@ class Fleet:
         """Start a (new) process for a rank, with the experts it had at the start."""
         view = self.views[rank]
         incarnation = view.relaunch()
-        view.table = self._home.slots.get(rank, ())
+        view.table = self.home.slots.get(rank, ())
         self.slowness.forget(rank)
         self.detector.launched(rank, incarnation, now)
         self._cluster.launch(rank, incarnation, view.table)

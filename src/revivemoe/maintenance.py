@@ -19,7 +19,7 @@ from revivemoe.ids import RankId, SeqId
 from revivemoe.messages import ExpertsLoaded, LoadExperts, SlotLoad
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import Continue
-from revivemoe.recovery.repair import Reload, assign_reloads
+from revivemoe.recovery.repair import Reload, assign_reloads, assign_replicas
 
 if TYPE_CHECKING:
     from revivemoe.engine import Engine
@@ -166,6 +166,8 @@ class Maintenance:
             self._drain = None
         if plan.background:
             self._load(plan.background)
+        elif self._engine.config.policy.restore_redundancy and not self._reloading():
+            self._load(assign_replicas(used, self._engine.fleet.home))
 
     def on_loaded(self, report: ExpertsLoaded, now: float) -> None:
         """A rank has loaded experts beside the steps, or could not."""

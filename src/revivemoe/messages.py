@@ -91,6 +91,8 @@ class DomainSpec(msgspec.Struct, frozen=True):
     """host:port of the engine's TCP store (gloo, nccl)."""
     timeout_s: float = 30.0
     """Bound on every wait inside the domain."""
+    weights: dict[RankId, str] = {}
+    """Where each rank serves its experts' weights to its peers."""
 
 
 class Configure(msgspec.Struct, frozen=True, tag=True):

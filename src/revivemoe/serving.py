@@ -24,7 +24,7 @@ from revivemoe.engine_state import (
     Starting,
     state_name,
 )
-from revivemoe.executor.spec import RankSpec, SegmentSpec
+from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 from revivemoe.health.monitor import HealthMonitor
 from revivemoe.health.sources import sources_for
 from revivemoe.ids import Incarnation, LayerId, RankId
@@ -112,6 +112,7 @@ class Instance:
             _segment(config, info) if config.comm_backend == "shm" else None,
             config.comm_backend,
             Callbacks(self._on_report, self._on_exit, self._on_forkserver_gone),
+            _host_cache(config, info) if config.expert_host_cache else None,
         )
         self.engine = Engine(
             config,
@@ -331,6 +332,11 @@ def _segment(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:
         itemsize=2 if config.dtype == "bfloat16" else 4,
         top_k=info.top_k,
     )
+
+
+def _host_cache(config: EngineConfig, info: CheckpointInfo) -> HostCacheSpec:
+    layers = tuple(LayerId(layer) for layer in info.moe_layers)
+    return HostCacheSpec(str(info.model_dir), layers, info.num_experts, config.dtype)
 
 
 def _int(document: dict[str, Any], key: str) -> int:

@@ -44,6 +44,13 @@ def serve(
     spare_expert_slots: Annotated[
         int, typer.Option(help="Empty expert slots per rank and MoE layer.")
     ] = 0,
+    expert_host_cache: Annotated[
+        bool,
+        typer.Option(
+            "--expert-host-cache",
+            help="Keep all experts in host memory too: lost ones are reloaded from there.",
+        ),
+    ] = False,
     max_missing_fraction: Annotated[
         float | None,
         typer.Option(
@@ -109,6 +116,7 @@ def serve(
         data_parallel_size=data_parallel_size,
         redundant_experts=redundant_experts,
         spare_expert_slots=spare_expert_slots,
+        expert_host_cache=expert_host_cache,
         comm_backend=comm_backend,
         device=device,
         dtype=dtype,

@@ -1,9 +1,9 @@
 """A warm process that forks ranks: torch and transformers are imported once, not once per rank.
 
-Run as `python -m revivemoe.cluster.forkserver SOCKET LIFELINE [SEGMENT]` with inherited
-descriptors. Our own rather than `multiprocessing`'s, because a rank's owner must get its pidfd
-without a race, learn its exit status, keep the ranks apart from the fork server's own death, and
-not re-import the caller's main module in every rank (docs/decisions.md).
+Run as `python -m revivemoe.cluster.forkserver SOCKET LIFELINE SEGMENT CACHE` with inherited
+descriptors (-1: none yet). Our own rather than `multiprocessing`'s, because a rank's owner must get
+its pidfd without a race, learn its exit status, keep the ranks apart from the fork server's own
+death, and not re-import the caller's main module in every rank (docs/decisions.md).
 
 Protocol, one message per datagram: in, a msgpack `Launch`; out, `Launched` (with the child's pidfd
 attached) and `Exited`. It exits, killing its children, when the engine's end of the socket closes.
@@ -15,26 +15,31 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from revivemoe.executor.spec import RankSpec, SegmentSpec
+from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 
 MAX_MESSAGE = 1 << 20
-NO_SEGMENT = -1
+NO_FD = -1
+RunRank = Callable[[RankSpec, int, int | None, int | None], int]
 
 
 class Hail(msgspec.Struct, frozen=True, tag=True):
-    """First message in: the dimensions of the shared memory, if this instance uses any."""
+    """First message in: what shared memory this instance uses."""
 
     segment: SegmentSpec | None
+    host_cache: HostCacheSpec | None
 
 
 class Warm(msgspec.Struct, frozen=True, tag=True):
-    """First message out: imports are done. The segment's descriptor is attached if there is one."""
+    """First message out: imports are done. Descriptors of new shared memory are attached."""
 
     preload_s: float
+    new_segment: bool
+    new_cache: bool
 
 
 class Launch(msgspec.Struct, frozen=True, tag=True):
@@ -60,12 +65,15 @@ Reply = Warm | Launched | Exited
 class ForkServer:
     """Forks ranks on request and reports their exits. Single-threaded: forking stays safe."""
 
-    def __init__(self, sock: socket.socket, lifeline: int, segment_fd: int | None) -> None:
-        self._sock, self._lifeline, self._segment_fd = sock, lifeline, segment_fd
+    def __init__(
+        self, sock: socket.socket, lifeline: int, segment_fd: int | None, cache_fd: int | None
+    ) -> None:
+        self._sock, self._lifeline = sock, lifeline
+        self._segment_fd, self._cache_fd = segment_fd, cache_fd
         self._children: dict[int, tuple[int, RankSpec]] = {}
         """pidfd to (pid, spec)."""
 
-    def run(self, run_rank: Callable[[RankSpec, int, int | None], int]) -> None:
+    def run(self, run_rank: RunRank) -> None:
         """Serve until the engine goes away."""
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
@@ -89,7 +97,7 @@ class ForkServer:
         except ConnectionResetError:
             return b""
 
-    def _fork(self, spec: RankSpec, run_rank: Callable[[RankSpec, int, int | None], int]) -> int:
+    def _fork(self, spec: RankSpec, run_rank: RunRank) -> int:
         pid = os.fork()
         if pid == 0:
             os._exit(self._child(spec, run_rank))
@@ -98,7 +106,7 @@ class ForkServer:
         self._send(Launched(spec.rank, spec.incarnation, pid), [pidfd])
         return pidfd
 
-    def _child(self, spec: RankSpec, run_rank: Callable[[RankSpec, int, int | None], int]) -> int:
+    def _child(self, spec: RankSpec, run_rank: RunRank) -> int:
         """The rank: it must see neither Ctrl-C (the engine ends it) nor our descriptors."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._sock.close()
@@ -107,7 +115,7 @@ class ForkServer:
         _name_process(f"revive-rank{spec.rank}")
         status = 1
         try:
-            status = run_rank(spec, self._lifeline, self._segment_fd)
+            status = run_rank(spec, self._lifeline, self._segment_fd, self._cache_fd)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -148,25 +156,47 @@ def main(argv: list[str]) -> None:
     import time
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sock_fd, lifeline, segment_arg = (int(arg) for arg in argv)
+    sock_fd, lifeline, segment_arg, cache_arg = (int(arg) for arg in argv)
     sock = socket.socket(fileno=sock_fd)
     _name_process("revive-fork")
     began = time.monotonic()
-    from revivemoe.comm.dispatch import region_bytes
-    from revivemoe.comm.shm import create_segment
     from revivemoe.executor.main import run_rank
     from revivemoe.executor.preload import preload
 
     hail = msgspec.msgpack.decode(sock.recv(MAX_MESSAGE), type=Hail)
     preload()
-    segment_fd = None if segment_arg == NO_SEGMENT else segment_arg
-    if segment_fd is None and (dims := hail.segment) is not None:
-        size = region_bytes(dims.num_ranks, dims.max_tokens, dims.hidden, dims.itemsize, dims.top_k)
-        segment_fd = create_segment(dims.num_ranks, size)
-    warm = msgspec.msgpack.encode(Warm(time.monotonic() - began))
-    socket.send_fds(sock, [warm], [] if segment_fd is None else [segment_fd])
-    ForkServer(sock, lifeline, segment_fd).run(run_rank)
+    segment_fd = None if segment_arg == NO_FD else segment_arg
+    cache_fd = None if cache_arg == NO_FD else cache_arg
+    new_segment = segment_fd is None and hail.segment is not None
+    new_cache = cache_fd is None and hail.host_cache is not None
+    if new_segment:
+        segment_fd = _make_segment(hail.segment)
+    if new_cache:
+        cache_fd = _make_cache(hail.host_cache)
+    fds = [fd for fd, new in ((segment_fd, new_segment), (cache_fd, new_cache)) if new]
+    warm = msgspec.msgpack.encode(Warm(time.monotonic() - began, new_segment, new_cache))
+    socket.send_fds(sock, [warm], [fd for fd in fds if fd is not None])
+    ForkServer(sock, lifeline, segment_fd, cache_fd).run(run_rank)
     _exit_at_once()
+
+
+def _make_segment(dims: SegmentSpec | None) -> int:
+    from revivemoe.comm.dispatch import region_bytes
+    from revivemoe.comm.shm import create_segment
+
+    assert dims is not None
+    size = region_bytes(dims.num_ranks, dims.max_tokens, dims.hidden, dims.itemsize, dims.top_k)
+    return create_segment(dims.num_ranks, size)
+
+
+def _make_cache(spec: HostCacheSpec | None) -> int:
+    import torch
+
+    from revivemoe.model.host_cache import create_host_cache, expert_bytes
+
+    assert spec is not None
+    size = expert_bytes(Path(spec.model_dir), getattr(torch, spec.dtype))
+    return create_host_cache(spec.layers, spec.num_experts, size)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import msgspec
 
 from revivemoe.cluster.forkserver import (
     MAX_MESSAGE,
-    NO_SEGMENT,
+    NO_FD,
     Exited,
     Hail,
     Launch,
@@ -21,7 +21,7 @@ from revivemoe.cluster.forkserver import (
     Reply,
     Warm,
 )
-from revivemoe.executor.spec import RankSpec, SegmentSpec
+from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,14 @@ class LaunchedProcess:
 
 
 class Launcher:
-    """Owns the fork server and the shared segment. A context manager; leaving it ends all ranks."""
+    """Owns the fork server and shared memory. A context manager; leaving it ends all ranks."""
 
-    def __init__(self, segment: SegmentSpec | None) -> None:
-        self._segment = segment
+    def __init__(
+        self, segment: SegmentSpec | None, host_cache: HostCacheSpec | None = None
+    ) -> None:
+        self._hail = Hail(segment, host_cache)
         self._segment_fd: int | None = None
+        self._cache_fd: int | None = None
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
@@ -58,10 +61,8 @@ class Launcher:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
-        fds = [theirs.fileno(), self._lifeline_read]
-        if self._segment_fd is not None:
-            fds.append(self._segment_fd)
-        segment_arg = NO_SEGMENT if self._segment_fd is None else self._segment_fd
+        shared = [NO_FD if fd is None else fd for fd in (self._segment_fd, self._cache_fd)]
+        fds = [theirs.fileno(), self._lifeline_read, *(fd for fd in shared if fd != NO_FD)]
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -69,7 +70,7 @@ class Launcher:
                 "revivemoe.cluster.forkserver",
                 str(theirs.fileno()),
                 str(self._lifeline_read),
-                str(segment_arg),
+                *map(str, shared),
             ],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
@@ -80,7 +81,7 @@ class Launcher:
         theirs.close()
         ours.setblocking(False)
         self._sock = ours
-        ours.send(msgspec.msgpack.encode(Hail(self._segment)))
+        ours.send(msgspec.msgpack.encode(self._hail))
 
     def restart(self) -> None:
         """Start another fork server after the former one is gone. Ranks and segment stay."""
@@ -114,15 +115,17 @@ class Launcher:
         """
         assert self._sock is not None, "the fork server is not running"
         try:
-            raw, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 1)
+            raw, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 2)
         except ConnectionResetError:
             return None
         if not raw:
             return None
         match msgspec.msgpack.decode(raw, type=Reply):
             case Warm() as warm:
-                if fds:
-                    self._segment_fd = fds[0]
+                if warm.new_segment:
+                    self._segment_fd = fds.pop(0)
+                if warm.new_cache:
+                    self._cache_fd = fds.pop(0)
                 return warm
             case Launched() as launched:
                 return LaunchedProcess(launched, fds[0])
@@ -133,11 +136,12 @@ class Launcher:
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Close the socket and the lifeline: fork server and ranks exit; kill what does not."""
-        for fd in (self._lifeline_write, self._lifeline_read, self._segment_fd):
+        owned = (self._lifeline_write, self._lifeline_read, self._segment_fd, self._cache_fd)
+        for fd in owned:
             if fd is not None and fd >= 0:
                 os.close(fd)
         self._lifeline_write = self._lifeline_read = -1
-        self._segment_fd = None
+        self._segment_fd = self._cache_fd = None
         if self._sock is not None:
             self._sock.close()
             self._sock = None

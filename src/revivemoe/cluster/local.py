@@ -21,7 +21,7 @@ import zmq
 from revivemoe.cluster.forkserver import Exited, Warm
 from revivemoe.cluster.launcher import LaunchedProcess, Launcher
 from revivemoe.cluster.store import GroupStore
-from revivemoe.executor.spec import RankSpec, SegmentSpec
+from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages import Command, DomainSpec, Report
 
@@ -60,12 +60,13 @@ class LocalCluster:
         segment: SegmentSpec | None,
         backend: str,
         callbacks: Callbacks,
+        host_cache: HostCacheSpec | None = None,
     ) -> None:
         token = secrets.token_hex(8)
         self.reports = f"ipc://@revivemoe-{token}-reports"
         self._token = token
         self._spec_for, self._callbacks, self._backend = spec_for, callbacks, backend
-        self._launcher = Launcher(segment)
+        self._launcher = Launcher(segment, host_cache)
         self._store = GroupStore() if backend in ("gloo", "nccl") else None
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
@@ -132,6 +133,7 @@ class LocalCluster:
             spec,
             commands=f"ipc://@revivemoe-{self._token}-{rank}.{incarnation}",
             reports=self.reports,
+            weights=self._weights((rank, incarnation)),
         )
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.SNDHWM, 0)
@@ -176,7 +178,11 @@ class LocalCluster:
 
     def domain(self) -> DomainSpec:
         address = self._store.address if self._store is not None else None
-        return DomainSpec(backend=self._backend, store_address=address)
+        weights = {rank: self._weights(key) for rank, (key, _) in self._outboxes.items()}
+        return DomainSpec(backend=self._backend, store_address=address, weights=weights)
+
+    def _weights(self, key: Key) -> str:
+        return f"ipc://@revivemoe-{self._token}-{key[0]}.{key[1]}-weights"
 
     @property
     def living(self) -> int:

@@ -23,6 +23,7 @@ from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, Leave, Run, StepHeader
 from revivemoe.executor.injection import Injections
 from revivemoe.executor.progress import Progress
+from revivemoe.executor.weights import PeerSource
 from revivemoe.messages import (
     Abort,
     Add,
@@ -73,6 +74,8 @@ class StepLoop:
         self._domain_s = 0.0
         self._experts_s = 0.0
         self._experts_loaded = 0
+        self._peers: list[PeerSource] = []
+        """Of the present epoch."""
         self._batch: Batch | None = None
         """Of the step whose forward has begun."""
         self._rolled_back = False
@@ -173,6 +176,7 @@ class StepLoop:
         except (CheckpointError, OSError) as error:
             self._report(self._loaded(0, began, 0, str(error)))
             return
+        self._peers = [PeerSource(command.placement, command.domain.weights, self._rank.rank_id)]
         dispatcher = Dispatcher(transport, command.placement.slots_per_rank)
         self._runner.enter(dispatcher, command.placement, command.topology, self._rank.rank_id)
         self._domain_s = time.monotonic() - began
@@ -183,24 +187,27 @@ class StepLoop:
     def _load_now(self, command: Configure) -> None:
         """What the map gives this rank and its slots do not hold. Raises DomainLeft if fenced."""
         loads = self._runner.to_load(command.placement, self._rank.rank_id)
+        peers = [PeerSource(command.placement, command.domain.weights, self._rank.rank_id)]
         self._experts_loaded = len(loads)
         for load in loads:  # one by one: a fence must not wait for all of them
             self._domains.check_fence(command.epoch)
             self._progress.announce("load", LOAD_BUDGET_S)
-            self._runner.load_experts([load])
+            self._runner.load_experts([load], peers)
 
     def _load_beside(self, command: LoadExperts) -> None:
         """In a thread of its own, into slots that the present epoch does not use."""
         thread = threading.Thread(
-            target=self._load_aside, args=(command.request, command.loads), daemon=True
+            target=self._load_aside, args=(command.request, command.loads, self._peers), daemon=True
         )
         thread.start()
 
-    def _load_aside(self, request: int, loads: Sequence[SlotLoad]) -> None:
+    def _load_aside(
+        self, request: int, loads: Sequence[SlotLoad], peers: Sequence[PeerSource]
+    ) -> None:
         began = time.monotonic()
         num_bytes, error = 0, None
         try:
-            num_bytes = self._runner.load_experts(loads).num_bytes
+            num_bytes = self._runner.load_experts(loads, peers).num_bytes
         except (CheckpointError, OSError, RuntimeError) as failure:
             error = str(failure)
         self._commands.put(self._loaded(request, began, num_bytes, error))

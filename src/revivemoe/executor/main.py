@@ -1,6 +1,7 @@
 """Entry point of a rank process, called by the fork server in the freshly forked child."""
 
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from revivemoe.executor.control import ControlThread
 from revivemoe.executor.loop import StepLoop
 from revivemoe.executor.progress import Progress
 from revivemoe.executor.spec import RankSpec
+from revivemoe.executor.weights import WeightServer
 from revivemoe.messages import Fatal, RankStats, Ready, Report
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import ModelRunner
@@ -29,7 +31,9 @@ class OutOfMemoryForKV(ValueError):
     """The KV cache cannot hold even one sequence of the longest length."""
 
 
-def run_rank(spec: RankSpec, lifeline: int, segment_fd: int | None) -> int:
+def run_rank(
+    spec: RankSpec, lifeline: int, segment_fd: int | None, cache_fd: int | None = None
+) -> int:
     """Run one rank until told to stop; returns the exit status.
 
     The broad catch here is one of the project's two process boundaries: a broken rank reports its
@@ -47,7 +51,7 @@ def run_rank(spec: RankSpec, lifeline: int, segment_fd: int | None) -> int:
             socket.send(encoder.encode(message))
 
         try:
-            _serve(spec, lifeline, segment_fd, report)
+            _serve(spec, lifeline, segment_fd, cache_fd, report)
         except (CheckpointError, OutOfMemoryForKV, NotImplementedError) as error:
             report(Fatal(spec.rank, spec.incarnation, str(error), user_error=True))
             return USER_ERROR
@@ -60,7 +64,11 @@ def run_rank(spec: RankSpec, lifeline: int, segment_fd: int | None) -> int:
 
 
 def _serve(
-    spec: RankSpec, lifeline: int, segment_fd: int | None, report: Callable[[Report], None]
+    spec: RankSpec,
+    lifeline: int,
+    segment_fd: int | None,
+    cache_fd: int | None,
+    report: Callable[[Report], None],
 ) -> None:
     fence, progress = FenceFlag(), Progress()
     published: list[StepLoop] = []
@@ -70,6 +78,9 @@ def _serve(
 
     with ControlThread(spec, lifeline, fence, progress, stats) as control:
         runner = _load(spec)
+        if cache_fd is not None:
+            runner.attach_host_cache(cache_fd)
+            threading.Thread(target=runner.fill_host_cache, name="cache", daemon=True).start()
         num_blocks = _num_blocks(spec, runner)
         runner.allocate(num_blocks, spec.block_size)
         limits = RankLimits(
@@ -81,7 +92,10 @@ def _serve(
             prefill_tokens_beside_decodes=spec.prefill_tokens_beside_decodes,
         )
         rank = Rank(spec.rank, spec.incarnation, limits)
-        with Domains(fence, segment_fd, spec.device, progress.waits) as domains:
+        with (
+            WeightServer(spec.weights, runner.find_expert),
+            Domains(fence, segment_fd, spec.device, progress.waits) as domains,
+        ):
             loop = StepLoop(rank, runner, domains, control.commands, report, progress)
             published.append(loop)
             report(

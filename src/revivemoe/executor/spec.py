@@ -34,6 +34,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """ZeroMQ endpoint that this process binds; what the engine sends before that waits."""
     reports: str
     """ZeroMQ endpoint of the engine: everything that ranks say."""
+    weights: str = ""
+    """ZeroMQ endpoint that this process binds: its experts' weights, for its peers."""
     heartbeat_s: float = 0.1
     allow_faults: bool = False
 
@@ -46,3 +48,12 @@ class SegmentSpec(msgspec.Struct, frozen=True):
     hidden: int
     itemsize: int
     top_k: int
+
+
+class HostCacheSpec(msgspec.Struct, frozen=True):
+    """Of which checkpoint the ranks of this host share converted experts in memory."""
+
+    model_dir: str
+    layers: tuple[LayerId, ...]
+    num_experts: int
+    dtype: str

@@ -59,6 +59,15 @@ class ExpertLoader:
                 sources[name] = sources.get(name, 0) + 1
         return LoadReport(num_bytes, time.monotonic() - began, sources)
 
+    def find(self, layer_id: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
+        """Copies, on the host, of an expert's rows in one of this rank's slots; from any thread."""
+        layer = self._layers[layer_id]
+        with self._slots_lock:
+            if expert not in layer.held:
+                return None
+            rows = layer.read_slot(SlotId(layer.held.index(expert)))
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in rows.items()}
+
     def fill_host_cache(self) -> int:
         """Put what this rank's slots hold into host memory; returns how many experts."""
         assert self.host_cache is not None, "no host cache is attached"

@@ -116,6 +116,10 @@ class ModelRunner:
         """
         return self._loader.load(loads, sources)
 
+    def find_expert(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
+        """Copies of an expert's rows, if a slot here holds it: for a peer. From any thread."""
+        return self._loader.find(layer, expert)
+
     def attach_host_cache(self, fd: int) -> None:
         """Share converted experts with the other ranks of this host (`create_host_cache`).
 

@@ -28,6 +28,9 @@ class Policy:
     serve_masked_meanwhile: bool = False
     """Go on at once with experts masked (within the bound) while they are reloaded, instead of
     waiting for the reload."""
+    restore_redundancy: bool = False
+    """Fill empty slots with second replicas of experts that had one, beside the steps, so that the
+    next loss needs no reload."""
 
     # ---- how much is too much
     max_recoveries: int = 8

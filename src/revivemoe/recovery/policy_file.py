@@ -95,6 +95,7 @@ SECTIONS: dict[str, dict[str, Setting]] = {
         ),
         "max_missing_fraction": Setting(_fraction, "share of a layer's experts that may be masked"),
         "serve_masked_meanwhile": Setting(_switch, "serve on, masked, while experts are reloaded"),
+        "restore_redundancy": Setting(_switch, "fill empty slots with second replicas afterwards"),
     },
     "limits": {
         "max_recoveries": Setting(_count, "more recoveries within the window: stop and say so"),

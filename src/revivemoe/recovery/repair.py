@@ -41,6 +41,24 @@ def assign_reloads(
     return tuple(reloads)
 
 
+def assign_replicas(placement: ExpertPlacement, home: ExpertPlacement) -> tuple[Reload, ...]:
+    """Empty slots for experts that have fewer live replicas than in `home`, the rarest first."""
+    reloads: list[Reload] = []
+    for index, layer in enumerate(placement.layers):
+        rows = {rank: list(table[index]) for rank, table in placement.slots.items()}
+        wanted = Counter(e for table in home.slots.values() for e in table[index])
+        live = Counter(e for row in rows.values() for e in row)
+        fewer = [e for e in range(placement.num_experts) if 0 < live[e] < wanted[e]]
+        for expert in sorted(fewer, key=lambda e: (live[e], e)):
+            room = [r for r, row in sorted(rows.items()) if EMPTY in row and expert not in row]
+            if room:
+                rank = max(room, key=lambda r: rows[r].count(EMPTY))
+                slot = rows[rank].index(EMPTY)
+                rows[rank][slot] = expert
+                reloads.append(Reload(rank, layer, SlotId(slot), ExpertId(expert)))
+    return tuple(reloads)
+
+
 def _assign_layer(
     placement: ExpertPlacement, layer: LayerId, experts: list[ExpertId], loads: Counter[RankId]
 ) -> list[Reload]:

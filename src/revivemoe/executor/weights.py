@@ -1,0 +1,124 @@
+"""Experts' weights from peer to peer: every rank serves the rows its slots hold, in a thread.
+
+Beside the domain, so that a rank can load from its peers while all of them run steps. One request,
+`(layer, expert)`; one answer: a header and the parameters' bytes, or an empty header if the expert
+is not here (any more).
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+import msgspec
+import torch
+import zmq
+
+from revivemoe.ids import ExpertId, LayerId, RankId
+from revivemoe.placement import ExpertPlacement
+
+Rows = dict[str, torch.Tensor]
+PEER_TIMEOUT_S = 2.0
+"""For one expert to come from a peer; after that another source is asked."""
+POLL_S = 0.1
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    layer: LayerId
+    expert: ExpertId
+
+
+class Field(msgspec.Struct, frozen=True):
+    """One parameter of the answer; its bytes follow as a part of their own."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class WeightServer:
+    """Serves this rank's slots. A context manager: the thread runs inside the `with`."""
+
+    def __init__(self, endpoint: str, find: Callable[[LayerId, ExpertId], Rows | None]) -> None:
+        """`find`: copies of an expert's rows on the host; called from the thread."""
+        self._endpoint, self._find = endpoint, find
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
+
+    def __enter__(self) -> "WeightServer":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self._thread.join(timeout=2 * POLL_S)
+
+    def _run(self) -> None:
+        with zmq.Context() as context, context.socket(zmq.REP) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(self._endpoint)
+            while not self._stopping.is_set():
+                if socket.poll(round(POLL_S * 1000)):
+                    wanted = msgspec.msgpack.decode(socket.recv(), type=Wanted)
+                    socket.send_multipart(pack(self._find(wanted.layer, wanted.expert)))
+
+
+class PeerSource:
+    """An `ExpertSource`: whoever holds a replica by the map is asked for it."""
+
+    name = "peer"
+
+    def __init__(
+        self, placement: ExpertPlacement, endpoints: Mapping[RankId, str], me: RankId
+    ) -> None:
+        """`placement`: of the epoch in which the replicas are live."""
+        self._placement, self._endpoints, self._me = placement, endpoints, me
+        self._silent: set[RankId] = set()
+        """Peers that did not answer once: they are not asked again."""
+
+    def fetch(self, layer: LayerId, expert: ExpertId) -> Rows | None:
+        for rank, _ in self._placement.holders(self._placement.layers.index(layer), expert):
+            if rank == self._me or rank in self._silent or rank not in self._endpoints:
+                continue
+            rows = self._ask(rank, Wanted(layer, expert))
+            if rows is not None:
+                return rows
+        return None
+
+    def _ask(self, rank: RankId, wanted: Wanted) -> Rows | None:
+        with zmq.Context() as context, context.socket(zmq.REQ) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(self._endpoints[rank])
+            socket.send(msgspec.msgpack.encode(wanted))
+            if not socket.poll(round(PEER_TIMEOUT_S * 1000)):
+                self._silent.add(rank)
+                return None
+            return unpack(socket.recv_multipart())
+
+
+def pack(rows: Rows | None) -> list[bytes]:
+    """The parts of an answer."""
+    if rows is None:
+        return [msgspec.msgpack.encode([])]
+    fields = [
+        Field(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in rows.items()
+    ]
+    parts = [t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in rows.values()]
+    return [msgspec.msgpack.encode(fields), *parts]
+
+
+def unpack(parts: list[bytes]) -> Rows | None:
+    """The rows in an answer; None if the expert was not there."""
+    fields = msgspec.msgpack.decode(parts[0], type=list[Field])
+    if not fields:
+        return None
+    return {
+        field.name: torch.frombuffer(bytearray(part), dtype=getattr(torch, field.dtype)).reshape(
+            field.shape
+        )
+        for field, part in zip(fields, parts[1:], strict=True)
+    }
