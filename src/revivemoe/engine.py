@@ -21,8 +21,8 @@ from revivemoe.engine_state import FailedState, Paused, Recovering, Serving, Sta
 from revivemoe.engine_state import state_name as state_name
 from revivemoe.fleet import Cluster as Cluster
 from revivemoe.fleet import Fleet
-from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.ledger import Ledger, LiveRequest, Sink
+from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
+from revivemoe.ledger import Assigned, Ledger, LiveRequest, Sink
 from revivemoe.maintenance import Maintenance
 from revivemoe.messages import (
     Command,
@@ -244,15 +244,26 @@ class Engine:
             return
         ranks = [r for r in self.topology.attention if not self.ranks[r].draining]
         assigned = self.ledger.assign_waiting(ranks or self.topology.attention)
-        for one in assigned:
-            if one.orphan:
-                self.totals.migrated += 1
-                self.totals.recomputed_tokens += one.num_tokens
-                if self.records:
-                    self.records[-1].migrated += 1
-                    self.records[-1].recomputed_tokens += one.num_tokens
+        orphans = [one for one in assigned if one.orphan]
+        if orphans:
+            self._count_moved(orphans)
         if assigned:
             self.wake()
+
+    def _count_moved(self, orphans: Sequence[Assigned]) -> None:
+        """Suspects that have lost their rank move one by one, after the recovery itself."""
+        tokens = sum(one.num_tokens for one in orphans)
+        self.totals.migrated += len(orphans)
+        self.totals.recomputed_tokens += tokens
+        if self.records:
+            self.records[-1].migrated += len(orphans)
+            self.records[-1].recomputed_tokens += tokens
+        self.tell_migrated([one.seq_id for one in orphans])
+
+    def tell_migrated(self, moved: Sequence[SeqId]) -> None:
+        """Name the requests that go on elsewhere."""
+        requests = [self.ledger.request_id(seq_id) for seq_id in moved]
+        self.event("migrated", {"epoch": self.topology.epoch, "requests": requests})
 
     def wake(self) -> None:
         """Tell all members that there is work."""
@@ -555,8 +566,7 @@ class Engine:
             self._retire_leavers(plan.topology)
             if plan.placement.missing():
                 self.ledger.mark_degraded()
-            moved = [self.ledger.request_id(m.seq_id) for m in plan.migrations]
-            self.event("migrated", {"epoch": plan.topology.epoch, "requests": moved})
+            self.tell_migrated([m.seq_id for m in plan.migrations])
 
     def release(self, now: float) -> None:
         """End a pause."""

@@ -1,9 +1,11 @@
-"""Streams under way, one rank killed for real, and what everybody saw. For demo and benches."""
+"""Streams under way, a real fault, and what everybody saw. For demo and benches."""
 
 import asyncio
+import contextlib
 import json
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,9 @@ import httpx
 
 from revivemoe.cluster.server_process import ServerProcess
 from revivemoe.loadgen import StreamResult, stream_all
+
+JUST_AFTER_S = 0.1
+"""For events that follow the one that is waited for."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,9 @@ class FaultRun:
 
     @property
     def true_detect_s(self) -> float:
-        """From just before the kill to the detector's accusation."""
-        at = min(e["time"] for e in self.events if e["event"] == "fault")
+        """From just before the fault to the first sign of it in the engine."""
+        signs = ("fault", "non_finite", "drain", "symptom", "device")
+        at = min(e["time"] for e in self.events if e["event"] in signs)
         return float(at - self.killed_wall)
 
 
@@ -46,35 +52,64 @@ async def run_with_kill(
     server: ServerProcess, bodies: Sequence[dict[str, Any]], victim: int, after_tokens: int
 ) -> FaultRun:
     """Stream `bodies`; SIGKILL rank `victim` once `after_tokens` tokens have come back in all."""
-    import time
-
     pid = await asyncio.to_thread(server.rank_pid, victim)
+
+    def strike() -> None:
+        server.kill_pid(pid)
+
+    return await run_with_fault(server, bodies, strike, after_tokens)
+
+
+async def run_with_fault(
+    server: ServerProcess,
+    bodies: Sequence[dict[str, Any]],
+    strike: Callable[[], None],
+    after_tokens: int,
+) -> FaultRun:
+    """Stream `bodies`; call `strike` once `after_tokens` tokens have come back in all."""
+    seen = await asyncio.to_thread(lambda: len(server.status()["recoveries"]))
     results = [StreamResult() for _ in bodies]
     streaming = asyncio.create_task(stream_all(server.url, bodies, results))
     while sum(len(r.token_ids) for r in results) < after_tokens and not streaming.done():
         await asyncio.sleep(0.001)
-    killed_wall = time.time()
-    killed_at = server.kill_pid(pid)
+    struck_wall, struck_at = time.time(), time.monotonic()
+    await asyncio.to_thread(strike)
     await streaming
-    status = await asyncio.to_thread(server.status)
+    status = await asyncio.to_thread(_settled, server, seen)
     events = await asyncio.to_thread(past_events, server.url, status["epoch"])
+    events = [e for e in events if e["time"] >= struck_wall]
     migrated = {r for e in events if e["event"] == "migrated" for r in e["requests"]}
-    return FaultRun(results, killed_at, killed_wall, frozenset(migrated), status, events)
+    return FaultRun(results, struck_at, struck_wall, frozenset(migrated), status, events)
+
+
+def _settled(server: ServerProcess, seen: int, timeout_s: float = 10.0) -> dict[str, Any]:
+    """The status once a recovery has been added to those seen, or as it is after the time-out."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        status = server.status()
+        done = status["state"] == "serving" and len(status["recoveries"]) > seen
+        if done or time.monotonic() > deadline:
+            return status
+        time.sleep(0.02)
 
 
 def past_events(url: str, epoch: int, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-    """The instance's events up to its return to serving in `epoch`."""
+    """The instance's events up to its return to serving in `epoch`, and just after."""
     found: list[dict[str, Any]] = []
+    serving = threading.Event()
 
     def read() -> None:
-        with httpx.stream("GET", f"{url}/v1/fault_tolerance/events", timeout=timeout_s) as stream:
+        with (
+            contextlib.suppress(httpx.HTTPError),
+            httpx.stream("GET", f"{url}/v1/fault_tolerance/events", timeout=timeout_s) as stream,
+        ):
             for line in stream.iter_lines():
                 if line.startswith("data: "):
                     found.append(json.loads(line[6:]))
                     if (found[-1].get("state"), found[-1].get("epoch")) == ("serving", epoch):
-                        return
+                        serving.set()
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    reader.join(timeout_s)
-    return found
+    threading.Thread(target=read, daemon=True).start()
+    serving.wait(timeout_s)
+    time.sleep(JUST_AFTER_S)
+    return list(found)

@@ -246,7 +246,7 @@ class Maintenance:
             drain.moved[seq_id] = engine.ledger.num_output(seq_id) or 0
             engine.ledger.hand_over(seq_id, target)
         drain.settle_until = now + SETTLE_S
-        engine.event("drain_moved", {"id": drain.fault.rank, "sequences": len(drain.moved)})
+        engine.tell_migrated(list(drain.moved))
         if drain.moved:
             engine.wake()
         else:

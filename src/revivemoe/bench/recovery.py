@@ -1,17 +1,20 @@
-"""`bench recovery`: what a SIGKILL of one rank costs streams, beside steps and a restart.
+"""`bench recovery`: what each kind of fault costs the streams, at several context lengths.
 
-Each kill strikes a fresh deployment whose every expert has one replica, at another moment and on
-another rank. Detection is true: from just before the kill to the accusation, by one clock.
+One deployment per context length takes one fault after the other, each at another moment and on
+another rank; whoever was lost rejoins before the next. Detection is true: from just before the
+fault (for those the rank brings upon itself: before it was told to) to the first sign of it.
 """
 
 import asyncio
 import os
 import random
+import signal
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,12 @@ from rich.table import Table
 
 from revivemoe.bench.models import bench_model
 from revivemoe.cluster.server_process import ServerProcess
-from revivemoe.faultrun import FaultRun, run_with_kill
+from revivemoe.faultrun import FaultRun, run_with_fault
 from revivemoe.loadgen import StreamResult, stream_all
 from revivemoe.recovery.record import PHASES
+
+KINDS = ("kill", "stop", "hang", "error", "nan", "drain")
+POLICY = "[limits]\nmax_recoveries = 100000\nmax_restarts = 100000\n"
 
 
 @dataclass(frozen=True)
@@ -34,64 +40,67 @@ class Setup:
     dtype: str = "bfloat16"
     ranks: int = 4
     streams: int = 16
-    prompt_tokens: int = 64
-    output_tokens: int = 128
-    kills: int = 10
+    output_tokens: int = 64
+    faults: int = 20
+    """Of each kind at the shortest context; a quarter of it at the others."""
+    kinds: tuple[str, ...] = KINDS
+    contexts: tuple[int, ...] = (64, 500, 2000)
+    """Prompt tokens. Only kills are measured beyond the shortest."""
 
 
 def run(setup: Setup, console: Console) -> dict[str, Any]:
     """Measure; returns the document that is also written as JSON. Times in seconds."""
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="revivemoe-bench-") as folder:
         model_dir, num_experts = bench_model(Path(folder), setup.preset, setup.dtype, console)
+        policy = Path(folder) / "policy.toml"
+        policy.write_text(POLICY)
         flags = [
             "--data-parallel-size", str(setup.ranks), "--redundant-experts", str(num_experts),
-            "--max-model-len", "1024",
+            "--max-model-len", "2304", "--enable-fault-injection",
+            "--recovery-policy", str(policy),
         ]  # fmt: skip
-        rows = [_one_kill(model_dir, flags, setup, i, console) for i in range(setup.kills)]
-        restart_s = _restart(model_dir, flags, setup)
+        for context in setup.contexts:
+            rows += _context(model_dir, flags, setup, context, console)
+        restart_s = _restart(model_dir, flags)
     document = {
         "bench": "recovery",
         "setup": vars(setup),
         "cores": len(os.sched_getaffinity(0)),
-        "kills": rows,
+        "faults": rows,
         "restart_s": restart_s,
-        "summary": {key: _spread([r[key] for r in rows]) for key in _KEYS},
+        "summary": _summary(rows),
     }
     _print(console, document)
     return document
 
 
-_KEYS = (
-    "detect_s", "stall_s", "survivor_gap_s", "migrated_gap_s", "recomputed_tokens", "step_s",
-    "calm_gap_s", "prefill_rate", "aim_stall_s", "aim_migrated_s",
-)  # fmt: skip
-
-
-def _one_kill(
-    model_dir: Path, flags: Sequence[str], setup: Setup, index: int, console: Console
-) -> dict[str, Any]:
-    draw = random.Random(index)
+def _context(
+    model_dir: Path, flags: Sequence[str], setup: Setup, context: int, console: Console
+) -> list[dict[str, Any]]:
+    shortest = context == min(setup.contexts)
+    kinds = setup.kinds if shortest else setup.kinds[:1]
+    count = setup.faults if shortest else max(3, setup.faults // 4)
+    draw, rows = random.Random(context), []
     with ServerProcess(model_dir, flags) as server:
-        bodies = _bodies(model_dir, setup, draw)
-        asyncio.run(stream_all(server.url, bodies))  # warm-up
-        calm = asyncio.run(stream_all(server.url, bodies))
+        bodies = _bodies(model_dir, setup, context, draw)
+        asyncio.run(stream_all(server.url, bodies, timeout_s=300))  # warm-up
+        calm = asyncio.run(stream_all(server.url, bodies, timeout_s=300))
         rate = _prefill_rate(server, model_dir, draw)
-        after = draw.randrange(setup.streams * 8, setup.streams * setup.output_tokens * 3 // 4)
-        fault = asyncio.run(run_with_kill(server, bodies, index % setup.ranks, after))
-    row = _row(calm, fault, rate)
-    console.print(
-        f"kill {index + 1}/{setup.kills}: stall {row['stall_s'] * 1e3:.0f} ms, survivors "
-        f"{row['survivor_gap_s'] * 1e3:.0f} ms, migrated {row['migrated_gap_s'] * 1e3:.0f} ms, "
-        f"step {row['step_s'] * 1e3:.0f} ms"
-    )
-    return row
+        for kind in kinds:
+            for index in range(count):
+                rows.append(_one(server, kind, index, setup, context, calm, rate, bodies, draw))
+                console.print(_line(rows[-1], index, count))
+    return rows
 
 
-def _bodies(model_dir: Path, setup: Setup, draw: random.Random) -> list[dict[str, Any]]:
+def _bodies(
+    model_dir: Path, setup: Setup, context: int, draw: random.Random
+) -> list[dict[str, Any]]:
     return [
         {
             "model": model_dir.name,
-            "prompt": [draw.randrange(16, 500) for _ in range(setup.prompt_tokens)],
+            "prompt": [draw.randrange(16, 500) for _ in range(context)],
             "max_tokens": setup.output_tokens,
             "temperature": 0.0,
             "ignore_eos": True,
@@ -100,37 +109,87 @@ def _bodies(model_dir: Path, setup: Setup, draw: random.Random) -> list[dict[str
     ]
 
 
+def _one(
+    server: ServerProcess,
+    kind: str,
+    index: int,
+    setup: Setup,
+    context: int,
+    calm: Sequence[StreamResult],
+    rate: float,
+    bodies: Sequence[dict[str, Any]],
+    draw: random.Random,
+) -> dict[str, Any]:
+    victim = index % setup.ranks
+    total = setup.streams * setup.output_tokens
+    after = draw.randrange(total // 8, total // 2)
+    fault = asyncio.run(run_with_fault(server, bodies, _strike(server, kind, victim), after))
+    _mend(server)
+    return {"kind": kind, "context": context, **_row(calm, fault, rate)}
+
+
+def _strike(server: ServerProcess, kind: str, victim: int) -> Callable[[], None]:
+    """What brings the fault about."""
+    if kind in ("kill", "stop"):
+        number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
+        pid = server.rank_pid(victim)
+        return partial(_signal, server, pid, number)
+    body: dict[str, Any] = {"id": victim, "kind": kind}
+    if kind == "drain":
+        body = {"id": victim, "kind": "device_fault", "params": {"level": 4}}
+    return lambda: _post(server, "inject", body)
+
+
+def _signal(server: ServerProcess, pid: int, number: signal.Signals) -> None:
+    server.kill_pid(pid, number)
+
+
+def _post(server: ServerProcess, what: str, body: dict[str, Any]) -> None:
+    url = f"{server.url}/v1/fault_tolerance/{what}"
+    httpx.post(url, json=body, timeout=10).raise_for_status()
+
+
+def _mend(server: ServerProcess, timeout_s: float = 60.0) -> None:
+    """Let whoever was lost rejoin."""
+    dead = [e["id"] for e in server.status()["engines"] if e["status"] == "dead"]
+    for rank in dead:
+        _post(server, "apply", {"instruction": "rejoin", "params": {"id": rank}})
+    deadline = time.monotonic() + timeout_s
+    while any(e["logical_rank"] is None for e in server.status()["engines"]):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {dead} did not rejoin within {timeout_s:.0f} s")
+        time.sleep(0.05)
+
+
 def _row(calm: Sequence[StreamResult], fault: FaultRun, rate: float) -> dict[str, Any]:
     failed = [r.error for r in fault.results if r.error is not None]
     if failed or fault.status["state"] != "serving":
-        raise RuntimeError(f"the recovery failed: {failed[:1]} {fault.status['recoveries']}")
+        raise RuntimeError(f"the recovery failed: {failed[:1]} {fault.status['recoveries'][-1:]}")
     record = fault.status["recoveries"][-1]
-    step_s = statistics.median(
-        b - a for r in calm for a, b in zip(r.times, r.times[1:], strict=False)
-    )
-    bound = 2 * step_s + 0.1
-    recomputed = record["recomputed_tokens"]
+    step_s = statistics.median(_gaps(calm, 0.0))
+    recomputed, bound = record["recomputed_tokens"], 2 * step_s + 0.1
+    resumed = fault.killed_at + fault.true_detect_s + (record["stall_s"] or 0.0)
+    after = _gaps(fault.survivors, resumed)
     return {
         "detect_s": fault.true_detect_s,
-        "stall_s": record["stall_s"],
-        "survivor_gap_s": _worst_gap(fault.survivors, fault.killed_at),
-        "migrated_gap_s": _worst_gap(fault.moved, fault.killed_at),
+        "stall_s": record["stall_s"] or 0.0,
+        "survivor_gap_s": max(_gaps(fault.survivors, fault.killed_at), default=0.0),
+        "migrated_gap_s": max(_gaps(fault.moved, fault.killed_at), default=0.0),
+        "survivor_pace": statistics.median(after) / step_s if after else 1.0,
         "migrated": record["migrated"],
         "recomputed_tokens": recomputed,
         "step_s": step_s,
-        "calm_gap_s": _worst_gap(calm, 0.0),
-        "prefill_rate": rate,
         "aim_stall_s": bound,
         "aim_migrated_s": bound + recomputed / rate,
+        "prefill_rate": rate,
         "phases": record["phases"],
-        "identical": sum(
-            a.token_ids == b.token_ids for a, b in zip(calm, fault.results, strict=True)
-        ),
+        "rolled_back": record["rolled_back"],
     }
 
 
-def _worst_gap(results: Sequence[StreamResult], after: float) -> float:
-    return max((r.longest_gap_s(after) for r in results), default=0.0)
+def _gaps(results: Sequence[StreamResult], after: float) -> list[float]:
+    """Times between consecutive tokens that ended later than `after`."""
+    return [b - a for r in results for a, b in zip(r.times, r.times[1:], strict=False) if b > after]
 
 
 def _prefill_rate(server: ServerProcess, model_dir: Path, draw: random.Random) -> float:
@@ -145,7 +204,7 @@ def _prefill_rate(server: ServerProcess, model_dir: Path, draw: random.Random) -
     return statistics.median(rates)
 
 
-def _restart(model_dir: Path, flags: Sequence[str], setup: Setup) -> float:
+def _restart(model_dir: Path, flags: Sequence[str]) -> float:
     """A full stop and start of the same deployment until it answers a request, seconds."""
     body = {"model": model_dir.name, "prompt": [20, 21], "max_tokens": 1}
     with ServerProcess(model_dir, flags) as server:
@@ -156,36 +215,61 @@ def _restart(model_dir: Path, flags: Sequence[str], setup: Setup) -> float:
         return time.monotonic() - began
 
 
+# ---- what is told -----------------------------------------------------------------------------
+
+FIGURES = {
+    "detect_s": "detection (true)",
+    "stall_s": "domain stall",
+    "survivor_gap_s": "survivors' gap",
+    "migrated_gap_s": "migrated gap",
+}
+OTHERS = ("survivor_pace", "recomputed_tokens", "step_s", "aim_stall_s", "aim_migrated_s")
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per kind and context: median, p99 and worst of each figure."""
+    found = []
+    for kind, context in sorted({(r["kind"], r["context"]) for r in rows}, key=lambda k: k[::-1]):
+        same = [r for r in rows if (r["kind"], r["context"]) == (kind, context)]
+        figures = {k: _spread([r[k] for r in same]) for k in (*FIGURES, *OTHERS)}
+        phases = {p: _spread([r["phases"][p] for r in same]) for p in PHASES}
+        found.append(
+            {"kind": kind, "context": context, "count": len(same), **figures, "phases": phases}
+        )
+    return found
+
+
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "worst": max(values), "least": min(values)}
+    ordered = sorted(values)
+    p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
+    return {"median": statistics.median(ordered), "p99": p99, "worst": ordered[-1]}
+
+
+def _line(row: dict[str, Any], index: int, count: int) -> str:
+    figures = ", ".join(f"{text} {row[key] * 1e3:.0f}" for key, text in FIGURES.items())
+    return f"{row['kind']} at {row['context']} tokens, {index + 1}/{count}: {figures} ms"
 
 
 def _print(console: Console, document: dict[str, Any]) -> None:
-    table = Table(title=f"recovery from SIGKILL, {document['setup']}")
-    for column in ("figure", "median", "worst"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
-    summary = document["summary"]
-    for key, text in _LABELS.items():
-        scale, unit = (1.0, "") if key in ("recomputed_tokens", "prefill_rate") else (1e3, " ms")
-        cells = (f"{summary[key][which] * scale:.1f}{unit}" for which in ("median", "worst"))
-        table.add_row(text, *cells)
-    for phase in PHASES:
-        values = [row["phases"][phase] for row in document["kills"]]
-        table.add_row(f"phase: {phase}", *(f"{f(values) * 1e3:.1f} ms" for f in _STATS))
+    table = Table(title="recovery, milliseconds: median / p99 / worst")
+    for column in ("fault", "context", "n", *FIGURES.values(), "aim: stall", "aim: migrated"):
+        table.add_column(column, justify="left" if column == "fault" else "right")
+    for row in document["summary"]:
+        cells = [
+            " / ".join(f"{row[key][which] * 1e3:.0f}" for which in ("median", "p99", "worst"))
+            for key in FIGURES
+        ]
+        aims = [f"{row[key]['median'] * 1e3:.0f}" for key in ("aim_stall_s", "aim_migrated_s")]
+        table.add_row(row["kind"], str(row["context"]), str(row["count"]), *cells, *aims)
     console.print(table)
+    phases = Table(title="phases, milliseconds: median / worst")
+    for column in ("fault", "context", *PHASES):
+        phases.add_column(column)
+    for row in document["summary"]:
+        cells = [
+            f"{row['phases'][p]['median'] * 1e3:.1f} / {row['phases'][p]['worst'] * 1e3:.1f}"
+            for p in PHASES
+        ]
+        phases.add_row(row["kind"], str(row["context"]), *cells)
+    console.print(phases)
     console.print(f"full stop and start until it answers: {document['restart_s']:.1f} s")
-
-
-_STATS: tuple[Callable[[Sequence[float]], float], ...] = (statistics.median, max)
-_LABELS = {
-    "detect_s": "detection (true)",
-    "stall_s": "domain stall",
-    "aim_stall_s": "  aim: 2 median steps + 0.1 s",
-    "survivor_gap_s": "survivors' longest gap",
-    "migrated_gap_s": "migrated streams' longest gap",
-    "aim_migrated_s": "  aim: that + recomputed / prefill rate",
-    "recomputed_tokens": "recomputed tokens",
-    "prefill_rate": "prefill rate, tokens/s",
-    "step_s": "median step without a fault",
-    "calm_gap_s": "longest gap without a fault",
-}

@@ -7,35 +7,59 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-NAMES = ("recovery", "throughput", "dispatch")
+NAMES = ("recovery", "throughput", "dispatch", "overhead")
 
 
 def bench(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
     preset: Annotated[str, typer.Option(help="Checkpoint: tiny, small or medium.")] = "small",
-    kills: Annotated[int, typer.Option(help="recovery: kills, each on a fresh deployment.")] = 10,
+    faults: Annotated[
+        int, typer.Option(help="recovery: faults of each kind; fewer at long contexts.")
+    ] = 20,
+    kinds: Annotated[
+        str, typer.Option(help="recovery: kinds of fault, separated by commas.")
+    ] = "kill,stop,hang,error,nan,drain",
+    contexts: Annotated[
+        str, typer.Option(help="recovery: prompt tokens, separated by commas.")
+    ] = "64,500,2000",
     rounds: Annotated[int, typer.Option(help="throughput: alternating rounds.")] = 3,
     out: Annotated[Path | None, typer.Option(help="JSON file; default: bench-NAME.json.")] = None,
 ) -> None:
     """Measure on this machine; prints a table and writes JSON."""
     if name not in NAMES:
         raise ValueError(f"unknown bench {name!r}: choose one of {', '.join(NAMES)}")
-    document = _run(name, preset, kills, rounds, Console())
+    document = _run(name, preset, faults, kinds, contexts, rounds, Console())
     path = out or Path(f"bench-{name}.json")
     path.write_text(json.dumps(document, indent=1) + "\n")
     typer.echo(f"written to {path}", err=True)
 
 
-def _run(name: str, preset: str, kills: int, rounds: int, console: Console) -> dict[str, Any]:
+def _run(
+    name: str, preset: str, faults: int, kinds: str, contexts: str, rounds: int, console: Console
+) -> dict[str, Any]:
     match name:
         case "recovery":
             from revivemoe.bench import recovery
 
-            return recovery.run(recovery.Setup(preset=preset, kills=kills), console)
+            setup = recovery.Setup(
+                preset=preset,
+                faults=faults,
+                kinds=tuple(kinds.split(",")),
+                contexts=tuple(int(c) for c in contexts.split(",")),
+            )
+            unknown = sorted(set(setup.kinds) - set(recovery.KINDS))
+            if unknown:
+                known = ", ".join(recovery.KINDS)
+                raise ValueError(f"--kinds: {unknown[0]!r} is unknown: choose of {known}")
+            return recovery.run(setup, console)
         case "throughput":
             from revivemoe.bench import throughput
 
             return throughput.run(throughput.Setup(preset=preset, rounds=rounds), console)
+        case "overhead":
+            from revivemoe.bench import overhead
+
+            return overhead.run(overhead.Setup(preset=preset), console)
         case _:
             from revivemoe.bench import dispatch
 
