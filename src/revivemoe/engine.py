@@ -584,8 +584,7 @@ class Engine:
             placement=self.placement,
             sequences=self.ledger.unfinished(),
             maskable=all(view.maskable for view in self.ranks.values()),
-            recent_recoveries=sum(t >= horizon for t in self._starts)
-            - int(self.coordinator.active and self._counted),
+            recent_recoveries=self._recent_recoveries(horizon),
             recent_restarts=sum(t >= horizon for t in self._restarts.values()),
             home=self.home,
             gone=tuple(fleet.gone),
@@ -599,6 +598,12 @@ class Engine:
             trials=self.ledger.trials(),
             can_load=not self._load_failed_lately(now),
         )
+
+    def _recent_recoveries(self, horizon: float) -> int:
+        """Without the one under way. A planned change is not measured by them."""
+        if self.coordinator.active and not self._counted:
+            return 0
+        return sum(t >= horizon for t in self._starts) - int(self.coordinator.active)
 
     def _load_failed_lately(self, now: float) -> bool:
         at = self._load_failed_at

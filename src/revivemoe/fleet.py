@@ -15,6 +15,8 @@ from revivemoe.recovery.slowness import Slowness
 
 log = logging.getLogger("revivemoe.fleet")
 
+BAD_DEVICE = ("device_fault", "non_finite", "slow", "isolate")
+"""Kinds of fault after which the device is not to be trusted with a new process."""
 CORPSE_WAIT_S = 5.0
 """How long a killed process that is to be replaced may take to be gone."""
 
@@ -165,8 +167,9 @@ class Fleet:
         return [v.rank for v in self.views.values() if v.dead or self.is_new(v)]
 
     def relaunchable(self, now: float) -> list[RankId]:
-        """For which a process may be started."""
-        return [v.rank for v in self.views.values() if v.dead and self.replaceable(v, now)]
+        """For which a process may be started, without an operator's word, on the same device."""
+        dead = [v for v in self.views.values() if v.dead and self.replaceable(v, now)]
+        return [v.rank for v in dead if v.fault is None or v.fault.kind not in BAD_DEVICE]
 
     def incarnation(self, rank: RankId) -> Incarnation:
         return self.views[rank].incarnation

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from revivemoe.engine_state import Serving
 from revivemoe.ids import RankId, SeqId
 from revivemoe.messages import ExpertsLoaded, LoadExperts, SlotLoad
+from revivemoe.placement import EMPTY
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import Continue
 from revivemoe.recovery.repair import Reload, assign_reloads, assign_replicas
@@ -66,6 +67,8 @@ class Maintenance:
         """In their slots, but not in the map yet."""
         self._next_request = 0
         self._restore_id: str | None = None
+        self._restore_now = False
+        """Some missing experts only fit into slots that are in use: load them at a boundary."""
         self._pause: tuple[bool, str | None] = (False, None)
         self._joins: dict[RankId, str | None] = {}
 
@@ -107,7 +110,9 @@ class Maintenance:
                 "let a rank rejoin"
             )
         self._restore_id = request_id
-        self._load(reloads)
+        free, used = self._split(reloads)
+        self._load(free)
+        self._restore_now = bool(used)
 
     def pause(self, request_id: str | None) -> None:
         """Stop all ranks at the next step boundary."""
@@ -136,7 +141,8 @@ class Maintenance:
             self._go_on_draining(self._drain, now)
         elif self._asked:
             self._begin_drain(*self._asked.popleft(), now)
-        elif self._loaded and not self._loading:
+        elif (self._loaded or self._restore_now) and not self._loading:
+            self._restore_now = False
             engine.change_epoch([], "restore_experts", now, request_id=self._restore_id)
 
     def interrupt(self) -> None:
@@ -201,6 +207,19 @@ class Maintenance:
             loads = tuple(SlotLoad(r.layer, r.slot, r.expert) for r in wanted)
             self._engine.fleet.send(rank, LoadExperts(self._next_request, loads))
 
+    def _split(self, reloads: Iterable[Reload]) -> tuple[list[Reload], list[Reload]]:
+        """Those into slots that the present epoch does not use, and the others.
+
+        The others hold a replica that tokens are sent to: they wait until all have left the epoch.
+        """
+        free: list[Reload] = []
+        used: list[Reload] = []
+        for reload in reloads:
+            placement = self._engine.placement
+            row = placement.slots[reload.rank][placement.layers.index(reload.layer)]
+            (free if row[reload.slot] == EMPTY else used).append(reload)
+        return free, used
+
     def _begin_drain(self, fault: Fault, request_id: str | None, now: float) -> None:
         engine = self._engine
         view = engine.ranks[fault.rank]
@@ -218,7 +237,7 @@ class Maintenance:
         shadows = {engine.ledger.warm(seq_id, targets[seq_id]) for seq_id in owned}
         deadline = now + engine.config.policy.drain_timeout_s
         self._drain = Drain(fault, deadline, request_id, targets, shadows)
-        self._load((*plan.reloads, *plan.background))
+        self._load(self._split((*plan.reloads, *plan.background))[0])
         told = {"id": fault.rank, "kind": fault.kind, "detail": fault.detail}
         engine.event("drain", {**told, "sequences": len(owned), "request_id": request_id})
         if shadows:

@@ -50,7 +50,7 @@ from revivemoe.model.runner import ModelRunner
 IDLE_WAIT_S = 0.2
 """How long a parked or fenced rank sleeps between ticks of its progress counter."""
 STATS_EVERY_S = 0.05
-LOAD_BUDGET_S = 60.0
+LOAD_BUDGET_S = 20.0
 """What loading one expert may take, a slow disk included."""
 
 

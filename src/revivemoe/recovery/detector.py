@@ -4,7 +4,8 @@
 |-------------------------------------------------|----------------------------------------------|
 | its process exited                              | gone, at once                                |
 | no message for `suspect_after_s`                | suspect                                      |
-| ... for `accuse_after_s`                        | stopped: accused                             |
+| ... for `accuse_after_s`                        | stopped: accused (while it does what it has  |
+|                                                 | announced to take long: after that)          |
 | its step loop is at its own work for too long   | hung: accused. By its own clock, relative to |
 |                                                 | what its rows predict                        |
 | it waits for its peers                          | nothing: never the culprit, unless all wait  |
@@ -91,8 +92,14 @@ class Detector:
         silent = [rank for rank in sorted(alive) if self.suspect(rank, now)]
         if self._in_doubt(len(silent), len(alive), now):
             return hung
-        gone = [rank for rank in silent if self._silence_s(rank, now) > self._policy.accuse_after_s]
+        gone = [r for r in silent if self._silence_s(r, now) > self._patience_s(r)]
         return hung + [self._silent_fault(rank, now) for rank in gone]
+
+    def _patience_s(self, rank: RankId) -> float:
+        """Silence that is borne: what is known to take long may hold the interpreter, too."""
+        activity = self._vitals[rank].activity
+        announced_s = activity.budget_s if activity.kind == "announced" else None
+        return max(self._policy.accuse_after_s, announced_s or 0.0)
 
     def _in_doubt(self, num_silent: int, num_alive: int, now: float) -> bool:
         """Whether to blame the engine itself: for as long as a suspicion lasts, not for ever."""

@@ -187,67 +187,55 @@ def _repair(
     world: World, present: _Present, lost: frozenset[RankId], policy: Policy
 ) -> RecoveryPlan:
     """The first repair of the policy's order that is possible."""
-    placement = present.placement
-    missing = [pair for pair in placement.missing() if not _being_loaded(world, placement, pair)]
-    before = set(world.placement.missing())
-    if set(placement.missing()) <= before and "reload" not in policy.repair:
+    missing = set(present.placement.missing())
+    if not missing:
         return _continue(world, present, lost)
     refused = []
     for repair in policy.repair:
-        plan, why_not = _try(repair, world, present, missing, lost, policy)
-        if plan is not None:
+        if repair == "restart":
+            continue
+        attempt = _reload if repair == "reload" else _mask
+        plan = attempt(world, present, lost, policy)
+        if isinstance(plan, Continue):
             return plan
-        refused.append(why_not)
-    if set(placement.missing()) <= before:  # nothing new is missing: no worse than it was
+        refused.append(plan)
+    if missing <= set(world.placement.missing()):  # no worse than it was
         return _continue(world, present, lost)
-    why = "; ".join(r for r in refused if r)
-    if "restart" not in policy.repair:
-        return GiveUp(f"{_who(lost)} lost: {why}")
-    return _restart(world, world.relaunchable, policy, f"{_who(lost)} lost: {why}")
+    why = f"{_who(lost)} lost: {'; '.join(refused)}"
+    return _restart(world, world.relaunchable, policy, why)
 
 
-def _being_loaded(world: World, placement: ExpertPlacement, pair: tuple[LayerId, ExpertId]) -> bool:
-    return any((x.layer, x.expert) == pair and x.rank in placement.slots for x in world.loading)
+def _mask(
+    world: World, present: _Present, lost: frozenset[RankId], policy: Policy
+) -> Continue | str:
+    """Go on without the missing experts, or why not."""
+    return _refuse_masking(world, present.placement, policy) or _continue(world, present, lost)
 
 
-def _try(
-    repair: str,
-    world: World,
-    present: _Present,
-    missing: list[tuple[LayerId, ExpertId]],
-    lost: frozenset[RankId],
-    policy: Policy,
-) -> tuple[RecoveryPlan | None, str]:
-    """The plan with one kind of repair, or why it is not possible."""
-    if repair == "restart":
-        return None, ""
-    if repair == "mask":
-        refusal = _refuse_masking(world, present.placement, policy)
-        return (None, refusal) if refusal else (_continue(world, present, lost), "")
-    if not world.can_load and missing:
-        return None, "experts could not be loaded a moment ago"
+def _reload(
+    world: World, present: _Present, lost: frozenset[RankId], policy: Policy
+) -> Continue | str:
+    """Load missing experts into spare slots, or why not."""
+    placement = present.placement
+    under_way = {(x.layer, x.expert) for x in world.loading if x.rank in placement.slots}
+    missing = [pair for pair in placement.missing() if pair not in under_way]
+    if not world.can_load:
+        return "experts could not be loaded a moment ago"
     reserved = {(x.rank, x.layer, x.slot) for x in world.loading}
-    reloads = assign_reloads(_without_slots(present.placement, reserved), missing)
-    if not missing or not reloads:
-        return (
-            (_continue(world, present, lost), "")
-            if not present.placement.missing()
-            else (
-                None,
-                f"{len(missing)} experts have no replica left and there is no spare slot for them",
-            )
-        )
-    if policy.serve_masked_meanwhile and _refuse_masking(world, present.placement, policy) is None:
-        cleared = replace(present, placement=with_cleared(present.placement, reloads))
-        if _refuse_masking(world, cleared.placement, policy) is None:
-            return _continue(world, cleared, lost, background=reloads), ""
-    full = replace(present, placement=with_reloads(present.placement, reloads))
-    if len(reloads) < len(missing):
-        refusal = _refuse_masking(world, full.placement, policy)
-        if refusal or "mask" not in policy.repair:
-            room = f"spare slots for {len(reloads)} of {len(missing)} experts without a replica"
-            return None, f"{room}; {refusal}" if refusal else room
-    return _continue(world, full, lost, reloads=reloads), ""
+    reloads = assign_reloads(_without_slots(placement, reserved), missing)
+    if not reloads:
+        return f"{len(missing)} experts have no replica left and there is no spare slot for them"
+    cleared = replace(present, placement=with_cleared(placement, reloads))
+    if policy.serve_masked_meanwhile and not _refuse_masking(world, cleared.placement, policy):
+        return _continue(world, cleared, lost, background=reloads)
+    full = replace(present, placement=with_reloads(placement, reloads))
+    if full.placement.missing():
+        room = f"spare slots for {len(reloads)} of {len(missing)} experts without a replica"
+        if "mask" not in policy.repair:
+            return room
+        if refusal := _refuse_masking(world, full.placement, policy):
+            return f"{room}; {refusal}"
+    return _continue(world, full, lost, reloads=reloads)
 
 
 def _without_slots(

@@ -228,3 +228,12 @@ def test_all_waiting_at_one_place_accuses_nobody() -> None:
     assert detector.judge(ALL, 10.0) == [], "two against two: no telling"
     doing(detector, A, waiting("schedule", -1, step=8, since_s=0.5))
     assert detector.judge(ALL, 10.0) == [], "one has only just come there"
+
+
+def test_a_rank_that_announced_a_long_load_may_be_silent_for_as_long() -> None:
+    detector = four()
+    doing(detector, D, Activity("announced", "load", since_s=0.0, budget_s=20.0))
+    hear(detector, 25.0, A, B, C)
+    assert detector.judge(ALL, 29.9) == [], "15 + 4.9 s"
+    hear(detector, 30.5, A, B, C)
+    assert [f.rank for f in detector.judge(ALL, 30.6)] == [D]
