@@ -187,6 +187,8 @@ class Engine:
 
     def _look_after(self, now: float) -> None:
         """Nobody is accused: what else is due."""
+        if self.ledger.num_waiting:  # a suspect whose turn has come without a token to tell of it
+            self.assign()
         if self.fleet.give_up_corpses(now):
             self._proceed(now)
         for fault in self.fleet.newly_slow(now):
@@ -230,8 +232,6 @@ class Engine:
     def abort(self, request: LiveRequest) -> None:
         """The client is gone."""
         self.ledger.abort(request)
-        if request.suspicion is not None:
-            self.assign()
 
     @property
     def degraded(self) -> bool:
