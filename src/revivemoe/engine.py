@@ -493,6 +493,7 @@ class Engine:
     def _condemn(self, fault: Fault) -> None:
         self.fleet.condemn(fault, self._clock())
         self._numbers.forget(fault.rank)
+        self.maintenance.forget(fault.rank)
         self._orphan(fault)
 
     def _orphan(self, fault: Fault) -> None:
@@ -625,6 +626,7 @@ class Engine:
         self._restarts.setdefault(self.coordinator.record.epoch, now)
         if not view.dead:
             view.condemn(None)
+            self.maintenance.forget(rank)
             self.ledger.orphan(rank)
         self.fleet.replace(rank, now)
 
@@ -671,6 +673,7 @@ class Engine:
             view = self.ranks[rank]
             if rank not in topology.members and view.ready:
                 view.condemn(view.fault)
+                self.maintenance.forget(rank)
 
     def _fail_start(self, fault: Fault) -> None:
         view = self.ranks[fault.rank]

@@ -16,7 +16,7 @@ from revivemoe.recovery.slowness import Slowness
 log = logging.getLogger("revivemoe.fleet")
 
 BAD_DEVICE = ("device_fault", "non_finite", "slow", "isolate")
-"""Kinds of fault after which the device is not to be trusted with a new process."""
+"""Kinds of fault after which a new process is started there only if nothing else helps."""
 CORPSE_WAIT_S = 5.0
 """How long a killed process that is to be replaced may take to be gone."""
 
@@ -167,9 +167,10 @@ class Fleet:
         return [v.rank for v in self.views.values() if v.dead or self.is_new(v)]
 
     def relaunchable(self, now: float) -> list[RankId]:
-        """For which a process may be started, without an operator's word, on the same device."""
+        """For which a process may be started: on devices that are to be trusted, if there are."""
         dead = [v for v in self.views.values() if v.dead and self.replaceable(v, now)]
-        return [v.rank for v in dead if v.fault is None or v.fault.kind not in BAD_DEVICE]
+        trusted = [v for v in dead if v.fault is None or v.fault.kind not in BAD_DEVICE]
+        return [v.rank for v in trusted or dead]
 
     def incarnation(self, rank: RankId) -> Incarnation:
         return self.views[rank].incarnation

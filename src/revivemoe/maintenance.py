@@ -152,6 +152,11 @@ class Maintenance:
             self._engine.ranks[drain.fault.rank].draining = False
             self._asked.appendleft((drain.fault, drain.request_id))
 
+    def forget(self, rank: RankId) -> None:
+        """The rank is out: what its process had loaded, or was loading, is gone with it."""
+        self._loading = {k: v for k, v in self._loading.items() if v.rank != rank}
+        self._loaded = [reload for reload in self._loaded if reload.rank != rank]
+
     def postpone(self, seconds: float) -> None:
         """The engine itself stood still for so long."""
         if self._drain is not None:
@@ -166,7 +171,6 @@ class Maintenance:
             for r in self._loaded
             if r.rank in members and not _names(used.slots[r.rank], used.layers, r)
         ]
-        self._loading = {k: v for k, v in self._loading.items() if v.rank in members}
         self._asked = deque((f, i) for f, i in self._asked if f.rank in members)
         if self._drain is not None and self._drain.fault.rank not in members:
             self._drain = None
