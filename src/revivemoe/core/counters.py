@@ -22,6 +22,10 @@ class Counters:
         """Tokens whose KV each sequence brought over the last fence. Outlives an abort, so that
         an abort followed by an add of the same sequence shows as the waste that it is."""
 
+    def resume_at(self, step: int) -> None:
+        """The instance, if not this process, has done all steps before this one."""
+        self._last_step = max(self._last_step, step - 1)
+
     def count_step(
         self, step: int, records: abc.Iterable[Record], outcomes: abc.Iterable[Outcome]
     ) -> None:

@@ -194,6 +194,7 @@ class Rank:
             # The KV it adds from now on is of another kind: what follows has no name.
             sequence.cacheable = sequence.cacheable and sequence.mask_key == mask_key
         self._wake = max(self._wake, wake)
+        self._counters.resume_at(step)
         self.state = InDomain(epoch, step, mask_key)
 
     def _is_behind(self, epoch: Epoch) -> bool:

@@ -23,6 +23,9 @@ from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.policy import Policy
 
 _UNKNOWN = Activity()
+CONFIRMED = 2
+"""Heartbeats that tell of overdue work before it is believed: after a stall of the whole machine
+the control thread may run again just before the step loop does."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Vitals:
     """Whether it has said anything yet. A process that loads its first modules may be silent."""
     progress: int = -1
     activity: Activity = _UNKNOWN
+    overdue_beats: int = 0
+    """Heartbeats in a row that told of the same overdue work."""
 
 
 class Detector:
@@ -62,10 +67,17 @@ class Detector:
     def beat(self, heartbeat: Heartbeat) -> None:
         """What the rank's step loop is doing."""
         vitals = self._vitals.get(heartbeat.rank)
-        if vitals is not None and vitals.incarnation == heartbeat.incarnation:
-            self._vitals[heartbeat.rank] = replace(
-                vitals, progress=heartbeat.progress, activity=heartbeat.activity
-            )
+        if vitals is None or vitals.incarnation != heartbeat.incarnation:
+            return
+        activity, same = heartbeat.activity, heartbeat.progress == vitals.progress
+        limit_s = self._limit_s(activity)
+        overdue = limit_s is not None and activity.since_s > limit_s
+        self._vitals[heartbeat.rank] = replace(
+            vitals,
+            progress=heartbeat.progress,
+            activity=activity,
+            overdue_beats=(vitals.overdue_beats if same else 0) + 1 if overdue else 0,
+        )
 
     def exited(
         self, rank: RankId, incarnation: Incarnation, detail: str, now: float
@@ -108,7 +120,7 @@ class Detector:
             return False
         if self._doubt_since is None:
             self._doubt_since = now
-        return now - self._doubt_since <= self._policy.accuse_after_s
+        return now - self._doubt_since <= self._policy.doubt_s
 
     def _silent_fault(self, rank: RankId, now: float) -> Fault:
         silence_s = self._silence_s(rank, now)
@@ -119,7 +131,7 @@ class Detector:
         vitals = self._vitals[rank]
         activity = vitals.activity
         limit_s = self._limit_s(activity)
-        if limit_s is None or activity.since_s <= limit_s or not vitals.spoken:
+        if limit_s is None or vitals.overdue_beats < CONFIRMED:
             return None
         place = _where(activity)
         detail = (
@@ -136,7 +148,8 @@ class Detector:
         """Ranks that wait for what the others have long given them: they are stuck in the wait."""
         waits = {rank: v.activity for rank, v in alive.items()}
         limit_s = self._policy.hang_after_s
-        if not all(a.kind == "waiting" and a.since_s > limit_s for a in waits.values()):
+        stuck = [a for a in waits.values() if a.kind == "waiting" and a.since_s > limit_s]
+        if len(stuck) < len(waits) or any(a.name not in PHASES for a in stuck):
             return []
         front = max((_place(a) for a in waits.values()), default=None)
         behind = [rank for rank, a in sorted(waits.items()) if _place(a) != front]

@@ -58,6 +58,9 @@ class Policy:
     """Silence after which a rank is suspect (heartbeats come every 0.1 s)."""
     accuse_after_s: float = 1.3
     """Silence after which it is accused."""
+    doubt_s: float = 5.0
+    """How long the silence of more than half of all ranks at once is laid to the engine's own host
+    rather than to them."""
     hang_after_s: float = 1.0
     """Least time without progress that is a hang."""
     hang_factor: float = 5.0

@@ -113,6 +113,7 @@ SECTIONS: dict[str, dict[str, Setting]] = {
     "detection": {
         "suspect_after_s": Setting(_seconds, "silence that makes a rank suspect; beats: 0.1 s"),
         "accuse_after_s": Setting(_seconds, "silence that accuses it; not below suspect_after_s"),
+        "doubt_s": Setting(_seconds, "for which the engine doubts itself if most ranks are silent"),
         "hang_after_s": Setting(_seconds, "least time without progress that is a hang"),
         "hang_factor": Setting(_factor, "overdue after this many times what its rows predict"),
         "first_work_s": Setting(_seconds, "what work of a kind never seen before may take"),

@@ -86,7 +86,7 @@ ALL = frozenset({A, B, C, D})
 
 
 def four(now: float = 10.0) -> Detector:
-    detector = Detector(Policy(suspect_after_s=1.0, accuse_after_s=1.3))
+    detector = Detector(Policy(suspect_after_s=1.0, accuse_after_s=1.3, doubt_s=1.3))
     for rank in sorted(ALL):
         detector.launched(rank, FIRST, now)
         detector.heard(rank, FIRST, now)
@@ -147,7 +147,8 @@ def test_a_stall_of_the_engine_excuses_silence() -> None:
 
 def doing(detector: Detector, rank: RankId, activity: Activity, now: float = 10.0) -> None:
     hear(detector, now, A, B, C, D)
-    detector.beat(Heartbeat(rank, FIRST, 1, RankStats(), activity))
+    for _ in range(2):
+        detector.beat(Heartbeat(rank, FIRST, 1, RankStats(), activity))
 
 
 def working(since_s: float, budget_s: float | None, layer: int = 3) -> Activity:
@@ -237,3 +238,23 @@ def test_a_rank_that_announced_a_long_load_may_be_silent_for_as_long() -> None:
     assert detector.judge(ALL, 29.9) == [], "15 + 4.9 s"
     hear(detector, 30.5, A, B, C)
     assert [f.rank for f in detector.judge(ALL, 30.6)] == [D]
+
+
+def test_one_heartbeat_is_not_enough_to_call_it_a_hang() -> None:
+    """After a stall of the machine the control thread may run again before the step loop does."""
+    detector = four()
+    hear(detector, 10.0, A, B, C, D)
+    detector.beat(Heartbeat(D, FIRST, 7, RankStats(), working(1.5, 0.01)))
+    assert detector.judge(ALL, 10.0) == []
+    detector.beat(Heartbeat(D, FIRST, 8, RankStats(), working(1.6, 0.01)))
+    assert detector.judge(ALL, 10.0) == [], "it got on in between"
+    detector.beat(Heartbeat(D, FIRST, 8, RankStats(), working(1.7, 0.01)))
+    assert [f.kind for f in detector.judge(ALL, 10.0)] == ["hang"]
+
+
+def test_a_rank_that_is_still_building_its_domain_is_not_behind() -> None:
+    detector = four()
+    for rank in (A, B, C):
+        doing(detector, rank, waiting("schedule", -1))
+    doing(detector, D, waiting("", -1, step=0))
+    assert detector.judge(ALL, 10.0) == []
