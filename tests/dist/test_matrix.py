@@ -114,9 +114,7 @@ def num_recoveries(status: Status) -> int:
 
 def await_recoveries(server: Deployment, before: Status, count: int) -> Status:
     wanted = num_recoveries(before) + count
-    return server.await_status(
-        lambda s: s["state"] == "serving" and num_recoveries(s) >= wanted
-    )
+    return server.await_status(lambda s: s["state"] == "serving" and num_recoveries(s) >= wanted)
 
 
 def assert_told(before: Status, after: Status, cell: Cell, victim: int, told: str) -> None:

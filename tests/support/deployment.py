@@ -41,6 +41,13 @@ class Deployment(ServerProcess):
         assert response.status_code == 202, response.text
         return str(response.json()["request_id"])
 
+    def refused(self, instruction: str, **params: Any) -> str:
+        """Ask for something that is refused with 400; returns why."""
+        body = {"instruction": instruction, "params": params}
+        response = httpx.post(f"{self.url}/v1/fault_tolerance/apply", json=body, timeout=10)
+        assert response.status_code == 400, response.text
+        return str(response.json()["error"]["message"])
+
     def await_rejoin(self, rank: int, timeout_s: float = 30.0) -> Status:
         """Start a new process for a rank and wait until it is a member again."""
         request_id = self.apply("rejoin", id=rank)
