@@ -94,7 +94,7 @@ def edit_config(path: Path, **fields: Any) -> None:
         (["--expert-ranks", "2"], "not supported yet: leave it at 0"),
         (["--dense-ffn-tp", "2"], "not supported yet: leave it at 1"),
         (["--num-microbatches", "2"], "not supported yet: leave it at 1"),
-        (["--recovery-policy", "policy.toml"], "not supported yet"),
+        (["--recovery-policy", "no-such-policy.toml"], "no-such-policy.toml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
