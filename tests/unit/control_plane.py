@@ -179,6 +179,8 @@ class FakeCluster:
         self.killed: list[RankId] = []
         self.sent: list[tuple[RankId, Command]] = []
         self.maskable = True
+        self.hold_resumed = False
+        """Whoever is configured gets no further: it loads."""
 
     def launch(
         self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
@@ -190,6 +192,8 @@ class FakeCluster:
 
     def send(self, rank: RankId, command: Command) -> None:
         self.sent.append((rank, command))
+        if self.hold_resumed and isinstance(command, Configure):
+            return
         if rank in self.ranks:
             self.ranks[rank].handle(command)
 
@@ -213,6 +217,7 @@ class Instance:
         redundant: int = 8,
         policy: Policy | None = None,
         max_model_len: int = 256,
+        spare: int = 0,
     ) -> None:
         self.now = 100.0
         self.cluster = FakeCluster()
@@ -228,7 +233,7 @@ class Instance:
         self.engine = Engine(
             config,
             topology,
-            place(8, [0, 1], topology.experts, redundant),
+            place(8, [0, 1], topology.experts, redundant, spare),
             VOCABULARY,
             self.cluster,
             lambda: self.now,
