@@ -47,7 +47,7 @@ fmt: setup
 # On a machine with a CUDA device and torch already there: make gpu-check GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 gpu-check:
-	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -q tests/gpu tests/unit/comm/test_nccl.py tests/unit/model/test_sampling.py
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -q tests/gpu tests/unit/comm/test_nccl.py tests/unit/model/test_sampling.py tests/unit/health
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
