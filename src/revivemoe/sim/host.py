@@ -11,6 +11,7 @@ from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages import Report
 from revivemoe.recovery.coordinator import Fencing, Resuming
 from revivemoe.sim.clock import Clock
+from revivemoe.sim.staleness import take
 
 TICK_S = 0.05
 
@@ -59,7 +60,8 @@ class EngineHost:
         self._stalled_until = max(self._stalled_until, self._clock.now + seconds)
 
     def _take(self, report: Report) -> None:
-        self.engine.on_report(report, self._clock.now)
+        now = self._clock.now
+        take(self.engine, report, now, lambda: self.engine.on_report(report, now))
 
     def _tick(self) -> None:
         if self._stopped:

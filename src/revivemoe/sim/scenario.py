@@ -113,7 +113,7 @@ def _policy(rng: Random) -> Policy:
 
 def _limits(rng: Random) -> RankLimits:
     return RankLimits(
-        num_blocks=rng.choice((16, 24, 48)),
+        num_blocks=rng.choice((16, 16, 20, 28, 48)),
         block_size=4,
         max_num_seqs=rng.choice((3, 8)),
         max_num_batched_tokens=rng.choice((12, 24)),
@@ -127,8 +127,10 @@ def _limits(rng: Random) -> RankLimits:
 
 
 def _arrivals(rng: Random, poison: bool) -> list[Arrival]:
+    """Close together, or so far apart that the ranks park in between."""
     common = [tuple(_tokens(rng, rng.choice((8, 12, 17)))) for _ in range(2)]
-    arrivals = [_arrival(rng, common, n) for n in range(rng.randint(8, 11))]
+    over_s = rng.choice((0.1, 0.2, 0.2, 1.5))
+    arrivals = [_arrival(rng, common, n, over_s) for n in range(rng.randint(8, 14))]
     if poison:
         params = SamplingParams(seed=0, max_tokens=8)
         prompt = (*_tokens(rng, rng.randint(0, 12)), POISON)
@@ -136,11 +138,11 @@ def _arrivals(rng: Random, poison: bool) -> list[Arrival]:
     return arrivals
 
 
-def _arrival(rng: Random, common: list[tuple[int, ...]], number: int) -> Arrival:
+def _arrival(rng: Random, common: list[tuple[int, ...]], number: int, over_s: float) -> Arrival:
     prefix = rng.choice([(), *common])
     prompt = (*prefix, *_tokens(rng, rng.randint(1, 14)))
     # The first one is long, so that every seed has its 30 steps.
-    length = 32 if number == 0 else rng.choice((1, 4, 8, 14, 20))
+    length = 32 if number == 0 else rng.choice((1, 4, 8, 14, 20, 28))
     submission = Submission(
         request_id=f"request {number}",
         prompts=(prompt,) if rng.random() < 0.85 else (prompt, prompt[:-1] or (3,)),
@@ -151,7 +153,7 @@ def _arrival(rng: Random, common: list[tuple[int, ...]], number: int) -> Arrival
         submission = _with_stop(rng, submission)
     leaves = number > 0 and rng.random() < 0.12
     return Arrival(
-        at_s=rng.random() * 0.2 if number else 0.0,
+        at_s=rng.random() * over_s if number else 0.0,
         submission=submission,
         abort_after_s=rng.random() * 0.3 if leaves else None,
     )

@@ -42,6 +42,8 @@ class Strikes:
         """What it may take out as planned."""
         self.poisoned: list[Process] = []
         """What the poison request has brought down."""
+        self.hit: set[Process] = set()
+        """What another fault was aimed at."""
         self.links = Links(cluster.rng)
         self.trace: Callable[[str], None] = lambda line: None
         self._clock, self._cluster, self._host = clock, cluster, host
@@ -131,6 +133,7 @@ class Strikes:
         self.trace(f"strike {fault}")
         process = self._cluster.processes[RankId(fault.rank)]
         other = self._cluster.processes[RankId(fault.peer)]
+        self.hit |= set() if fault.kind in POISONS else {process, other}
         if not self._strike_one(fault, process) and not self._ask(fault):
             self._strike_more(fault, process, other)
 

@@ -1,0 +1,33 @@
+"""Nothing that a process says after it was accused or replaced may change anything."""
+
+from collections.abc import Callable
+
+from revivemoe.engine import Engine
+from revivemoe.messages import Report
+
+
+def take(engine: Engine, report: Report, now: float, deliver: Callable[[], None]) -> None:
+    """Deliver a report; assert that one of an old process changes nothing."""
+    view = engine.ranks[report.rank]
+    if report.incarnation == view.incarnation and not view.dead:
+        deliver()
+        return
+    before = _fingerprint(engine, report)
+    deliver()
+    assert _fingerprint(engine, report) == before, (
+        f"{type(report).__name__} of rank {report.rank}.{report.incarnation} is accepted at "
+        f"{now:.4f} s, but that process is out"
+    )
+
+
+def _fingerprint(engine: Engine, report: Report) -> object:
+    """What a report could have changed."""
+    view, totals = engine.ranks[report.rank], engine.totals
+    return (
+        engine.detector._vitals.get(report.rank),
+        (view.ready, view.pid, view.stats, view.dead, view.last_words),
+        type(engine.state),
+        repr(engine.coordinator.state),
+        engine.ledger.unfinished(),
+        (totals.generation_tokens, totals.symptoms),
+    )

@@ -1,0 +1,255 @@
+"""The simulation is only worth what it catches: deliberate breakages, each of which it must see.
+
+Each breaks one rule of the engine or of a rank's state machine by a monkeypatch, and is looked for
+in a bounded number of seeds. The same seeds pass without it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import msgspec
+import pytest
+
+from revivemoe.core import agreement, digest
+from revivemoe.core import rank as core_rank
+from revivemoe.core.blocks import BlockPool
+from revivemoe.core.digest import Digest
+from revivemoe.core.journal import Preempted, _Undo
+from revivemoe.core.rank import Rank
+from revivemoe.core.state import InDomain
+from revivemoe.core.step import Park, Run, StepHeader
+from revivemoe.engine import Engine
+from revivemoe.ids import BlockId, RankId, SeqId
+from revivemoe.ledger import Ledger
+from revivemoe.messages import FenceAck, Heartbeat, Report, StepAborted, Tokens, Wake
+from revivemoe.recovery.coordinator import Coordinator, Fencing
+from revivemoe.recovery.detector import Detector
+from revivemoe.recovery.faults import Fault
+from revivemoe.sim.faults import FaultKind
+from revivemoe.sim.run import run_seed
+from revivemoe.token_log import TokenLog
+
+MOST_SEEDS = 60
+Patch = pytest.MonkeyPatch
+PROCESS: tuple[FaultKind, ...] = ("kill", "error", "kill-two", "zombie")
+CUTS: tuple[FaultKind, ...] = ("link", "retry", "kill")
+ANY: tuple[FaultKind, ...] = (*PROCESS, *CUTS, "hang", "nan", "stall", "drain")
+
+
+# ---- core -----------------------------------------------------------------------------------
+
+
+def skip_rollback(patch: Patch) -> None:
+    def roll_back(self: Rank) -> bool:
+        if not isinstance(self.state, InDomain) or self.state.open is None:
+            return False
+        self.journal.clear()
+        self.state = replace(self.state, open=None)
+        return True
+
+    patch.setattr(Rank, "roll_back", roll_back)
+
+
+def keep_evicted_names(patch: Patch) -> None:
+    """A block that was overwritten gets the name of its old content back."""
+    undo = BlockPool.undo_allocate
+    evicted_of: dict[tuple[int, BlockId], Digest | None] = {}
+    allocate = BlockPool.allocate
+
+    def remember(self: BlockPool) -> tuple[BlockId, Digest | None]:
+        block, evicted = allocate(self)
+        evicted_of[id(self), block] = evicted
+        return block, evicted
+
+    def give_back(self: BlockPool, block: BlockId, evicted: Digest | None) -> None:
+        undo(self, block, evicted or evicted_of.pop((id(self), block), None))
+
+    patch.setattr(BlockPool, "allocate", remember)
+    patch.setattr(BlockPool, "undo_allocate", give_back)
+
+
+def keep_overwritten_kv(patch: Patch) -> None:
+    """A preempted sequence whose blocks were overwritten counts as computed after the undo."""
+    readmit = _Undo._readmit
+
+    def as_if_nothing(self: _Undo, record: Preempted) -> None:
+        self._overwritten.clear()
+        readmit(self, record)
+
+    patch.setattr(_Undo, "_readmit", as_if_nothing)
+
+
+def drop_mask_key(patch: Patch) -> None:
+    """Prefix names do not say under which mask the KV was computed."""
+    root = digest._root(b"")
+    patch.setattr(digest, "_root", lambda mask_key: root)
+
+
+def park_without_comparing(patch: Patch) -> None:
+    def agree(headers: list[StepHeader]) -> Any:
+        if any(header.num_tokens for header in headers):
+            return Run(tuple(header.num_tokens for header in headers))
+        return agreement.agree(headers) if any(h.leave for h in headers) else Park()
+
+    patch.setattr(core_rank, "agree", agree)
+
+
+def lose_kv_at_fence(patch: Patch) -> None:
+    fence = Rank.fence
+
+    def forgetful(self: Rank, epoch: Any) -> FenceAck | None:
+        ack = fence(self, epoch)
+        for sequence in list(self.queues.running):
+            self.journal.preempt(sequence)
+        self.journal.clear()
+        return ack
+
+    patch.setattr(Rank, "fence", forgetful)
+
+
+# ---- engine and ledger ----------------------------------------------------------------------
+
+
+def drop_tokens_of_the_old_epoch(patch: Patch) -> None:
+    on_tokens = Engine._on_tokens
+
+    def strict(self: Engine, report: Tokens, now: float) -> None:
+        if not self.coordinator.active and report.epoch == self.topology.epoch:
+            on_tokens(self, report, now)
+
+    patch.setattr(Engine, "_on_tokens", strict)
+
+
+def accept_old_processes(patch: Patch) -> None:
+    on_report = Engine.on_report
+
+    def trusting(self: Engine, report: Report, now: float) -> None:
+        view = self.ranks[report.rank]
+        dead, incarnation = view.dead, view.incarnation
+        view.dead, view.incarnation = False, report.incarnation
+        on_report(self, report, now)
+        view.dead, view.incarnation = dead, incarnation
+
+    patch.setattr(Engine, "on_report", trusting)
+
+
+def accuse_the_reporter(patch: Patch) -> None:
+    def on_symptom(self: Engine, report: StepAborted, now: float) -> None:
+        self.accuse([Fault(report.rank, "communication", report.detail)], now)
+
+    patch.setattr(Engine, "_on_symptom", on_symptom)
+
+
+def wake_owners_only(patch: Patch) -> None:
+    def wake(self: Engine) -> None:
+        self._wake += 1
+        self._send(self.topology.members[0], Wake(self._wake))
+
+    patch.setattr(Engine, "wake", wake)
+
+
+def hand_over_without_owner(patch: Patch) -> None:
+    """Nobody may report tokens of a sequence that was handed over."""
+    hand_over = Ledger.hand_over
+
+    def forgetful(self: Ledger, seq_id: SeqId, to: RankId) -> None:
+        hand_over(self, seq_id, to)
+        if self._sequences[seq_id].log.output_ids:
+            self._sequences[seq_id].owner = None
+
+    patch.setattr(Ledger, "hand_over", forgetful)
+
+
+def append_from_anybody_anywhere(patch: Patch) -> None:
+    """The log takes every token as the next, from whoever reports it."""
+    append = TokenLog.append
+
+    def trusting(self: TokenLog, position: int, token_id: int, logprobs: Any = None) -> Any:
+        return append(self, len(self.output_ids), token_id, logprobs)
+
+    patch.setattr(TokenLog, "append", trusting)
+    patch.setattr(Ledger, "_owned", lambda self, seq_id, owner: self._sequences.get(seq_id))
+
+
+def forget_orphans(patch: Patch) -> None:
+    patch.setattr(Ledger, "orphan", lambda self, rank: [])
+
+
+# ---- recovery -------------------------------------------------------------------------------
+
+
+def plan_before_all_are_fenced(patch: Patch) -> None:
+    def fenced(self: Coordinator) -> bool:
+        return isinstance(self.state, Fencing) and bool(self.state.acks) and not self.state.hold
+
+    patch.setattr(Coordinator, "fenced", property(fenced))
+
+
+def step_of_the_last_to_answer(patch: Patch) -> None:
+    on_ack = Coordinator.on_ack
+
+    def last(self: Coordinator, ack: FenceAck) -> None:
+        on_ack(self, ack)
+        self._step = ack.next_step
+
+    patch.setattr(Coordinator, "on_ack", last)
+
+
+def waiting_is_working(patch: Patch) -> None:
+    """A rank that waits for its peers is held to be hung."""
+    beat = Detector.beat
+
+    def blunt(self: Detector, heartbeat: Heartbeat) -> None:
+        if heartbeat.activity.kind == "waiting":
+            working = msgspec.structs.replace(heartbeat.activity, kind="working", budget_s=0.01)
+            heartbeat = msgspec.structs.replace(heartbeat, activity=working)
+        beat(self, heartbeat)
+
+    patch.setattr(Detector, "beat", blunt)
+
+
+MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
+    (skip_rollback, CUTS),
+    (keep_evicted_names, CUTS),
+    (keep_overwritten_kv, CUTS),
+    (drop_mask_key, PROCESS),
+    (park_without_comparing, ANY),
+    (lose_kv_at_fence, CUTS),
+    (drop_tokens_of_the_old_epoch, CUTS),
+    (accept_old_processes, PROCESS),
+    (accuse_the_reporter, CUTS),
+    (wake_owners_only, ANY),
+    (forget_orphans, PROCESS),
+    (hand_over_without_owner, PROCESS),
+    (append_from_anybody_anywhere, ("drain",)),
+    (plan_before_all_are_fenced, ANY),
+    (step_of_the_last_to_answer, CUTS),
+    (waiting_is_working, ("hang",)),
+]
+
+
+@cache
+def first_violation(kinds: tuple[FaultKind, ...]) -> str | None:
+    """Of the engine as it is."""
+    return _look(kinds)
+
+
+def _look(kinds: tuple[FaultKind, ...]) -> str | None:
+    for seed in range(MOST_SEEDS):
+        violation = run_seed(seed, kinds).violation
+        if violation is not None:
+            return f"seed {seed}: {violation}"
+    return None
+
+
+@pytest.mark.parametrize(
+    ("mutate", "kinds"), [pytest.param(m, k, id=m.__name__) for m, k in MUTATIONS]
+)
+def test_a_mutation_is_caught(
+    mutate: Callable[[Patch], None], kinds: tuple[FaultKind, ...], monkeypatch: Patch
+) -> None:
+    assert first_violation(kinds) is None, "without the mutation these seeds must pass"
+    mutate(monkeypatch)
+    assert _look(kinds) is not None, f"{MOST_SEEDS} seeds do not see this mutation"
