@@ -143,7 +143,10 @@ def serve(
 
 def policy_of(path: Path | None, max_missing_fraction: float | None) -> Policy:
     """The defaults, under the file, under what the command line says. Raises ValueError."""
-    policy = Policy() if path is None else load_policy(path, Policy())
+    try:
+        policy = Policy() if path is None else load_policy(path, Policy())
+    except ValueError as error:
+        raise ValueError(f"--recovery-policy {error}") from None
     if max_missing_fraction is None:
         return policy
     return replace(policy, max_missing_fraction=max_missing_fraction)
