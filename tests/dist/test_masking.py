@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Set
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -154,9 +155,12 @@ def test_each_familys_router_masks_like_transformers(
     assert outputs == [case.expected[0] for case in cases]
 
 
-def test_beyond_the_bound_streams_end_with_the_reason(qwen: Weights) -> None:
+def test_beyond_the_bound_streams_end_with_the_reason(qwen: Weights, tmp_path: Path) -> None:
+    """Where the policy rules a restart out."""
     cases = plain_cases(qwen, LONG, 4, (24,), "under way", seed=22)
-    with deployed(qwen.dir, 2) as server:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[experts]\nrepair = ["reload", "mask"]\n')
+    with deployed(qwen.dir, 2, "--recovery-policy", str(policy)) as server:
         pids = server.pids()
 
         async def beside(load: Load) -> None:

@@ -47,7 +47,7 @@ from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import ModelRunner
 
-IDLE_WAIT_S = 0.2
+IDLE_WAIT_S = 0.4
 """How long a parked or fenced rank sleeps between ticks of its progress counter."""
 STATS_EVERY_S = 0.05
 LOAD_BUDGET_S = 20.0

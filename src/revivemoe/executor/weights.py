@@ -5,6 +5,7 @@ Beside the domain, so that a rank can load from its peers while all of them run 
 is not here (any more).
 """
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -19,7 +20,10 @@ from revivemoe.placement import ExpertPlacement
 Rows = dict[str, torch.Tensor]
 PEER_TIMEOUT_S = 2.0
 """For one expert to come from a peer; after that another source is asked."""
-POLL_S = 0.1
+JOIN_S = 0.5
+"""For an answer under way when the rank ends."""
+POLL_S = 5.0
+"""Between two looks at nothing; a request or the end is seen at once."""
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -41,7 +45,7 @@ class WeightServer:
     def __init__(self, endpoint: str, find: Callable[[LayerId, ExpertId], Rows | None]) -> None:
         """`find`: copies of an expert's rows on the host; called from the thread."""
         self._endpoint, self._find = endpoint, find
-        self._stopping = threading.Event()
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
 
     def __enter__(self) -> "WeightServer":
@@ -54,15 +58,18 @@ class WeightServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stopping.set()
-        self._thread.join(timeout=2 * POLL_S)
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join(timeout=JOIN_S)
 
     def _run(self) -> None:
         with zmq.Context() as context, context.socket(zmq.REP) as socket:
             socket.setsockopt(zmq.LINGER, 0)
             socket.bind(self._endpoint)
-            while not self._stopping.is_set():
-                if socket.poll(round(POLL_S * 1000)):
+            poller = zmq.Poller()
+            poller.register(socket, zmq.POLLIN)
+            poller.register(self._stop_fd, zmq.POLLIN)
+            while self._stop_fd not in (ready := dict(poller.poll(round(POLL_S * 1000)))):
+                if socket in ready:
                     wanted = msgspec.msgpack.decode(socket.recv(), type=Wanted)
                     socket.send_multipart(pack(self._find(wanted.layer, wanted.expert)))
 
