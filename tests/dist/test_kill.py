@@ -16,7 +16,7 @@ EXPERTS, LAYERS = 16, 4
 ONCE, TWICE = ("--redundant-experts", str(EXPERTS)), ("--redundant-experts", str(2 * EXPERTS))
 
 
-@pytest.mark.parametrize("victim", range(4))
+@pytest.mark.parametrize("victim", range(2))
 def test_no_stream_notices_the_loss_of_a_rank(
     qwen: Weights, mixed: list[Case], chaos_seed: int, victim: int
 ) -> None:
@@ -111,57 +111,4 @@ def test_ranks_lost_one_after_the_other(qwen: Weights, mixed: list[Case], chaos_
         status = server.await_idle()
         assert [r["outcome"] for r in status["recoveries"]] == ["recovered"] * 3, told
         assert [e["logical_rank"] for e in with_status(status, "healthy")] == [0], told
-        assert set(server.per_rank("revivemoe_rank_survivor_refills_total").values()) == {0}, told
-
-
-@pytest.mark.parametrize("gap_s", [0.0, 0.03])
-def test_two_ranks_lost_at_once(
-    qwen: Weights, mixed: list[Case], chaos_seed: int, gap_s: float
-) -> None:
-    """In the same instant, or the second most likely within the recovery from the first."""
-    draw = random.Random(chaos_seed)
-    victims = draw.sample(range(4), 2)
-    gap_s = draw.uniform(0, gap_s)
-    told = f"seed {chaos_seed}: ranks {victims}, {gap_s:.4f} s apart"
-    with deployed(qwen.dir, 4, *TWICE) as server:
-        pids = server.pids()
-
-        async def beside(load: Load) -> None:
-            await load.reached(draw.randrange(1, 400))
-            kill(pids[victims[0]])
-            await asyncio.sleep(gap_s)  # where the second fault strikes, not a wait for anything
-            kill(pids[victims[1]])
-
-        fault = run_load(server.url, requests_of(mixed), beside)
-        assert not check_all(mixed, fault), told
-        status = server.await_recovery(num_dead=2)
-        faults = [fault["id"] for recovery in status["recoveries"] for fault in recovery["faults"]]
-        assert sorted(faults) == sorted(victims), told
-        assert [e["logical_rank"] for e in with_status(status, "healthy")] == [0, 1], told
-        server.await_idle()
-        again = run_load(server.url, requests_of(mixed))
-        assert not unlike(fault, again, mixed), told
-
-
-@pytest.mark.parametrize(
-    "phases", [("schedule", "attention", "dispatch"), ("experts", "combine", "commit")]
-)
-def test_ranks_lost_in_each_phase_of_a_step(
-    qwen: Weights, mixed: list[Case], chaos_seed: int, phases: tuple[str, ...]
-) -> None:
-    """One rank after the other, in a layer that is drawn, until a single one is left."""
-    draw = random.Random(chaos_seed)
-    total = sum(len(tokens) for case in mixed for tokens in case.expected)
-    victims = draw.sample(range(4), 3)
-    points = [
-        (rank, draw.randrange(1, total // 4) + k * total // 4, phase, draw.randrange(LAYERS))
-        for k, (rank, phase) in enumerate(zip(victims, phases, strict=True))
-    ]
-    told = f"seed {chaos_seed}: {points}"
-    flags = "--redundant-experts", str(3 * EXPERTS), "--enable-fault-injection"
-    with deployed(qwen.dir, 4, *flags) as server:
-        fault = run_load(server.url, requests_of(mixed), killer_at(server, *points))
-        assert not check_all(mixed, fault), told
-        status = server.await_idle()
-        assert [r["outcome"] for r in status["recoveries"]] == ["recovered"] * 3, told
         assert set(server.per_rank("revivemoe_rank_survivor_refills_total").values()) == {0}, told

@@ -1,8 +1,9 @@
 import signal
 
 import pytest
+import torch
 
-from revivemoe.executor.injection import Injections
+from revivemoe.executor.injection import InjectedError, Injections
 from revivemoe.messages import Inject
 
 
@@ -12,6 +13,10 @@ def strikes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     raised: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", raised.append)
     return raised
+
+
+def no_tokens() -> set[int]:
+    return set()
 
 
 def armed(**at: int | str) -> Injections:
@@ -47,30 +52,30 @@ def test_it_strikes_there_and_not_before(
 ) -> None:
     injections = armed(**at)
     for point in before:
-        injections.reached(*point)
+        injections.reached(*point, no_tokens)
     assert strikes == []
-    injections.reached(*there)
+    injections.reached(*there, no_tokens)
     assert strikes == [signal.SIGKILL]
 
 
 def test_a_step_just_missed_does_not_disarm_it(strikes: list[int]) -> None:
-    armed(step=3, phase="attention").reached(5, "attention", -1)
+    armed(step=3, phase="attention").reached(5, "attention", -1, no_tokens)
     assert strikes == [signal.SIGKILL]
 
 
 def test_it_strikes_once(strikes: list[int]) -> None:
     injections = armed(step=3)
     for _ in range(3):
-        injections.reached(3, "schedule", -1)
+        injections.reached(3, "schedule", -1, no_tokens)
     assert strikes == [signal.SIGKILL]
 
 
 def test_two_faults_are_two(strikes: list[int]) -> None:
     injections = armed(step=3)
     injections.add(Inject("y", "kill", step=4))
-    injections.reached(3, "schedule", -1)
+    injections.reached(3, "schedule", -1, no_tokens)
     assert len(strikes) == 1
-    injections.reached(4, "schedule", -1)
+    injections.reached(4, "schedule", -1, no_tokens)
     assert len(strikes) == 2
 
 
@@ -79,3 +84,46 @@ def test_a_kind_nobody_can_produce(strikes: list[int]) -> None:
     with pytest.raises(AssertionError, match="unknown kind of fault 'flood'"):
         injections.add(Inject("x", "flood"))
     assert strikes == []
+
+
+def test_a_fault_that_concerns_a_request_strikes_whenever_it_runs(strikes: list[int]) -> None:
+    injections = Injections()
+    injections.add(Inject("x", "kill", phase="experts", params={"prompt_token": 77}))
+    injections.reached(1, "experts", 0, lambda: {5, 6})
+    assert strikes == []
+    for _ in range(2):
+        injections.reached(1, "experts", 0, lambda: {5, 77})
+    assert strikes == [signal.SIGKILL] * 2
+
+
+def test_an_error_is_raised_there() -> None:
+    injections = Injections()
+    injections.add(Inject("x", "error", step=2))
+    injections.reached(1, "experts", 0, no_tokens)
+    with pytest.raises(InjectedError):
+        injections.reached(2, "experts", 0, no_tokens)
+
+
+def test_a_slow_rank_takes_a_multiple_of_its_own_work() -> None:
+    injections = Injections()
+    assert injections.delay_s("experts", 0.1) == 0.0
+    injections.add(Inject("x", "slow", params={"factor": 4}))
+    assert injections.delay_s("experts", 0.1) == pytest.approx(0.3)
+    only = Injections()
+    only.add(Inject("x", "slow", step=1, phase="experts", params={"factor": 4}))
+    only.reached(1, "experts", 0, no_tokens)
+    assert only.delay_s("combine", 0.1) == 0.0
+    assert only.delay_s("experts", 0.1) == pytest.approx(0.3)
+
+
+def test_nan_is_put_into_what_a_phase_produced_once() -> None:
+    injections = Injections()
+    injections.add(Inject("x", "nan", step=3, layer=1, phase="experts"))
+    values = torch.ones(2, 3)
+    assert torch.equal(injections.spoilt("experts", 1, values), values)
+    injections.reached(3, "experts", 1, no_tokens)
+    assert torch.equal(injections.spoilt("combine", 1, values), values)
+    assert injections.spoilt("experts", 1, torch.ones(0, 3)).numel() == 0, "at the next chance"
+    assert injections.spoilt("experts", 1, values).isnan().any()
+    assert not values.isnan().any(), "a copy"
+    assert torch.equal(injections.spoilt("experts", 1, values), values), "once"
