@@ -14,6 +14,7 @@ from revivemoe.ids import Epoch, Incarnation, RankId
 from revivemoe.messages import (
     Activity,
     Command,
+    ExpertsLoaded,
     Fence,
     Heartbeat,
     Hello,
@@ -62,7 +63,7 @@ class Process:
         """A SIGKILL has no effect."""
         self.kill_pending = False
         """One was sent nevertheless."""
-        self.commands: deque[Command] = deque()
+        self.commands: deque[Command | ExpertsLoaded] = deque()
         self.fenced = Epoch(0)
         """Every wait in a domain below this epoch ends at once."""
         self.domain: Domain | None = None
@@ -137,11 +138,15 @@ class Process:
             return
         if isinstance(command, Fence) and not command.at_boundary:
             self.fenced = max(self.fenced, command.epoch)
+        self.hand(command)
+        if isinstance(self.doing, Meet) and self._is_fenced():
+            self._later(self._leave_wait)
+
+    def hand(self, command: Command | ExpertsLoaded) -> None:
+        """Give the step loop something to handle between steps."""
         self.commands.append(command)
         if isinstance(self.doing, Idle):
             self._later(partial(self._advance, None))
-        elif isinstance(self.doing, Meet) and self._is_fenced():
-            self._later(self._leave_wait)
 
     def _beat(self) -> None:
         if not self.alive:

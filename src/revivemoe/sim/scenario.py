@@ -78,7 +78,7 @@ def draw(seed: int, kinds: tuple[FaultKind, ...] = KINDS) -> Scenario:
     """The scenario of a seed, with faults of these kinds."""
     rng = Random(seed)
     num_ranks = rng.choice((4, 4, 4, 5, 6))
-    count = rng.choice((1, 1, 2, 3))
+    count = rng.choice((1, 2, 2, 3))
     faults = tuple(_fault(rng, kinds, num_ranks, n) for n in range(count))
     return Scenario(
         seed=seed,
@@ -206,7 +206,7 @@ def _fault(rng: Random, kinds: tuple[FaultKind, ...], num_ranks: int, number: in
 
 
 def _when(rng: Random, number: int) -> When:
-    if number and rng.random() < 0.7:
+    if number and rng.random() < 0.8:
         return InStage(rng.choice(STAGES), rng.random() * 0.006)
     if rng.random() < 0.5:
         return AtTime(rng.random() * 0.4)

@@ -11,6 +11,7 @@ import msgspec
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, Leave, Park, Retry, Run, StepHeader
+from revivemoe.ids import Epoch
 from revivemoe.messages import (
     Abort,
     Add,
@@ -19,6 +20,7 @@ from revivemoe.messages import (
     ExpertsLoaded,
     Fatal,
     Fence,
+    FenceAck,
     Inject,
     LoadExperts,
     NonFinite,
@@ -28,7 +30,7 @@ from revivemoe.messages import (
     Stop,
     Wake,
 )
-from revivemoe.placement import EMPTY, ExpertPlacement
+from revivemoe.placement import EMPTY
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.forward import Forward, Steps, results_of
 from revivemoe.sim.mishaps import Mishaps
@@ -70,14 +72,15 @@ class StepLoop:
         self._process, self._load_s, self._enter = process, load_s, enter
         self._later, self._mishaps = later, mishaps
         self._entered: Configure | None = None
-        self._loaded = 0
+        self._num_loaded = 0
+        self._rolled_back = False
         self._stopped = False
         self._commits = 0
 
     def run(self) -> Steps:
         """Take commands and steps until told to stop."""
         yield Work("load", -1, self._load_s, 5 * self._load_s, announced=True)
-        self._fail_load_perhaps("weights")
+        self._fail_start_perhaps()
         rank = self.rank
         num_blocks = rank.limits.num_blocks
         self._process.report(Ready(rank.rank_id, rank.incarnation, "sim", num_blocks, self._load_s))
@@ -100,7 +103,7 @@ class StepLoop:
             yield from self._handle(commands.popleft())
         self._process.stats = self.rank.stats()
 
-    def _handle(self, command: Command) -> Steps:
+    def _handle(self, command: Command | ExpertsLoaded) -> Steps:
         match command:
             case Add():
                 self.rank.add(command.sequence)
@@ -114,6 +117,8 @@ class StepLoop:
                 yield from self._configure(command)
             case LoadExperts():
                 self._load_beside(command)
+            case ExpertsLoaded():
+                self._process.report(command)
             case Stop():
                 self._stopped = True
             case Inject():
@@ -124,44 +129,57 @@ class StepLoop:
     def _fence(self, command: Fence) -> None:
         if command.at_boundary:
             ack = self.rank.leave_at_boundary(command.epoch)
-            if isinstance(self.rank.state, InDomain):
-                return
-        else:
-            self._leave()
-            ack = self.rank.fence(command.epoch)
-        self._process.leave_domain()
-        if ack:
+            if ack is not None:  # outside the step loop: here and now is a boundary
+                self._leave()
+                self._process.report(ack)
+            return
+        self._leave()
+        self._acknowledge(self.rank.fence(command.epoch))
+
+    def _acknowledge(self, ack: FenceAck | None) -> None:
+        if ack is not None:
             self.forward.check()
-            self._process.report(ack)
+            undone, self._rolled_back = self._rolled_back, False
+            self._process.report(msgspec.structs.replace(ack, rolled_back=undone))
 
     def _configure(self, command: Configure) -> Steps:
         rank = self.rank
         if not rank.configure(command.epoch, command.step, mask_key(command), command.wake):
             return
-        yield from self._load_for(command.placement)
-        if self._process.fenced > command.epoch or not self._process.alive:
+        try:
+            yield from self._load_now(command)
+        except DomainLeft:
+            return
+        except OSError as error:
+            self._process.report(self._loaded_report(0, 0.0, str(error)))
             return
         yield Work("domain", -1, DOMAIN_S, 1.0, announced=True)
-        self._process.enter_domain(self._enter(command, self._process))
-        self._entered = command
+        if self._process.fenced <= command.epoch:
+            self._process.enter_domain(self._enter(command, self._process))
+            self._entered = command
 
-    def _load_for(self, placement: ExpertPlacement) -> Steps:
+    def _load_now(self, command: Configure) -> Steps:
         """Load what the map gives to this rank and does not lie in its slots yet."""
-        self._loaded = 0
-        for held, wanted in zip(
-            self.slots, placement.slots.get(self.rank.rank_id, ()), strict=False
-        ):
-            for slot, expert in enumerate(wanted):
-                if expert not in (EMPTY, held[slot]):
-                    yield Work("load", -1, LOAD_EXPERT_S, 10 * LOAD_EXPERT_S, announced=True)
-                    self._fail_load_perhaps("experts")
-                    held[slot] = expert
-                    self._loaded += 1
+        self._num_loaded = 0
+        wanted = command.placement.slots.get(self.rank.rank_id, ())
+        for layer, row in enumerate(wanted):
+            for slot, expert in enumerate(row):
+                if expert not in (EMPTY, self.slots[layer][slot]):
+                    yield from self._load_one(command.epoch)
+                    self.slots[layer][slot] = expert
+                    self._num_loaded += 1
 
-    def _fail_load_perhaps(self, what: str) -> None:
+    def _load_one(self, epoch: Epoch) -> Steps:
+        if self._process.fenced > epoch:  # a fence must not wait for all loads
+            raise DomainLeft
+        yield Work("load", -1, LOAD_EXPERT_S, 10 * LOAD_EXPERT_S, announced=True)
+        if self._mishaps.load_fails(self._process):
+            raise OSError("read error")
+
+    def _fail_start_perhaps(self) -> None:
         if self._mishaps.load_fails(self._process):
             rank = self.rank
-            self._process.report(Fatal(rank.rank_id, rank.incarnation, f"{what}: read error"))
+            self._process.report(Fatal(rank.rank_id, rank.incarnation, "weights: read error"))
             self._process.die("exited with status 1")
 
     def _load_beside(self, command: LoadExperts) -> None:
@@ -170,17 +188,18 @@ class StepLoop:
         self._later(seconds, lambda: self._loaded_beside(command, seconds))
 
     def _loaded_beside(self, command: LoadExperts, seconds: float) -> None:
+        """The step loop tells of it between two steps."""
         if not self._process.alive:
             return
-        rank, error = self.rank, None
-        if self._mishaps.load_fails(self._process):
-            error = "read error"
-        else:
+        error = "read error" if self._mishaps.load_fails(self._process) else None
+        if error is None:
             for load in command.loads:
                 self.slots[load.layer][load.slot] = load.expert
-        self._process.report(
-            ExpertsLoaded(rank.rank_id, rank.incarnation, command.request, seconds, 0, error)
-        )
+        self._process.hand(self._loaded_report(command.request, seconds, error))
+
+    def _loaded_report(self, request: int, seconds: float, error: str | None) -> ExpertsLoaded:
+        rank = self.rank
+        return ExpertsLoaded(rank.rank_id, rank.incarnation, request, seconds, 0, error)
 
     # ---- the step ----------------------------------------------------------------------------
 
@@ -208,7 +227,7 @@ class StepLoop:
                 yield from self._execute(batch)
             case Leave(epoch=epoch):
                 self._leave()
-                self._fence(Fence(epoch))
+                self._acknowledge(self.rank.fence(epoch))
             case Park() | Retry():
                 pass
             case _:
@@ -238,7 +257,7 @@ class StepLoop:
         rank, entered = self.rank, self._entered
         self._entered = None
         resumed = Resumed(rank.rank_id, rank.incarnation, entered.epoch, entered.step, DOMAIN_S)
-        self._process.report(msgspec.structs.replace(resumed, experts_loaded=self._loaded))
+        self._process.report(msgspec.structs.replace(resumed, experts_loaded=self._num_loaded))
 
     def _report_numbers(self, failure: NumbersBroken) -> None:
         state, rank = self.rank.state, self.rank
@@ -266,6 +285,7 @@ class StepLoop:
     def _leave(self) -> None:
         """Roll the open step back, if any, and leave the domain. Waits for nobody."""
         if self.rank.roll_back():
+            self._rolled_back = True
             self.forward.check()
         self._process.leave_domain()
 

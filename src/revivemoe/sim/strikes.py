@@ -188,6 +188,7 @@ class Strikes:
                 assert fault.kind in POISONS, fault.kind
 
     def _kill(self, process: Process) -> None:
+        self.hit.add(process)
         self.guilty.add(process)
         process.kill()
 
