@@ -24,7 +24,7 @@ from revivemoe.loadgen import StreamResult, stream_all
 
 ENDED_WITHIN_S = 5.0
 KILLED_WITHIN_S = 3.0
-IDLE_CORE_SHARE = 0.03
+IDLE_CORE_SHARE = 0.05
 START_S = 60.0
 
 
