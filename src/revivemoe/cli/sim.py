@@ -12,6 +12,9 @@ from rich.table import Table
 from revivemoe.sim.report import Tally, replay, run_seeds
 from revivemoe.sim.run import Result, run_seed
 
+TABLE_WIDTH = 150
+"""Wider than some terminals: a table whose heads are cut says nothing."""
+
 
 def sim(
     seeds: Annotated[int, typer.Option(help="How many seeds.", min=1)] = 1000,
@@ -57,7 +60,7 @@ def _report_failure(result: Result, console: Console) -> None:
 
 
 def _summary(tally: Tally, wall_s: float, console: Console) -> None:
-    console.print(_coverage_table(tally))
+    console.print(_coverage_table(tally), width=TABLE_WIDTH)
     outcomes = ", ".join(f"{count} {name}" for name, count in sorted(tally.outcomes.items()))
     console.print(
         f"{tally.seeds} seeds ({outcomes}), {len(tally.failing)} with a violation; "

@@ -29,6 +29,7 @@ FaultKind = Literal[
     "rejoin",  # an operator lets a rank that is out come back
     "restore",  # an operator has missing experts loaded
     "retry",  # an operator asks for a new domain
+    "retries",  # ... again and again
     "pause",  # an operator stops all ranks, and lets them go on later
 ]
 

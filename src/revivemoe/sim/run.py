@@ -23,7 +23,7 @@ from revivemoe.sim.vocabulary import LetterVocabulary
 from revivemoe.streams import EngineUnavailable
 from revivemoe.topology import collocated
 
-LIMIT_S = 200.0
+LIMIT_S = 60.0
 """Virtual time within which all requests must have ended."""
 SETTLE_S = 0.3
 """How long to look on after the last request has ended."""
@@ -74,12 +74,13 @@ class Simulation:
         self.strikes.trace = self._tell
         self._stage = ""
         self._served = False
+        self._over = False
 
     def run(self) -> None:
         """To the end of the last request, and a little on. Raises AssertionError."""
         self.host.start(self.engine)
         limit = self.clock.now + LIMIT_S
-        while not self._is_over():
+        while not self._over:
             self.clock.step()
             assert self.clock.now < limit, self.verdict.stuck(self.clients)
         until = self.clock.now + SETTLE_S
@@ -100,10 +101,14 @@ class Simulation:
     # ---- what the engine does ----------------------------------------------------------------
 
     def _observe(self) -> None:
+        """After every call into the engine; its ticks see to it that this is often."""
         stage = stage_of(self.engine)
-        if stage == self._stage:
-            return
-        self._stage = stage
+        if stage != self._stage:
+            self._stage = stage
+            self._on_stage(stage)
+        self._over = self._is_over()
+
+    def _on_stage(self, stage: str) -> None:
         self.strikes.on_stage(stage)
         if stage == "serving" and not self._served:
             self._served = True

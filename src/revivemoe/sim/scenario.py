@@ -97,6 +97,7 @@ def draw(seed: int, kinds: tuple[FaultKind, ...] = KINDS) -> Scenario:
 def _policy(rng: Random) -> Policy:
     """Shorter deadlines than usual, so that a seed that meets one does not take for ever."""
     return Policy(
+        max_recoveries=16,
         max_missing_fraction=rng.choice((1 / 32, 1 / 8, 1 / 2)),
         serve_masked_meanwhile=rng.random() < 0.3,
         repair=rng.choice((REPAIRS, REPAIRS, ("mask", "reload", "restart"), ("reload", "mask"))),
@@ -129,7 +130,7 @@ def _limits(rng: Random) -> RankLimits:
 def _arrivals(rng: Random, poison: bool) -> list[Arrival]:
     """Close together, or so far apart that the ranks park in between."""
     common = [tuple(_tokens(rng, rng.choice((8, 12, 17)))) for _ in range(2)]
-    over_s = rng.choice((0.1, 0.2, 0.2, 1.5))
+    over_s = rng.choice((0.1, 0.2, 0.8, 1.5))
     arrivals = [_arrival(rng, common, n, over_s) for n in range(rng.randint(8, 14))]
     if poison:
         params = SamplingParams(seed=0, max_tokens=8)

@@ -22,6 +22,8 @@ from revivemoe.sim.requests import Idle, Meet, Request
 
 SLOWNESS = 5.0
 BETWEEN_KILLS_S = 0.25
+NUM_RETRIES = 6
+BETWEEN_RETRIES_S = 0.08
 RETRY_S = 0.3
 MOST_RETRIES = 10
 
@@ -243,6 +245,10 @@ class Strikes:
                 self._instruct("restore_experts", {})
             case "retry":
                 self._instruct("retry", {})
+            case "retries":
+                for number in range(NUM_RETRIES):
+                    delay_s = number * BETWEEN_RETRIES_S * self._cluster.rng.random()
+                    self._later(delay_s, partial(self._instruct, "retry", {}))
             case "pause":
                 self._instruct("pause", {})
                 self._later(fault.seconds, lambda: self._instruct("resume", {}))
