@@ -60,7 +60,7 @@ def _report_failure(result: Result, console: Console) -> None:
 
 
 def _summary(tally: Tally, wall_s: float, console: Console) -> None:
-    console.print(_coverage_table(tally), width=TABLE_WIDTH)
+    Console(width=max(console.width, TABLE_WIDTH)).print(_coverage_table(tally))
     outcomes = ", ".join(f"{count} {name}" for name, count in sorted(tally.outcomes.items()))
     console.print(
         f"{tally.seeds} seeds ({outcomes}), {len(tally.failing)} with a violation; "

@@ -31,7 +31,8 @@ BEATS_PER_PACE = 3
 IDLE_TICK_S = 0.5
 """A parked loop ticks its progress so often."""
 WAIT_TIMEOUT_S = 4.0
-"""Bound on every wait in a domain. Shorter than usual, for the sake of virtual time."""
+"""Bound on every wait in a domain, looked at with each heartbeat. Shorter than usual, for the sake
+of virtual time."""
 POLL_S = 0.0003
 """Within this time a wait sees that its exchange is complete, or that it is fenced."""
 
@@ -155,6 +156,8 @@ class Process:
             self._frozen.append(self._beat)
             return
         now = self.now
+        if isinstance(self.doing, Meet) and now - self._since > WAIT_TIMEOUT_S:
+            self.fail_wait(f"{self.doing.phase} not complete after {WAIT_TIMEOUT_S:g} s")
         progress = self._progress
         if isinstance(self.doing, Idle) and not self.hung:
             progress += int((now - self._since) / IDLE_TICK_S)
@@ -252,8 +255,6 @@ class Process:
         assert self.domain is not None
         wait = self._wait
         self._num_exchanges += 1
-        timeout = CommunicationFailed(f"{request.phase} not complete after {WAIT_TIMEOUT_S:g} s")
-        self._later(partial(self._throw, timeout), WAIT_TIMEOUT_S)
 
         def wake(values: list[object]) -> None:
             if wait == self._wait:

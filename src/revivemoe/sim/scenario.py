@@ -29,6 +29,11 @@ STAGES = (
     "fencing", "fencing", "resuming", "resuming", "first step", "restarting", "reloading",
     "boundary", "draining", "loading",
 )  # fmt: skip
+OPENERS = (
+    "kill", "kill-two", "kill-all", "error", "stop", "hang", "link", "nan", "launch-slow", "drain",
+    "retry", "pause",
+)  # fmt: skip
+"""Faults that bring about a change of epoch soon, for others to strike in."""
 POINTS = (
     (-1, "headers"), (0, "attention"), (0, "dispatch"), (0, "experts"), (0, "combine"),
     (1, "attention"), (1, "dispatch"), (1, "experts"), (1, "combine"), (-1, "sample"),
@@ -196,8 +201,9 @@ def _tokens(rng: Random, count: int) -> list[int]:
 
 def _fault(rng: Random, kinds: tuple[FaultKind, ...], num_ranks: int, number: int) -> FaultSpec:
     rank, peer = rng.sample(range(num_ranks), 2)
+    openers = [kind for kind in kinds if kind in OPENERS]
     return FaultSpec(
-        kind=rng.choice(kinds),
+        kind=rng.choice(kinds if number or not openers or rng.random() < 0.4 else openers),
         rank=rank,
         when=_when(rng, number),
         peer=peer,
