@@ -44,7 +44,7 @@ class FaultRun:
     def true_detect_s(self) -> float:
         """From just before the fault to the first sign of it in the engine."""
         signs = ("fault", "non_finite", "drain", "symptom", "device")
-        at = min(e["time"] for e in self.events if e["event"] in signs)
+        at = min((e["time"] for e in self.events if e["event"] in signs), default=self.killed_wall)
         return float(at - self.killed_wall)
 
 

@@ -32,7 +32,7 @@ class Injections:
         """Keep a fault for its moment; one without a moment strikes now."""
         at_once = fault.step is None and fault.layer is None and fault.phase is None
         if at_once and "prompt_token" not in fault.params and fault.kind != "nan":
-            self._strike(fault, fault.phase, -1)
+            self._strike(fault, -1)
         else:
             self._waiting.append(fault)
 
@@ -47,7 +47,7 @@ class Injections:
             if _matches(fault, step, phase, layer) and _concerns(fault, tokens):
                 if "prompt_token" not in fault.params:
                     self._waiting.remove(fault)
-                self._strike(fault, phase, layer)
+                self._strike(fault, layer)
                 return
 
     def spoilt(self, phase: str, layer: int, values: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class Injections:
         factors = [float(f.params.get("factor", 5)) for f in self._slow if f.phase in (None, phase)]
         return max(0.0, (max(factors, default=1.0) - 1.0) * own_s)
 
-    def _strike(self, fault: Inject, phase: str | None, layer: int) -> None:
+    def _strike(self, fault: Inject, layer: int) -> None:
         match fault.kind:
             case "kill":
                 signal.raise_signal(signal.SIGKILL)
@@ -77,7 +77,7 @@ class Injections:
             case "slow":
                 self._slow.append(fault)
             case "nan":
-                self._spoil = (phase or "experts", layer)
+                self._spoil = ("experts", -1) if fault.phase is None else (fault.phase, layer)
             case "comm":
                 sever(int(fault.params["peer_pid"]))
             case unknown:

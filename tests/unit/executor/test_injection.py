@@ -127,3 +127,10 @@ def test_nan_is_put_into_what_a_phase_produced_once() -> None:
     assert injections.spoilt("experts", 1, values).isnan().any()
     assert not values.isnan().any(), "a copy"
     assert torch.equal(injections.spoilt("experts", 1, values), values), "once"
+
+
+def test_nan_without_a_place_comes_out_of_the_next_experts() -> None:
+    injections = Injections()
+    injections.add(Inject("x", "nan"))
+    injections.reached(3, "schedule", -1, no_tokens)
+    assert injections.spoilt("experts", 2, torch.ones(2, 3)).isnan().any()
