@@ -203,6 +203,9 @@ class Maintenance:
 
     def _load(self, reloads: Iterable[Reload]) -> None:
         by_rank: dict[RankId, list[Reload]] = {}
+        reloads = tuple(reloads)
+        taken = {(r.rank, r.layer, r.slot) for r in reloads}
+        self._loaded = [r for r in self._loaded if (r.rank, r.layer, r.slot) not in taken]
         for reload in reloads:
             by_rank.setdefault(reload.rank, []).append(reload)
         for rank, wanted in by_rank.items():
