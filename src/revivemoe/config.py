@@ -6,8 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
+from revivemoe.ids import Epoch
 from revivemoe.recovery.policy import Policy
+from revivemoe.topology import Topology, default_microbatches, deployment
 
+FIRST_EPOCH = Epoch(1)
+MAX_MICROBATCHES = 8
 NODE_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
 """DNS subdomain, as Kubernetes asks of the name of a Node."""
 
@@ -19,6 +23,11 @@ class EngineConfig:
     model_dir: Path
     served_model_name: str = ""
     data_parallel_size: int = 1
+    """Attention ranks."""
+    expert_ranks: int = 0
+    """Ranks for experts alone; 0: experts live on the attention ranks."""
+    num_microbatches: int | None = None
+    """Into which a step is cut; None: what suits the deployment."""
     redundant_experts: int = 0
     spare_expert_slots: int = 0
     expert_host_cache: bool = False
@@ -51,7 +60,15 @@ class EngineConfig:
     @property
     def threads_per_rank(self) -> int:
         """Ranks of one host share its cores; more threads than cores would fight."""
-        return max(1, len(os.sched_getaffinity(0)) // self.data_parallel_size)
+        return max(1, len(os.sched_getaffinity(0)) // self.num_ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        return self.data_parallel_size + self.expert_ranks
+
+    def topology(self) -> Topology:
+        """What the instance starts with."""
+        return deployment(FIRST_EPOCH, self.data_parallel_size, self.expert_ranks)
 
 
 def count_cuda_devices() -> int:
@@ -88,16 +105,19 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
             f"--max-model-len {max_model_len} is more than the {info.max_positions} positions "
             "the model was made for: lower it"
         )
-    if config.data_parallel_size > info.num_experts:
+    topology = config.topology()
+    holders = len(topology.experts)
+    if holders > info.num_experts:
+        flag = "--expert-ranks" if config.expert_ranks else "--data-parallel-size"
         raise ValueError(
-            f"--data-parallel-size {config.data_parallel_size} is more ranks than the "
+            f"{flag} {holders} is more ranks than the "
             f"{info.num_experts} experts of a layer: every rank must hold at least one; lower it"
         )
-    most = info.num_experts * (config.data_parallel_size - 1)
+    most = info.num_experts * (holders - 1)
     if config.redundant_experts > most:
         raise ValueError(
             f"--redundant-experts {config.redundant_experts} is more than {info.num_experts} "
-            f"experts on {config.data_parallel_size} ranks can use ({most}): lower it"
+            f"experts on {holders} ranks can use ({most}): lower it"
         )
     if config.max_num_batched_tokens < config.max_num_seqs:
         raise ValueError(
@@ -110,6 +130,7 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
         device=device,
         dtype=info.dtype if config.dtype == "auto" else config.dtype,
         comm_backend=_backend(config, device),
+        num_microbatches=config.num_microbatches or default_microbatches(topology),
         max_model_len=max_model_len,
     )
 
@@ -117,6 +138,8 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
 def _check_positive(config: EngineConfig) -> None:
     for flag, value, least in (
         ("--data-parallel-size", config.data_parallel_size, 1),
+        ("--expert-ranks", config.expert_ranks, 0),
+        ("--num-microbatches", config.num_microbatches, 1),
         ("--redundant-experts", config.redundant_experts, 0),
         ("--spare-expert-slots", config.spare_expert_slots, 0),
         ("--max-model-len", config.max_model_len, 2),
@@ -128,6 +151,11 @@ def _check_positive(config: EngineConfig) -> None:
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} {value} is out of range: at least {least}")
+    if (config.num_microbatches or 1) > MAX_MICROBATCHES:
+        raise ValueError(
+            f"--num-microbatches {config.num_microbatches} is out of range: at most "
+            f"{MAX_MICROBATCHES}"
+        )
     fraction = config.policy.max_missing_fraction
     if not 0 <= fraction < 1:
         raise ValueError(f"--max-missing-fraction {fraction} is out of range: 0 up to below 1")
@@ -156,7 +184,7 @@ def _device(config: EngineConfig) -> str:
 
 
 def _backend(config: EngineConfig, device: str) -> str:
-    enough = count_cuda_devices() >= config.data_parallel_size
+    enough = count_cuda_devices() >= config.num_ranks
     if config.comm_backend == "auto":
         if device == "cpu":
             return "shm"
@@ -165,7 +193,7 @@ def _backend(config: EngineConfig, device: str) -> str:
         raise ValueError("--comm-backend nccl needs --device cuda: use shm or gloo")
     if config.comm_backend == "nccl" and not enough:
         raise ValueError(
-            f"--comm-backend nccl needs a GPU for each of {config.data_parallel_size} ranks, and "
+            f"--comm-backend nccl needs a GPU for each of {config.num_ranks} ranks, and "
             f"this host shows {count_cuda_devices()}: use --comm-backend gloo"
         )
     return config.comm_backend

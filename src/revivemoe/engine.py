@@ -49,7 +49,13 @@ from revivemoe.quarantine import strike
 from revivemoe.rank_view import RankView
 from revivemoe.recovery.coordinator import Coordinator, Failed, Finished, Recovered, Restarting
 from revivemoe.recovery.faults import DeviceReport, Fault
-from revivemoe.recovery.planner import RecoveryPlan, World, describe_plan, plan_recovery
+from revivemoe.recovery.planner import (
+    RecoveryPlan,
+    World,
+    describe_plan,
+    plan_recovery,
+    refuse_switch,
+)
 from revivemoe.recovery.record import RecoveryRecord
 from revivemoe.recovery.repeats import Numbers
 from revivemoe.recovery.symptoms import Symptoms
@@ -120,6 +126,8 @@ class Engine:
         self._counted = False
         """Whether the recovery under way counts towards the policy's limit."""
         self._domain_failures = 0
+        self._switch: RankId | None = None
+        """The rank whose role the planned change under way is to change."""
         self._load_failed_at: float | None = None
         """When experts last could not be loaded before a resume."""
 
@@ -491,6 +499,9 @@ class Engine:
         return self.coordinator.active or rank in (*self.topology.members, *configured)
 
     def _condemn(self, fault: Fault) -> None:
+        aside = fault.rank in self.fleet.switched and fault.rank not in self.topology.members
+        if aside and not self.ranks[fault.rank].dead:
+            self.maintenance.switch_failed()
         self.fleet.condemn(fault, self._clock())
         self._numbers.forget(fault.rank)
         self.maintenance.forget(fault.rank)
@@ -516,6 +527,7 @@ class Engine:
         if not (self.coordinator.active and self._counted):
             self._starts.append(now)
             self._counted = True
+        self._switch = None
         absent = [r for r, v in self.ranks.items() if not v.ready]
         self._symptoms.explained()
         self.maintenance.interrupt()
@@ -532,8 +544,12 @@ class Engine:
         *,
         hold: bool = False,
         request_id: str | None = None,
+        switch: RankId | None = None,
     ) -> None:
-        """A planned change: all stop together at a step boundary. Ranks of `faults` go out."""
+        """A planned change: all stop together at a step boundary. Ranks of `faults` go out, and
+        `switch` becomes an expert rank.
+        """
+        self._switch = switch
         self._symptoms.explained()
         self._counted = False
         self.coordinator.begin_at_boundary(self.topology, faults, now, cause, hold)
@@ -564,6 +580,9 @@ class Engine:
         if finished is not None:
             self._finish(finished, now)
         elif plan is not None and plan is not carried_out:
+            self._switch = None
+            for switch in plan.switches:
+                self.fleet.switch(switch, plan.switch_aside)
             self._retire_leavers(plan.topology)
             if plan.placement.missing():
                 self.ledger.mark_degraded()
@@ -587,10 +606,10 @@ class Engine:
             maskable=all(view.maskable for view in self.ranks.values()),
             recent_recoveries=self._recent_recoveries(horizon),
             recent_restarts=sum(t >= horizon for t in self._restarts.values()),
-            home=self.home,
+            home=fleet.roles(self.home),
             gone=tuple(fleet.gone),
             ready=tuple(view.rank for view in joining),
-            tables={view.rank: view.table for view in joining},
+            tables={view.rank: view.table for view in (*joining, *fleet.switching)},
             launching=tuple(fleet.launching),
             relaunchable=tuple(fleet.relaunchable(now)),
             loaded=loaded,
@@ -598,7 +617,19 @@ class Engine:
             domain_failures=self._domain_failures,
             trials=self.ledger.trials(),
             can_load=not self._load_failed_lately(now),
+            home_placement=fleet.home,
+            switched=frozenset(fleet.switched),
+            switch=self._switch,
         )
+
+    def refuse_switch(self, rank: RankId) -> str | None:
+        """Why a rank cannot, or need not, become an expert rank; None: it can."""
+        return refuse_switch(self._world(self._clock()), rank)
+
+    def plan_switch(self, rank: RankId) -> RecoveryPlan:
+        """What would be done for the role switch of a rank now. Does nothing."""
+        world = replace(self._world(self._clock()), switch=rank)
+        return plan_recovery(world, [], self.config.policy)
 
     def _recent_recoveries(self, horizon: float) -> int:
         """Without the one under way. A planned change is not measured by them."""
@@ -617,6 +648,10 @@ class Engine:
         self.event("load_failed", {"id": report.rank, "detail": report.error})
         log.warning("rank %d could not load experts: %s", report.rank, report.error)
         self._load_failed_at = now
+        if report.rank in self.fleet.switched:
+            self.fleet.forget_table(report.rank)
+        if not self._matters(report.rank):
+            return
         self.redo(self.coordinator.record.cause if self.coordinator.active else "load", now)
 
     def restart(self, rank: RankId) -> None:
@@ -697,8 +732,3 @@ class Engine:
     def event(self, kind: str, detail: dict[str, Any]) -> None:
         """Tell whoever follows the events."""
         self._on_event({"event": kind, **detail})
-
-
-def first_topology_epoch() -> Epoch:
-    """Epochs count from 1."""
-    return Epoch(1)

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages import Command, DomainSpec, Heartbeat
-from revivemoe.placement import ExpertPlacement
+from revivemoe.messages import Command, DomainSpec, Heartbeat, RankStats
+from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.rank_view import RankView
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.policy import Policy
+from revivemoe.recovery.role_switch import RoleSwitch
 from revivemoe.recovery.slowness import Slowness
+from revivemoe.topology import Topology, switched
 
 log = logging.getLogger("revivemoe.fleet")
 
@@ -55,6 +57,8 @@ class Fleet:
         self.detector = Detector(policy)
         self.slowness = Slowness(policy)
         self.home = home
+        self.switched: dict[RankId, RankId | None] = {}
+        """Processes that have become expert ranks, or are about to, and whose place they take."""
         self._cluster, self._event = cluster, event
         self._in_epoch: dict[RankId, Incarnation] = {}
         """The processes that are members of the present epoch."""
@@ -66,6 +70,7 @@ class Fleet:
         view = self.views[rank]
         incarnation = view.relaunch()
         view.table = self.home.slots.get(rank, ())
+        self.switched.pop(rank, None)
         self.slowness.forget(rank)
         self.detector.launched(rank, incarnation, now)
         self._cluster.launch(rank, incarnation, view.table)
@@ -137,6 +142,29 @@ class Fleet:
             view.slow = ratio
         return found
 
+    def switch(self, switch: RoleSwitch, aside: bool) -> None:
+        """The rank's process has been told to become an expert rank: there is no way back. It is
+        no member in its old role any more. `aside`: it says when it is ready for the new one.
+        """
+        view = self.views[switch.rank]
+        self.switched[switch.rank] = switch.replaces
+        view.table, view.ready, view.draining = switch.table, not aside, False
+        view.stats = RankStats()
+        self._in_epoch.pop(switch.rank, None)
+        told = {"id": switch.rank, "replaces": switch.replaces, "aside": aside}
+        self._event("role_switch", told)
+
+    def forget_table(self, rank: RankId) -> None:
+        """A rank that has switched roles could not load what it was to hold."""
+        view = self.views[rank]
+        view.table = tuple((EMPTY,) * len(row) for row in view.table)
+
+    def roles(self, home: Topology) -> Topology:
+        """`home`, with the roles that the present processes have."""
+        for rank, replaced in self.switched.items():
+            home = switched(home, rank, replaced)
+        return home
+
     # ---- who is there ------------------------------------------------------------------------
 
     def enter_epoch(self, members: Iterable[RankId]) -> None:
@@ -155,6 +183,11 @@ class Fleet:
     def joining(self) -> list[RankView]:
         """Ready to be taken in."""
         return [v for v in self.views.values() if v.ready and not v.dead and self.is_new(v)]
+
+    @property
+    def switching(self) -> list[RankView]:
+        """Loading for the role they are to have."""
+        return [v for v in self.views.values() if v.rank in self.switched and v.loading]
 
     @property
     def launching(self) -> list[RankId]:

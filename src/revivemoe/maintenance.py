@@ -31,13 +31,21 @@ SETTLE_S = 1.0
 """How long sequences that have moved may take to get on by a token before their rank leaves."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A rank that shall leave, or change its role, once what it holds is safe elsewhere."""
+
+    fault: Fault
+    request_id: str | None
+    switch: bool = False
+
+
 @dataclass
 class Drain:
     """One rank on its way out."""
 
-    fault: Fault
+    wanted: Wanted
     deadline: float
-    request_id: str | None
     targets: dict[SeqId, RankId]
     shadows: set[SeqId]
     moved: dict[SeqId, int] = field(default_factory=dict)
@@ -60,7 +68,7 @@ class Maintenance:
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
         self._drain: Drain | None = None
-        self._asked: deque[tuple[Fault, str | None]] = deque()
+        self._asked: deque[Wanted] = deque()
         """Drains that wait for their turn."""
         self._loading: dict[int, Loading] = {}
         self._loaded: list[Reload] = []
@@ -71,17 +79,37 @@ class Maintenance:
         """Some missing experts only fit into slots that are in use: load them at a boundary."""
         self._pause: tuple[bool, str | None] = (False, None)
         self._joins: dict[RankId, str | None] = {}
+        self._switch_again = False
+        """A rank that was switching roles is gone: another one may take over."""
 
     # ---- asked for ---------------------------------------------------------------------------
 
     def drain(self, fault: Fault, now: float, request_id: str | None = None) -> None:
         """Take a rank out at a step boundary. Refused (with an event) if nobody could take over."""
-        view = self._engine.ranks[fault.rank]
-        if view.dead or view.draining or any(f.rank == fault.rank for f, _ in self._asked):
-            return
-        view.fault = fault
-        self._asked.append((fault, request_id))
+        if self._may_ask(fault.rank):
+            self._engine.ranks[fault.rank].fault = fault
+            self._asked.append(Wanted(fault, request_id))
+            self.tick(now)
+
+    def switch_role(self, rank: RankId, now: float, request_id: str | None) -> None:
+        """Make an attention rank an expert rank, beside the others. Raises ValueError."""
+        if refusal := self._engine.refuse_switch(rank):
+            raise ValueError(refusal)
+        if not self._may_ask(rank):
+            raise ValueError(f"rank {rank} is on its way out already")
+        fault = Fault(rank, "role_switch", "asked by an operator")
+        self._asked.append(Wanted(fault, request_id, switch=True))
+        self._joins[rank] = request_id
         self.tick(now)
+
+    def _may_ask(self, rank: RankId) -> bool:
+        view = self._engine.ranks[rank]
+        asked = any(wanted.fault.rank == rank for wanted in self._asked)
+        return not (view.dead or view.draining or asked)
+
+    def switch_failed(self) -> None:
+        """A rank that was switching roles in the background is gone."""
+        self._switch_again = True
 
     def rejoin(self, rank: RankId, now: float, request_id: str | None) -> None:
         """Start a new process for a rank that is out. Raises ValueError if it is not."""
@@ -136,11 +164,19 @@ class Maintenance:
             engine.change_epoch([], "pause", now, hold=True, request_id=request_id)
         elif joiners:
             ids = [self._joins.pop(v.rank, None) for v in joiners]
-            engine.change_epoch([], "rejoin", now, request_id=next(filter(None, ids), None))
+            cause = "rejoin"
+            if any(v.rank in engine.fleet.switched for v in joiners):
+                cause = "role_switch"
+            engine.change_epoch([], cause, now, request_id=next(filter(None, ids), None))
+        elif self._switch_again:
+            self._switch_again = False
+            plan = engine.plan_for([])
+            if isinstance(plan, Continue) and plan.switches:
+                engine.change_epoch([], "role_switch", now)
         elif self._drain is not None:
             self._go_on_draining(self._drain, now)
         elif self._asked:
-            self._begin_drain(*self._asked.popleft(), now)
+            self._begin_drain(self._asked.popleft(), now)
         elif (self._loaded or self._restore_now) and not self._loading:
             self._restore_now = False
             engine.change_epoch([], "restore_experts", now, request_id=self._restore_id)
@@ -149,8 +185,8 @@ class Maintenance:
         """A fault comes first: the drain begins anew after it, if it is still wanted."""
         drain, self._drain = self._drain, None
         if drain is not None:
-            self._engine.ranks[drain.fault.rank].draining = False
-            self._asked.appendleft((drain.fault, drain.request_id))
+            self._engine.ranks[drain.wanted.fault.rank].draining = False
+            self._asked.appendleft(drain.wanted)
 
     def forget(self, rank: RankId) -> None:
         """The rank is out: what its process had loaded, or was loading, is gone with it."""
@@ -171,8 +207,8 @@ class Maintenance:
             for r in self._loaded
             if r.rank in members and not _names(used.slots[r.rank], used.layers, r)
         ]
-        self._asked = deque((f, i) for f, i in self._asked if f.rank in members)
-        if self._drain is not None and self._drain.fault.rank not in members:
+        self._asked = deque(w for w in self._asked if w.fault.rank in members)
+        if self._drain is not None and self._drain.wanted.fault.rank not in members:
             self._drain = None
         if plan.background:
             self._load(plan.background)
@@ -227,13 +263,13 @@ class Maintenance:
             (free if row[reload.slot] == EMPTY else used).append(reload)
         return free, used
 
-    def _begin_drain(self, fault: Fault, request_id: str | None, now: float) -> None:
-        engine = self._engine
+    def _begin_drain(self, wanted: Wanted, now: float) -> None:
+        engine, fault, request_id = self._engine, wanted.fault, wanted.request_id
         view = engine.ranks[fault.rank]
         if view.dead or fault.rank not in engine.topology.members:
             return
-        plan = engine.plan_for([fault])
-        if not isinstance(plan, Continue):
+        plan = engine.plan_switch(fault.rank) if wanted.switch else engine.plan_for([fault])
+        if not isinstance(plan, Continue) or (wanted.switch and not plan.switches):
             told = {"id": fault.rank, "reason": plan.reason, "request_id": request_id}
             engine.event("drain_refused", told)
             log.warning("rank %d cannot be drained: %s", fault.rank, plan.reason)
@@ -243,8 +279,11 @@ class Maintenance:
         owned = [seq_id for seq_id in engine.ledger.owned_by(fault.rank) if seq_id in targets]
         shadows = {engine.ledger.warm(seq_id, targets[seq_id]) for seq_id in owned}
         deadline = now + engine.config.policy.drain_timeout_s
-        self._drain = Drain(fault, deadline, request_id, targets, shadows)
-        self._load(self._split((*plan.reloads, *plan.background))[0])
+        self._drain = Drain(wanted, deadline, targets, shadows)
+        if not wanted.switch:
+            plan_slots = engine.placement.slots  # a rank that only becomes an expert rank has none
+            loads = [r for r in (*plan.reloads, *plan.background) if r.rank in plan_slots]
+            self._load(self._split(loads)[0])
         told = {"id": fault.rank, "kind": fault.kind, "detail": fault.detail}
         engine.event("drain", {**told, "sequences": len(owned), "request_id": request_id})
         if shadows:
@@ -253,19 +292,22 @@ class Maintenance:
             self._go_on_draining(self._drain, now)
 
     def _go_on_draining(self, drain: Drain, now: float) -> None:
-        engine = self._engine
+        engine, wanted = self._engine, drain.wanted
         if drain.settle_until is None:
             warm = not any(engine.ledger.warming(shadow) for shadow in drain.shadows)
             if (warm and not self._loading) or now >= drain.deadline:
                 self._move(drain, now)
         elif now >= drain.settle_until or self._settled(drain):
-            engine.change_epoch([drain.fault], drain.fault.kind, now, request_id=drain.request_id)
+            leaves = [] if wanted.switch else [wanted.fault]
+            switch = wanted.fault.rank if wanted.switch else None
+            kind, request_id = wanted.fault.kind, wanted.request_id
+            engine.change_epoch(leaves, kind, now, request_id=request_id, switch=switch)
 
     def _move(self, drain: Drain, now: float) -> None:
         """Hand the sequences over: what is computed of them lies in the targets' prefix caches."""
         engine = self._engine
         others = [r for r in engine.topology.attention if not engine.ranks[r].draining]
-        for number, seq_id in enumerate(engine.ledger.owned_by(drain.fault.rank)):
+        for number, seq_id in enumerate(engine.ledger.owned_by(drain.wanted.fault.rank)):
             target = drain.targets.get(seq_id)
             if target not in others:
                 target = others[number % len(others)]

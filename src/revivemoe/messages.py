@@ -91,6 +91,8 @@ class DomainSpec(msgspec.Struct, frozen=True):
     """host:port of the engine's TCP store (gloo, nccl)."""
     timeout_s: float = 30.0
     """Bound on every wait inside the domain."""
+    channels: int = 1
+    """Independent sequences of exchanges: one for each micro-batch."""
     weights: dict[RankId, str] = {}
     """Where each rank serves its experts' weights to its peers."""
 
@@ -127,6 +129,17 @@ class LoadExperts(msgspec.Struct, frozen=True, tag=True):
     loads: tuple[SlotLoad, ...]
 
 
+class SwitchRole(msgspec.Struct, frozen=True, tag=True):
+    """Give the attention role up, outside of any epoch, and load the experts that `placement` gives
+    to this rank. `Ready` answers it: then it waits to be taken in as an expert rank.
+    """
+
+    epoch: Epoch
+    """The one it has been fenced for: a later fence ends the switch."""
+    placement: ExpertPlacement
+    domain: DomainSpec
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Leave and exit with status 0."""
 
@@ -145,7 +158,7 @@ class Inject(msgspec.Struct, frozen=True, tag=True):
     is not one-shot: a request that kills whoever runs it)."""
 
 
-Command = Add | Abort | Wake | Fence | Configure | LoadExperts | Stop | Inject
+Command = Add | Abort | Wake | Fence | Configure | LoadExperts | SwitchRole | Stop | Inject
 
 
 # ---- rank to engine -------------------------------------------------------------------------

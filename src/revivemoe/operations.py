@@ -119,10 +119,11 @@ class Operations:
             self._engine.release(now)
 
     def _role_switch(self, params: dict[str, Any], request_id: str, now: float) -> None:
-        raise ValueError(
-            "role_switch needs attention and experts on different ranks (--expert-ranks): here "
-            "every rank has both roles"
-        )
+        """An attention rank becomes an expert rank, in the background."""
+        _only(params, "id")
+        self._need_serving()
+        rank = self._member(params, "id")
+        self._engine.maintenance.switch_role(rank, now, request_id)
 
     def _what_if(self, params: dict[str, Any], request_id: str, now: float) -> Any:
         _only(params, "ids")

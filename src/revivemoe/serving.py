@@ -15,7 +15,7 @@ from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.cluster.local import Callbacks, LocalCluster
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.engine import Engine, first_topology_epoch
+from revivemoe.engine import Engine
 from revivemoe.engine_state import (
     FailedState,
     Paused,
@@ -36,7 +36,6 @@ from revivemoe.placement import place
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.status import status_document
 from revivemoe.streams import EngineUnavailable, ModelInfo, StreamEvent, Submission
-from revivemoe.topology import collocated
 
 log = logging.getLogger("revivemoe.serving")
 
@@ -99,7 +98,7 @@ class Instance:
             vocab_size=info.vocab_size,
             eos_token_ids=info.eos_token_ids,
         )
-        topology = collocated(first_topology_epoch(), config.data_parallel_size)
+        topology = config.topology()
         placement = place(
             info.num_experts,
             info.moe_layers,
@@ -113,6 +112,7 @@ class Instance:
             config.comm_backend,
             Callbacks(self._on_report, self._on_exit, self._on_forkserver_gone),
             _host_cache(config, info) if config.expert_host_cache else None,
+            config.num_microbatches or 1,
         )
         self.engine = Engine(
             config,
@@ -301,11 +301,13 @@ class Instance:
     ) -> RankSpec:
         config, info = self.config, self.info
         assert config.max_model_len is not None
+        table = slots or ((),) * len(info.moe_layers)
         return RankSpec(
             rank=rank,
             incarnation=incarnation,
             model_dir=str(info.model_dir),
-            slots={LayerId(k): v for k, v in zip(info.moe_layers, slots, strict=True)},
+            attention=rank in self.engine.home.attention,
+            slots={LayerId(k): v for k, v in zip(info.moe_layers, table, strict=True)},
             num_experts=info.num_experts,
             top_k=info.top_k,
             dtype=config.dtype,
@@ -326,7 +328,8 @@ class Instance:
 
 def _segment(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:
     return SegmentSpec(
-        num_ranks=config.data_parallel_size,
+        num_ranks=config.num_ranks,
+        channels=config.num_microbatches or 1,
         max_tokens=config.max_num_batched_tokens,
         hidden=info.hidden_size,
         itemsize=2 if config.dtype == "bfloat16" else 4,

@@ -19,16 +19,63 @@ class Topology(msgspec.Struct, frozen=True):
         """Dense index of `rank`. Raises ValueError if it is not a member."""
         return LogicalRank(self.members.index(rank))
 
+    def places(self, ranks: tuple[RankId, ...]) -> tuple[LogicalRank, ...]:
+        """Logical ranks of these members."""
+        return tuple(self.logical_rank(rank) for rank in ranks)
+
     def roles(self, rank: RankId) -> list[str]:
         """Role names as the status document spells them."""
         pairs = (("attention", self.attention), ("expert", self.experts))
         return [name for name, ranks in pairs if rank in ranks]
 
 
+def deployment(epoch: Epoch, attention_ranks: int, expert_ranks: int) -> Topology:
+    """The topology an instance starts with. No expert ranks of their own: collocated."""
+    if expert_ranks:
+        return disaggregated(epoch, attention_ranks, expert_ranks)
+    return collocated(epoch, attention_ranks)
+
+
 def collocated(epoch: Epoch, num_ranks: int) -> Topology:
     """Every rank holds attention and experts."""
     ranks = tuple(RankId(r) for r in range(num_ranks))
-    return Topology(epoch=epoch, members=ranks, attention=ranks, experts=ranks)
+    return _of_roles(epoch, ranks, ranks)
+
+
+def disaggregated(epoch: Epoch, attention_ranks: int, expert_ranks: int) -> Topology:
+    """The first ranks hold attention, those after them experts."""
+    ranks = tuple(RankId(r) for r in range(attention_ranks + expert_ranks))
+    return _of_roles(epoch, ranks[:attention_ranks], ranks[attention_ranks:])
+
+
+def default_microbatches(topology: Topology) -> int:
+    """Two where attention and experts can work at the same time, on ranks of their own."""
+    return 1 if set(topology.attention) & set(topology.experts) else 2
+
+
+def _of_roles(epoch: Epoch, attention: tuple[RankId, ...], experts: tuple[RankId, ...]) -> Topology:
+    members = (*attention, *(r for r in experts if r not in attention))
+    return Topology(epoch=epoch, members=members, attention=attention, experts=experts)
+
+
+def donors(topology: Topology) -> tuple[RankId, ...]:
+    """Attention ranks that could become expert ranks: those without experts, never the last."""
+    if len(topology.attention) < 2:
+        return ()
+    return tuple(r for r in topology.attention if r not in topology.experts)
+
+
+def switched(topology: Topology, donor: RankId, replaced: RankId | None) -> Topology:
+    """`topology` with an attention rank as an expert rank, in the place of `replaced`.
+
+    That one may still be there: without it, the donor has its number among the expert ranks.
+    """
+    attention = tuple(r for r in topology.attention if r != donor)
+    at = len(topology.experts)
+    if replaced in topology.experts:
+        at = topology.experts.index(replaced)
+    experts = (*topology.experts[:at], donor, *topology.experts[at:])
+    return _of_roles(topology.epoch, attention, experts)
 
 
 def without(topology: Topology, lost: frozenset[RankId], epoch: Epoch) -> Topology:
@@ -37,12 +84,7 @@ def without(topology: Topology, lost: frozenset[RankId], epoch: Epoch) -> Topolo
     def keep(ranks: tuple[RankId, ...]) -> tuple[RankId, ...]:
         return tuple(r for r in ranks if r not in lost)
 
-    return Topology(
-        epoch=epoch,
-        members=keep(topology.members),
-        attention=keep(topology.attention),
-        experts=keep(topology.experts),
-    )
+    return _of_roles(epoch, keep(topology.attention), keep(topology.experts))
 
 
 def joined(topology: Topology, ranks: tuple[RankId, ...], home: Topology) -> Topology:
@@ -52,9 +94,5 @@ def joined(topology: Topology, ranks: tuple[RankId, ...], home: Topology) -> Top
         both = {*present, *(r for r in ranks if r in role)}
         return tuple(sorted(both, key=home.members.index))
 
-    return Topology(
-        epoch=topology.epoch,
-        members=add(topology.members, home.members),
-        attention=add(topology.attention, home.attention),
-        experts=add(topology.experts, home.experts),
-    )
+    attention = add(topology.attention, home.attention)
+    return _of_roles(topology.epoch, attention, add(topology.experts, home.experts))

@@ -62,11 +62,30 @@ def test_one_rank(
     assert solo.num_mixed_steps > 5
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("arch", ARCHS)
+LAYOUTS = {
+    "2": (2,),
+    "4": (4,),
+    "4 in two micro-batches": (4, "--num-microbatches", "2"),
+    "1+2 in one micro-batch": (1, "--expert-ranks", "2", "--num-microbatches", "1"),
+    "2+2 in two micro-batches": (2, "--expert-ranks", "2"),
+    "2+1 in three micro-batches": (2, "--expert-ranks", "1", "--num-microbatches", "3"),
+}
+COLLOCATED = ("2", "4")
+"""Every family runs on these, and on one of the others in turn; the first family on all of them."""
+
+
+def _layouts() -> list[tuple[str, str]]:
+    others = [name for name in LAYOUTS if name not in COLLOCATED]
+    pairs = [(arch, name) for arch in ARCHS for name in COLLOCATED]
+    pairs += [(ARCHS[0], name) for name in others]
+    pairs += [(arch, name) for arch in ARCHS[1:] for name in others[1:3]]
+    return pairs
+
+
+@pytest.mark.parametrize(("arch", "layout"), _layouts())
 def test_several_ranks(
     arch: str,
-    num_ranks: int,
+    layout: str,
     weights_of: Callable[[str], Weights],
     cases_of: Callable[[str], list[Case]],
 ) -> None:
@@ -83,5 +102,6 @@ def test_several_ranks(
         "--max-model-len": 256,
     }
     pairs = [str(part) for pair in flags.items() for part in pair]
-    with deployed(weights_of(arch).dir, num_ranks, *pairs) as server:
+    num_ranks, *roles = LAYOUTS[layout]
+    with deployed(weights_of(arch).dir, int(num_ranks), *map(str, roles), *pairs) as server:
         assert not check_all(cases, run_load(server.url, requests))

@@ -45,17 +45,23 @@ def row_bytes_of(seed: int) -> int:
     return (1, 16, 48, 400)[seed % 4]
 
 
+def received(transport: Transport) -> list[torch.Tensor]:
+    """Send the outbox; what all members sent here."""
+    transport.send()
+    return transport.receive()
+
+
 def uneven(transport: Transport, seed: int, known_counts: bool) -> list[np.ndarray]:
     """One random all-to-all; returns copies of what came from each member."""
     width = row_bytes_of(seed)
     sent = payload(seed, transport.index, transport.size, width)
-    outbox = transport.outbox(width, [len(rows) for rows in sent])
-    outbox.copy_(torch.from_numpy(np.concatenate(sent)))
     counts = None
     if known_counts:
         everyone = (payload(seed, i, transport.size, width) for i in range(transport.size))
         counts = [len(rows[transport.index]) for rows in everyone]
-    return [piece.numpy().copy() for piece in transport.all_to_all_rows(counts)]
+    outbox = transport.outbox(width, [len(rows) for rows in sent], counts)
+    outbox.copy_(torch.from_numpy(np.concatenate(sent)))
+    return [piece.numpy().copy() for piece in received(transport)]
 
 
 def tokens_of(seed: int, index: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -149,7 +155,7 @@ class Worker:
         while time.monotonic() < until:
             outbox.fill_(0xEE)
         with contextlib.suppress(CommunicationFailed):
-            transport.all_to_all_rows()
+            received(transport)
         transport.all_gather_ints([1])
 
     def uneven_for(self, seconds: float) -> bool:
@@ -174,8 +180,8 @@ class Worker:
 
     @property
     def _transport(self) -> Transport:
-        assert self._domains.current is not None
-        return self._domains.current
+        (transport,) = self._domains.current
+        return transport
 
 
 def worker_main(me: int, conn: Connection, handed: HandedFd) -> None:

@@ -44,7 +44,7 @@ class SoloRank:
         self.runner.allocate(limits.num_blocks, limits.block_size)
         transport = SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, ME, device)
         dispatcher = Dispatcher(transport, placement.slots_per_rank)
-        self.runner.enter(dispatcher, placement, collocated(EPOCH, 1), ME)
+        self.runner.enter([dispatcher], placement, collocated(EPOCH, 1), ME)
         self.rank = Rank(ME, Incarnation(1), limits)
         self.rank.configure(EPOCH, 0, b"", 0)
         self._wake = 0

@@ -24,8 +24,7 @@ _WARM_UP = 20
 
 def _layers(domains: Domains, num: int, tokens: int, hidden: int, top_k: int) -> list[float]:
     """Seconds of each of `num` layers on this rank, and after them its seconds of waiting."""
-    transport = domains.current
-    assert transport is not None
+    (transport,) = domains.current
     dispatcher = Dispatcher(transport, _SLOTS)
     generator = torch.Generator().manual_seed(transport.index)
     hidden_TH = torch.randn(tokens, hidden, generator=generator)

@@ -62,8 +62,11 @@ def serve(
         int, typer.Option(help="Ranks that share a dense feed-forward layer; only 1 so far.")
     ] = 1,
     num_microbatches: Annotated[
-        int, typer.Option(help="Micro-batches per step; only 1 so far.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Micro-batches per step, 1 to 8; default: 2 with --expert-ranks, else 1."
+        ),
+    ] = None,
     comm_backend: Annotated[str, typer.Option(help="auto, shm, gloo or nccl.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[
@@ -101,11 +104,7 @@ def serve(
 ) -> None:
     """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""
     del enforce_eager
-    for flag, value, only in (
-        ("--expert-ranks", expert_ranks, 0),
-        ("--dense-ffn-tp", dense_ffn_tp, 1),
-        ("--num-microbatches", num_microbatches, 1),
-    ):
+    for flag, value, only in (("--dense-ffn-tp", dense_ffn_tp, 1),):
         if value != only:
             raise ValueError(f"{flag} {value} is not supported yet: leave it at {only}")
     if not 0 <= port < 65536:
@@ -114,6 +113,8 @@ def serve(
         model_dir=model_dir,
         served_model_name=served_model_name or "",
         data_parallel_size=data_parallel_size,
+        expert_ranks=expert_ranks,
+        num_microbatches=num_microbatches,
         redundant_experts=redundant_experts,
         spare_expert_slots=spare_expert_slots,
         expert_host_cache=expert_host_cache,
@@ -240,7 +241,7 @@ async def _watch_start(instance: Any, stop: asyncio.Event) -> None:
         stop.set()
         return
     ended.cancel()
-    log.info("serving %s with %d ranks", instance.model.name, instance.config.data_parallel_size)
+    log.info("serving %s with %d ranks", instance.model.name, instance.config.num_ranks)
 
 
 def _say_where(host: str, port: int) -> None:

@@ -186,7 +186,7 @@ def _make_segment(dims: SegmentSpec | None) -> int:
 
     assert dims is not None
     size = region_bytes(dims.num_ranks, dims.max_tokens, dims.hidden, dims.itemsize, dims.top_k)
-    return create_segment(dims.num_ranks, size)
+    return create_segment(dims.num_ranks, size, dims.channels)
 
 
 def _make_cache(spec: HostCacheSpec | None) -> int:

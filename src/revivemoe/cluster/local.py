@@ -61,10 +61,11 @@ class LocalCluster:
         backend: str,
         callbacks: Callbacks,
         host_cache: HostCacheSpec | None = None,
+        channels: int = 1,
     ) -> None:
         token = secrets.token_hex(8)
         self.reports = f"ipc://@revivemoe-{token}-reports"
-        self._token = token
+        self._token, self._channels = token, channels
         self._spec_for, self._callbacks, self._backend = spec_for, callbacks, backend
         self._launcher = Launcher(segment, host_cache)
         self._store = GroupStore() if backend in ("gloo", "nccl") else None
@@ -179,7 +180,9 @@ class LocalCluster:
     def domain(self) -> DomainSpec:
         address = self._store.address if self._store is not None else None
         weights = {rank: self._weights(key) for rank, (key, _) in self._outboxes.items()}
-        return DomainSpec(backend=self._backend, store_address=address, weights=weights)
+        return DomainSpec(
+            backend=self._backend, store_address=address, channels=self._channels, weights=weights
+        )
 
     def _weights(self, key: Key) -> str:
         return f"ipc://@revivemoe-{self._token}-{key[0]}.{key[1]}-weights"

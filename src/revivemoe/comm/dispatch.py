@@ -8,13 +8,14 @@ each rank at most once, however many of its experts are there.
     back             | H partial sum |
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from revivemoe.comm.shm import region_bytes_for
-from revivemoe.comm.transport import Transport
+from revivemoe.comm.transport import Flow, Transport
 
 _ALIGN = 16
 
@@ -45,6 +46,17 @@ class Dispatched:
     weights_RK: torch.Tensor
     """float32; 0 where that choice is not on this rank."""
     handle: DispatchHandle
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Tokens on their way. Opaque to callers."""
+
+    hidden_TH: torch.Tensor
+    slot_ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    route: "_Route | None"
+    """None in a domain of one."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +110,32 @@ def _route(slot_ids_TK: np.ndarray, size: int, slots: int) -> _Route:
 
 
 class Dispatcher:
-    """Dispatch and combine over the transport of one epoch. Collective: all members call alike."""
+    """Dispatch and combine over one channel of an epoch's domain. Collective: all members call
+    alike. Sources (who have tokens) send to servers (who hold what the tokens ask for), and get
+    their sums back; a member may be both.
 
-    def __init__(self, transport: Transport, slots_per_rank: int) -> None:
-        """`slots_per_rank`: expert slots on each rank and layer, the same on all members."""
+    Each half is split in two, so that a member can do other work between sending and receiving.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        slots_per_rank: int,
+        sources: Sequence[int] | None = None,
+        servers: Sequence[int] | None = None,
+    ) -> None:
+        """`slots_per_rank`: slots on each serving rank and layer, the same on all members.
+        `sources`, `servers`: logical ranks; None: all.
+        """
         self._transport = transport
         self._slots = slots_per_rank
+        everybody = range(transport.size)
+        is_source = sources is None or transport.index in sources
+        is_server = servers is None or transport.index in servers
+        from_all = tuple(everybody if sources is None else sources)
+        to_all = tuple(everybody if servers is None else servers)
+        self._out = Flow(from_all if is_server else (), to_all if is_source else ())
+        self._back = Flow(to_all if is_source else (), from_all if is_server else ())
 
     def dispatch(
         self, hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -114,14 +146,28 @@ class Dispatcher:
         integers, physical slots over the whole domain, logical rank * S + slot, or -1 for none (the
         choice is dropped). `weights_TK`: any float. Raises DomainLeft, CommunicationFailed.
         """
+        return self.receive(self.send(hidden_TH, slot_ids_TK, weights_TK))
+
+    def send(
+        self, hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Sent:
+        """The first half of `dispatch`, which waits for nobody's tokens."""
         if self._transport.size == 1:
-            return self._dispatch_alone(hidden_TH, slot_ids_TK, weights_TK)
-        device, hidden = hidden_TH.device, hidden_TH.shape[1]
+            return Sent(hidden_TH, slot_ids_TK, weights_TK, None)
         route = _route(slot_ids_TK.cpu().numpy(), self._transport.size, self._slots)
         rows_TB = _pack(hidden_TH, slot_ids_TK, weights_TK)
-        outbox = self._transport.outbox(rows_TB.shape[1], route.sent_N)
-        _gather(rows_TB, torch.from_numpy(route.tokens_M).to(device), outbox)
-        pieces = self._transport.all_to_all_rows()
+        outbox = self._transport.outbox(rows_TB.shape[1], route.sent_N, flow=self._out)
+        _gather(rows_TB, torch.from_numpy(route.tokens_M).to(hidden_TH.device), outbox)
+        self._transport.send()
+        return Sent(hidden_TH, slot_ids_TK, weights_TK, route)
+
+    def receive(self, sent: Sent) -> Dispatched:
+        """The second half of `dispatch`."""
+        hidden_TH, slot_ids_TK, route = sent.hidden_TH, sent.slot_ids_TK, sent.route
+        if route is None:
+            return self._dispatch_alone(hidden_TH, slot_ids_TK, sent.weights_TK)
+        device, hidden = hidden_TH.device, hidden_TH.shape[1]
+        pieces = self._transport.receive()
         inbox = torch.cat(pieces).to(device)
         rows, ids, weights = _fields(inbox, hidden_TH.dtype, hidden, slot_ids_TK.shape[1])
         local_ids = ids - self._transport.index * self._slots
@@ -151,10 +197,12 @@ class Dispatcher:
         """
         if self._transport.size == 1:
             return out_RH.to(handle.dtype)
-        hidden = out_RH.shape[1]
-        outbox = self._transport.outbox(hidden * out_RH.itemsize, handle.received_N)
+        row_bytes = out_RH.shape[1] * out_RH.itemsize
+        transport = self._transport
+        outbox = transport.outbox(row_bytes, handle.received_N, handle.sent_N, self._back)
         outbox.view(out_RH.dtype).copy_(out_RH)
-        pieces = self._transport.all_to_all_rows(handle.sent_N)
+        transport.send()
+        pieces = transport.receive()
         parts_MH = torch.cat(pieces).view(out_RH.dtype).to(handle.device, torch.float32)
         return _sum_per_token(parts_MH, handle).to(handle.dtype)
 

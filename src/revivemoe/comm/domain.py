@@ -41,7 +41,7 @@ class Domains:
         self._on_wait = on_wait
         self._graveyard = Graveyard()
         self._last_epoch = -1
-        self.current: Transport | None = None
+        self.current: tuple[Transport, ...] = ()
 
     def __enter__(self) -> "Domains":
         return self
@@ -56,17 +56,19 @@ class Domains:
 
     def enter(
         self, spec: DomainSpec, epoch: Epoch, members: tuple[RankId, ...], me: RankId
-    ) -> Transport:
+    ) -> tuple[Transport, ...]:
         """Leave the present domain and enter that of `epoch`, higher than any entered before.
 
-        Raises DomainLeft if the epoch is fenced meanwhile, CommunicationFailed if the others do
-        not come within `spec.timeout_s`, ValueError for a domain that this process cannot enter.
+        Returns its channels, `spec.channels` of them: independent sequences of exchanges. Raises
+        DomainLeft if the epoch is fenced meanwhile, CommunicationFailed if the others do not come
+        within `spec.timeout_s`, ValueError for a domain that this process cannot enter.
         """
         self.leave()
         assert epoch > self._last_epoch, f"epoch {epoch} after epoch {self._last_epoch}"
         self._last_epoch = epoch
         self.check_fence(epoch)
-        self.current = self._build(spec, epoch, members, me)
+        for channel in range(spec.channels):
+            self.current += (self._build(spec, epoch, members, me, channel),)
         return self.current
 
     def check_fence(self, epoch: Epoch) -> None:
@@ -76,13 +78,18 @@ class Domains:
 
     def leave(self) -> None:
         """Leave the present domain, if any. Waits for nobody."""
-        if self.current is not None:
-            self.current.close()
-            self.current = None
+        for transport in self.current:
+            transport.close()
+        self.current = ()
         self._graveyard.sweep(time.monotonic())
 
     def _build(
-        self, spec: DomainSpec, epoch: Epoch, members: tuple[RankId, ...], me: RankId
+        self,
+        spec: DomainSpec,
+        epoch: Epoch,
+        members: tuple[RankId, ...],
+        me: RankId,
+        channel: int,
     ) -> Transport:
         waiter = Waiter(self._fence, epoch, spec.timeout_s, self._on_wait)
         if members == (me,):
@@ -91,16 +98,16 @@ class Domains:
             case "shm":
                 if self._segment is None:
                     raise ValueError("the shm transport needs the descriptor of a segment")
-                return ShmTransport(self._segment, waiter, epoch, members, me)
+                return ShmTransport(self._segment, waiter, epoch, members, me, channel)
             case "gloo":
                 return gloo_transport(
                     _store_address(spec), waiter, epoch, members, me, spec.timeout_s,
-                    self._graveyard, pin=self._device.type == "cuda",
+                    self._graveyard, pin=self._device.type == "cuda", channel=channel,
                 )  # fmt: skip
             case "nccl":
                 return nccl_transport(
                     _store_address(spec), waiter, epoch, members, me, spec.timeout_s,
-                    self._graveyard, self._device,
+                    self._graveyard, self._device, channel=channel,
                 )  # fmt: skip
             case unknown:
                 raise ValueError(f"unknown transport {unknown!r}: use shm, gloo or nccl")

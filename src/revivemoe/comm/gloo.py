@@ -11,8 +11,8 @@ from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
 
 
-def connect(store_address: str, epoch: Epoch, timeout_s: float) -> PrefixStore:
-    """A client of the engine's store under the epoch's own prefix.
+def connect(store_address: str, epoch: Epoch, timeout_s: float, channel: int = 0) -> PrefixStore:
+    """A client of the engine's store under the prefix of this channel of the epoch.
 
     One client per epoch: a client serves one request at a time, and one that an older epoch has
     left waiting would hold up the next. Raises RuntimeError; blocks up to `timeout_s` seconds.
@@ -22,7 +22,7 @@ def connect(store_address: str, epoch: Epoch, timeout_s: float) -> PrefixStore:
         host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s),
         wait_for_workers=False,
     )  # fmt: skip
-    return PrefixStore(f"epoch/{epoch}", store)
+    return PrefixStore(f"epoch/{epoch}/{channel}", store)
 
 
 def gloo_transport(
@@ -35,13 +35,14 @@ def gloo_transport(
     graveyard: Graveyard,
     *,
     pin: bool = False,
+    channel: int = 0,
 ) -> GroupTransport:
     """Build the group of `epoch`. Raises DomainLeft or CommunicationFailed; never blocks longer
     than `timeout_s`. `pin`: page-lock the host buffers, for payloads that live on a GPU.
     """
 
     def build() -> Any:
-        store = connect(store_address, epoch, timeout_s)
+        store = connect(store_address, epoch, timeout_s, channel)
         index, timeout = members.index(me), timedelta(seconds=timeout_s)
         return ProcessGroupGloo(store, index, len(members), timeout)
 

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import AllToAllOptions
 
 from revivemoe.comm.fence import CommunicationFailed
-from revivemoe.comm.transport import MAX_INTS
+from revivemoe.comm.transport import EVERYBODY, MAX_INTS, Flow
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
 
@@ -89,15 +89,21 @@ class GroupTransport:
         self.epoch = epoch
         self.device = device
         self.group = group
-        self.broken = False
-        """Whether work was left behind."""
         self._others = tuple(rank for rank in members if rank != me)
         self._waiter = waiter
         self._pin = pin
         self._leave: Callable[[GroupTransport], None] | None = leave
         self._rows_to: list[int] = []
         self._outbox = self._buffer(0, 0)
-        self._in_flight: Any = None
+        self._rows_from: list[int] | None = None
+        self._counts = torch.empty(0, dtype=torch.int64)
+        self._counts_told = True
+        """Whether the caller knew them, on every member."""
+        self._waits = True
+        """Whether anybody may send rows here."""
+        self._inbox: torch.Tensor | None = None
+        self._in_flight: list[tuple[Any, Any]] = []
+        """Work that is not known to be complete, with its buffers, oldest first."""
 
     @property
     def waited_s(self) -> float:
@@ -110,22 +116,56 @@ class GroupTransport:
         assert len(row) <= MAX_INTS, f"{len(row)} ints: more than {MAX_INTS}"
         mine = torch.tensor(row, dtype=torch.int64, device=self.device)
         all_rows = [torch.empty_like(mine) for _ in range(self.size)]
-        self._run(
+        self._start(
             "exchange of ints", lambda: self.group.allgather([all_rows], [mine]), (mine, all_rows)
         )
+        self._complete("exchange of ints")
         return torch.stack(all_rows).tolist()
 
-    def outbox(self, row_bytes: int, rows_to: Sequence[int]) -> torch.Tensor:
+    @property
+    def broken(self) -> bool:
+        """Whether work was left behind."""
+        return bool(self._in_flight)
+
+    def outbox(
+        self,
+        row_bytes: int,
+        rows_to: Sequence[int],
+        rows_from: Sequence[int] | None = None,
+        flow: Flow = EVERYBODY,
+    ) -> torch.Tensor:
         self._waiter.check_fence()
         self._rows_to = list(rows_to)
+        self._rows_from = None if rows_from is None else list(rows_from)
+        self._counts_told = rows_from is not None
+        self._waits = flow.senders != ()
+        if not self._waits:
+            self._rows_from = [0] * self.size
         self._outbox = self._buffer(sum(rows_to), row_bytes)
         return self._outbox
 
-    def all_to_all_rows(self, rows_from: Sequence[int] | None = None) -> list[torch.Tensor]:
-        counts = list(rows_from) if rows_from is not None else self._exchange_counts()
-        inbox = self._buffer(sum(counts), self._outbox.shape[1])
-        self._all_to_all("all-to-all", inbox, self._outbox, counts, self._rows_to)
-        return list(inbox.split(counts))
+    def send(self) -> None:
+        if not self._counts_told:
+            sent = torch.tensor(self._rows_to, dtype=torch.int64, device=self.device)
+            self._counts = torch.empty_like(sent)
+            ones = [1] * self.size
+            self._start_all_to_all("exchange of row counts", self._counts, sent, ones, ones)
+        if self._rows_from is not None:
+            self._send_rows(self._rows_from)
+
+    def _send_rows(self, rows_from: list[int]) -> None:
+        self._inbox = self._buffer(sum(rows_from), self._outbox.shape[1])
+        self._start_all_to_all("all-to-all", self._inbox, self._outbox, rows_from, self._rows_to)
+
+    def receive(self) -> list[torch.Tensor]:
+        if self._rows_from is None:  # it follows from what the others tell
+            self._complete("exchange of row counts")
+            self._rows_from = self._counts.tolist()
+            self._send_rows(self._rows_from)
+        if self._waits:
+            self._complete("all-to-all")
+        assert self._inbox is not None, "received before sent"
+        return list(self._inbox.split(self._rows_from))
 
     def close(self) -> None:
         """Leave: bury or free the group. Waits for nobody."""
@@ -133,42 +173,40 @@ class GroupTransport:
         if leave is not None:
             leave(self)
 
-    def _exchange_counts(self) -> list[int]:
-        sent = torch.tensor(self._rows_to, dtype=torch.int64, device=self.device)
-        received = torch.empty_like(sent)
-        ones = [1] * self.size
-        self._all_to_all("exchange of row counts", received, sent, ones, ones)
-        return received.tolist()
-
-    def _all_to_all(
+    def _start_all_to_all(
         self,
-        waited_for: str,
+        name: str,
         received: torch.Tensor,
         sent: torch.Tensor,
         rows_from: list[int],
         rows_to: list[int],
     ) -> None:
-        self._run(
-            waited_for,
+        self._start(
+            name,
             lambda: self.group.alltoall_base(received, sent, rows_from, rows_to, AllToAllOptions()),
             (received, sent),
         )
 
-    def _run(self, waited_for: str, start: Callable[[], Any], buffers: Any) -> None:
-        """Start a collective and wait for it; on any failure its remains stay in `_in_flight`."""
+    def _start(self, name: str, start: Callable[[], Any], buffers: Any) -> None:
+        """Start a collective; until it is complete its remains stay in `_in_flight`."""
         assert self._leave is not None, "the transport is closed"
         self._waiter.check_fence()
-        self.broken = True
-        self._in_flight = buffers
+        self._in_flight.append((None, buffers))
         try:
-            work = start()
-            self._in_flight = (work, buffers)
-            self._waiter.until(work.is_completed, waited_for, lambda: self._others)
-            work.wait()  # complete already: raises what went wrong
+            self._in_flight[-1] = (start(), buffers)
+        except RuntimeError as error:
+            raise CommunicationFailed(name, self._others, str(error)) from error
+
+    def _complete(self, waited_for: str) -> None:
+        """Wait for everything in flight. Raises what went wrong with it."""
+        try:
+            while self._in_flight:
+                work, _ = self._in_flight[0]
+                self._waiter.until(work.is_completed, waited_for, lambda: self._others)
+                work.wait()  # complete already: raises what went wrong
+                self._in_flight.pop(0)
         except RuntimeError as error:
             raise CommunicationFailed(waited_for, self._others, str(error)) from error
-        self.broken = False
-        self._in_flight = None
 
     def _buffer(self, rows: int, row_bytes: int) -> torch.Tensor:
         return torch.empty(

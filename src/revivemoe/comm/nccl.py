@@ -24,6 +24,8 @@ def nccl_transport(
     timeout_s: float,
     graveyard: Graveyard,
     device: torch.device,
+    *,
+    channel: int = 0,
 ) -> GroupTransport:
     """Build the group of `epoch` on `device`. Raises DomainLeft or CommunicationFailed."""
     from torch.distributed import ProcessGroupNCCL  # absent from a CPU build
@@ -32,7 +34,7 @@ def nccl_transport(
         torch.cuda.set_device(device)
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=_WATCHDOG_S)
-        store = connect(store_address, epoch, timeout_s)
+        store = connect(store_address, epoch, timeout_s, channel)
         group = ProcessGroupNCCL(store, members.index(me), len(members), options)
         group.eager_connect_single_device(device)
         return group

@@ -1,15 +1,17 @@
 """Shared memory transport: an anonymous memfd, one region per rank *id*, no locks.
 
-    segment   | page 0: magic, N, region bytes | one line per rank: epoch it has entered |
-              | area of even epochs: region of rank 0, rank 1, ... | area of odd epochs: same |
+    segment   | page 0: magic, N, region bytes, C | one line per rank: epoch it has entered |
+              | area of even epochs | area of odd epochs |
+    area      | channel 0: region of rank 0, rank 1, ... | channel 1: same | ... C channels
     region    | half of even exchanges | half of odd exchanges |
     half      | word | row bytes | table or ints ... | rows for member 0, member 1, ... |
 
 A rank writes nothing but its own region and its own epoch line. It fills a half, and last of all
 stores the *word*, `epoch and exchange number` in one int64; its peers wait for exactly that value.
 
-Why two halves are enough: a rank reuses a half in exchange n + 2, after it has seen every peer's
-word of exchange n + 1, which a peer stores only when it has done with what it read in exchange n.
+Why two halves are enough: a rank reuses a half in exchange n + 2, after it has seen the word of
+exchange n + 1 of everybody who reads what it sent in exchange n (`receivers`); a peer stores that
+word only when it has done with what it read in exchange n. Channels know nothing of each other.
 
 Why a zombie (a process of an older epoch that runs on) does no harm: its words are never equal to
 those of a later epoch; consecutive epochs use different areas; and before it writes anything it
@@ -33,7 +35,7 @@ from typing import Any
 import torch
 
 from revivemoe.comm.fence import DomainLeft
-from revivemoe.comm.transport import MAX_INTS
+from revivemoe.comm.transport import EVERYBODY, MAX_INTS, Flow
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
 
@@ -44,6 +46,7 @@ _TABLE = 2
 """Index of the first table entry in a half's header, in int64 words (0: word, 1: row bytes)."""
 _INTS = -1
 """Stands for the row bytes in an exchange of ints, which has no rows."""
+_FIXED = struct.Struct("=4q")
 _EXCHANGE_BITS = 40
 """10^12 exchanges per epoch: years at 10 000 a second. Leaves 2^23 epochs."""
 
@@ -65,18 +68,19 @@ def region_bytes_for(num_ranks: int, payload_bytes: int) -> int:
     return _round_up(2 * (_half_header_bytes(num_ranks) + _round_up(payload_bytes, _LINE)), _PAGE)
 
 
-def create_segment(num_ranks: int, region_bytes: int) -> int:
+def create_segment(num_ranks: int, region_bytes: int, channels: int = 1) -> int:
     """A new anonymous segment for rank ids 0 .. num_ranks - 1; returns its file descriptor.
 
-    Sized now, at twice `num_ranks * region_bytes`, though a page costs memory only once it is
-    written. It has no name and is gone with the last process that holds it. Hand the descriptor to
-    each rank process; close it when no further rank will be started. Raises OSError.
+    Sized now, at twice `channels * num_ranks * region_bytes`, though a page costs memory only once
+    it is written. It has no name and is gone with the last process that holds it. Hand the
+    descriptor to each rank process; close it when no further rank will be started. Raises OSError.
     """
     region_bytes = _round_up(region_bytes, _PAGE)
     fd = os.memfd_create("revivemoe-domain", os.MFD_CLOEXEC)
     try:
-        os.ftruncate(fd, _segment_header_bytes(num_ranks) + 2 * num_ranks * region_bytes)
-        os.pwrite(fd, struct.pack("=3q", _MAGIC, num_ranks, region_bytes), 0)
+        regions = 2 * channels * num_ranks
+        os.ftruncate(fd, _segment_header_bytes(num_ranks) + regions * region_bytes)
+        os.pwrite(fd, _FIXED.pack(_MAGIC, num_ranks, region_bytes, channels), 0)
     except OSError:
         os.close(fd)
         raise
@@ -108,7 +112,8 @@ class Segment:
                 f"the shm transport relies on the store order of x86, and this is "
                 f"{platform.machine()}: use --transport gloo"
             )
-        magic, self.num_ranks, self.region_bytes = struct.unpack("=3q", os.pread(fd, 24, 0))
+        fixed = _FIXED.unpack(os.pread(fd, _FIXED.size, 0))
+        magic, self.num_ranks, self.region_bytes, self.channels = fixed
         if magic != _MAGIC:
             raise ValueError("the descriptor is not a segment made by create_segment")
         mapping = mmap.mmap(fd, 0)
@@ -119,9 +124,9 @@ class Segment:
         """Index into `words` of the epoch that `rank` has entered, plus one."""
         return _LINE * (1 + rank) // 8
 
-    def half_offset(self, rank: RankId, epoch: Epoch, parity: int) -> int:
+    def half_offset(self, rank: RankId, epoch: Epoch, channel: int, parity: int) -> int:
         """Byte offset of one half of the region of `rank`."""
-        region = (epoch % 2) * self.num_ranks + rank
+        region = ((epoch % 2) * self.channels + channel) * self.num_ranks + rank
         half_bytes = self.region_bytes // 2
         start = _segment_header_bytes(self.num_ranks) + region * self.region_bytes
         return start + parity * half_bytes
@@ -137,8 +142,12 @@ class ShmTransport:
         epoch: Epoch,
         members: tuple[RankId, ...],
         me: RankId,
+        channel: int = 0,
     ) -> None:
-        """Enter. Raises DomainLeft if a member has gone further than `epoch` already."""
+        """Enter one channel. Raises DomainLeft if a member has gone further than `epoch` already.
+
+        A rank enters channel 0 first, and each channel of an epoch once.
+        """
         self.members = members
         self.index = members.index(me)
         self.size = len(members)
@@ -154,13 +163,19 @@ class ShmTransport:
         self._header_bytes = _half_header_bytes(segment.num_ranks)
         self._payload_bytes = segment.region_bytes // 2 - self._header_bytes
         self._halves = [
-            [segment.half_offset(rank, epoch, parity) for rank in members] for parity in (0, 1)
+            [segment.half_offset(rank, epoch, channel, parity) for rank in members]
+            for parity in (0, 1)
         ]
         self._epoch_lines = [segment.epoch_line(RankId(r)) for r in range(segment.num_ranks)]
         self._leave_if_superseded()
         mine = segment.epoch_line(me)
-        assert self._words[mine] <= epoch, f"rank {me} enters epoch {epoch} a second time"
+        assert channel or self._words[mine] <= epoch, f"rank {me} enters epoch {epoch} twice"
         self._words[mine] = epoch + 1
+        self._everybody = tuple(range(len(members)))
+        self._receivers: list[Sequence[int]] = [(), ()]
+        """Who reads what lies in each half."""
+        self._senders = self._everybody
+        self._rows_from: Sequence[int] | None = None
 
     @property
     def waited_s(self) -> float:
@@ -171,17 +186,25 @@ class ShmTransport:
 
     def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
         assert len(row) <= MAX_INTS, f"{len(row)} ints: more than {MAX_INTS}"
-        table = self._open(_INTS)
+        table = self._open(_INTS, self._everybody)
         self._words[table : table + len(row)] = array("q", row)
-        self._publish_and_wait("exchange of ints")
+        self.send()
+        self._wait_for(self._everybody, "exchange of ints")
         return [self._table(i, len(row)) for i in range(self.size)]
 
-    def outbox(self, row_bytes: int, rows_to: Sequence[int]) -> torch.Tensor:
+    def outbox(
+        self,
+        row_bytes: int,
+        rows_to: Sequence[int],
+        rows_from: Sequence[int] | None = None,
+        flow: Flow = EVERYBODY,
+    ) -> torch.Tensor:
         num_rows = sum(rows_to)
         assert num_rows * row_bytes <= self._payload_bytes, (
             f"{num_rows} rows of {row_bytes} bytes exceed the region ({self._payload_bytes} bytes)"
         )
-        table = self._open(row_bytes)
+        table = self._open(row_bytes, self._all_or(flow.receivers))
+        self._senders, self._rows_from = self._all_or(flow.senders), rows_from
         starts = array("q", [0])
         for rows in rows_to:
             starts.append(starts[-1] + rows)
@@ -189,15 +212,25 @@ class ShmTransport:
         self._row_bytes = row_bytes
         return self._rows(self.index, 0, num_rows)
 
-    def all_to_all_rows(self, rows_from: Sequence[int] | None = None) -> list[torch.Tensor]:
-        self._publish_and_wait("all-to-all")
+    def send(self) -> None:
+        self._words[self._header(self.index)] = self._word  # last of all stores
+
+    def receive(self) -> list[torch.Tensor]:
+        senders, rows_from = self._senders, self._rows_from
+        self._wait_for(senders, "all-to-all")
         pieces = []
         for i in range(self.size):
+            if i not in senders:
+                pieces.append(self._rows(i, 0, 0))
+                continue
             assert self._words[self._header(i) + 1] == self._row_bytes, "members differ in phase"
             start, end = self._table(i, self.size + 1)[self.index : self.index + 2]
             assert rows_from is None or rows_from[i] == end - start
             pieces.append(self._rows(i, start, end))
         return pieces
+
+    def _all_or(self, ranks: tuple[int, ...] | None) -> tuple[int, ...]:
+        return self._everybody if ranks is None else ranks
 
     def close(self) -> None:
         """Leave. The mapping itself goes with the `Segment`."""
@@ -209,20 +242,40 @@ class ShmTransport:
         if highest > self.epoch:
             raise DomainLeft(f"epoch {self.epoch} is over: a rank has entered epoch {highest}")
 
-    def _open(self, row_bytes: int) -> int:
-        """Turn to the other half; returns the index of its table."""
+    def _open(self, row_bytes: int, receivers: Sequence[int]) -> int:
+        """Turn to the other half, once all have read what it held; returns the index of its table.
+
+        Whoever waits for its peers in every exchange finds that they have.
+        """
         assert self._segment is not None, "the transport is closed"
         self._waiter.check_fence()
         self._leave_if_superseded()
+        self._await_readers()
         self._word += 1
+        self._receivers[self._word % 2] = receivers
         header = self._header(self.index)
         self._words[header + 1] = row_bytes
         return header + _TABLE
 
-    def _publish_and_wait(self, waited_for: str) -> None:
-        self._words[self._header(self.index)] = self._word  # last of all stores
-        pending = [(self._header(i), rank) for i, rank in enumerate(self.members)]
+    def _await_readers(self) -> None:
+        """Those who read exchange n must have stored their word of n + 1, the present one."""
         words, word = self._words, self._word
+        pending = [self._header(i) for i in self._receivers[(word + 1) % 2]]
+
+        def ready() -> bool:
+            while pending and words[pending[-1]] >= word:
+                pending.pop()
+            return not pending
+
+        def silent() -> tuple[RankId, ...]:
+            late = set(pending)
+            return tuple(r for i, r in enumerate(self.members) if self._header(i) in late)
+
+        self._waiter.until(ready, "rows to be read", silent)
+
+    def _wait_for(self, senders: Sequence[int], waited_for: str) -> None:
+        words, word = self._words, self._word
+        pending = [(self._header(i), self.members[i]) for i in senders]
 
         def ready() -> bool:
             while pending and words[pending[-1][0]] == word:

@@ -4,6 +4,7 @@ Legend for shapes: N members, M rows sent by this rank, B bytes per row.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +14,23 @@ from revivemoe.ids import Epoch, RankId
 
 MAX_INTS = 16
 """Widest row of `all_gather_ints`."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Which way the rows of one exchange go, as one member sees it. Logical ranks; None: all.
+
+    All members take part in every exchange; those that send nothing to anybody, or get nothing from
+    anybody, by the roles they have, need not be waited for, and need not wait.
+    """
+
+    senders: tuple[int, ...] | None = None
+    """Whose rows this member waits for."""
+    receivers: tuple[int, ...] | None = None
+    """Who waits for this member's rows."""
+
+
+EVERYBODY = Flow()
 
 
 class Transport(Protocol):
@@ -51,18 +69,28 @@ class Transport(Protocol):
         """Everybody's row, by logical rank. All rows have the same width, at most MAX_INTS."""
         ...
 
-    def outbox(self, row_bytes: int, rows_to: Sequence[int]) -> torch.Tensor:
+    def outbox(
+        self,
+        row_bytes: int,
+        rows_to: Sequence[int],
+        rows_from: Sequence[int] | None = None,
+        flow: Flow = EVERYBODY,
+    ) -> torch.Tensor:
         """Begin an uneven all-to-all. Returns uint8 `[M, B]` to be filled with the rows for member
         0, then those for member 1, ...: `rows_to[i]` rows for member i, M in all. `row_bytes` is
-        the same on every member. Must be followed by `all_to_all_rows`.
+        the same on every member. `rows_from`: the number of rows each member sends, where the
+        caller knows it (saves a transport without a table of its own one round).
+        Must be followed by `send`.
         """
         ...
 
-    def all_to_all_rows(self, rows_from: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Send the outbox; return what each member sent here, uint8 `[rows, B]`, by logical rank.
+    def send(self) -> None:
+        """Send the outbox. Waits for nobody's rows. Must be followed by `receive`."""
+        ...
 
-        `rows_from`: the number of rows each member sends, where the caller knows it (saves a
-        transport without a table of its own one round). The result is valid until the next call.
+    def receive(self) -> list[torch.Tensor]:
+        """What each member sent here, uint8 `[rows, B]`, by logical rank: waits for the senders,
+        and takes nothing from others. The result is valid until the next `outbox`.
         """
         ...
 
@@ -94,13 +122,22 @@ class SoloTransport:
         self._waiter.check_fence()
         return [list(row)]
 
-    def outbox(self, row_bytes: int, rows_to: Sequence[int]) -> torch.Tensor:
+    def outbox(
+        self,
+        row_bytes: int,
+        rows_to: Sequence[int],
+        rows_from: Sequence[int] | None = None,
+        flow: Flow = EVERYBODY,
+    ) -> torch.Tensor:
         self._waiter.check_fence()
         (rows,) = rows_to
         self._outbox = torch.empty(rows, row_bytes, dtype=torch.uint8, device=self.device)
         return self._outbox
 
-    def all_to_all_rows(self, rows_from: Sequence[int] | None = None) -> list[torch.Tensor]:
+    def send(self) -> None:
+        pass
+
+    def receive(self) -> list[torch.Tensor]:
         self._waiter.check_fence()
         return [self._outbox]
 

@@ -36,16 +36,21 @@ class Rank:
         self.incarnation = incarnation
         self.limits = limits
         self.state: RankState = Unconfigured()
-        self.pool = BlockPool(limits.num_blocks, limits.enable_prefix_caching)
-        self.queues = Queues()
-        self.journal = Journal(self.pool, self.queues)
-        self._scheduler = Scheduler(limits, self.pool, self.queues, self.journal)
+        self._lay_out()
         self._counters = Counters()
         self._wake = 0
         self._leave = Epoch(0)
         """The epoch to leave for at the next step boundary."""
         self._domain_decodes = False
         """Whether some member decoded in the last step that all agreed on."""
+
+    def _lay_out(self) -> None:
+        """Empty blocks and queues, by the limits."""
+        limits = self.limits
+        self.pool = BlockPool(limits.num_blocks, limits.enable_prefix_caching)
+        self.queues = Queues()
+        self.journal = Journal(self.pool, self.queues)
+        self._scheduler = Scheduler(limits, self.pool, self.queues, self.journal)
 
     # ---- requests: valid in every state, between steps ---------------------------------------
 
@@ -208,6 +213,14 @@ class Rank:
                 return False
             case _:
                 assert_never(self.state)
+
+    def give_up_attention(self) -> None:
+        """From now on an expert rank: no sequences, no blocks. Only before the first step of an
+        epoch, or outside of any, when what it held has been handed over.
+        """
+        self._assert_between_steps()
+        self.limits = replace(self.limits, num_blocks=0)
+        self._lay_out()
 
     # ---- what others may see -----------------------------------------------------------------
 

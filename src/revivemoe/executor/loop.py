@@ -24,28 +24,34 @@ from revivemoe.core.step import Batch, Leave, Run, StepHeader
 from revivemoe.executor.injection import Injections
 from revivemoe.executor.progress import Progress
 from revivemoe.executor.weights import PeerSource
+from revivemoe.ids import Epoch
 from revivemoe.messages import (
     Abort,
     Add,
     Command,
     Configure,
+    DomainSpec,
     ExpertsLoaded,
+    Fatal,
     Fence,
     FenceAck,
     Inject,
     LoadExperts,
     NonFinite,
     RankStats,
+    Ready,
     Report,
     Resumed,
     SlotLoad,
     StepAborted,
     Stop,
+    SwitchRole,
     Wake,
 )
 from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import ModelRunner
+from revivemoe.placement import ExpertPlacement
 
 IDLE_WAIT_S = 0.4
 """How long a parked or fenced rank sleeps between ticks of its progress counter."""
@@ -134,6 +140,8 @@ class StepLoop:
                 self._injections.add(command)
             case LoadExperts():
                 self._load_beside(command)
+            case SwitchRole():
+                self._switch_role(command)
             case ExpertsLoaded():
                 self._report(command)
             case Stop():
@@ -163,9 +171,10 @@ class StepLoop:
             return
         began = time.monotonic()
         try:
+            self._take_roles(command)
             self._load_now(command)
             self._experts_s, began = time.monotonic() - began, time.monotonic()
-            transport = self._domains.enter(
+            channels = self._domains.enter(
                 command.domain, command.epoch, command.topology.members, self._rank.rank_id
             )
         except DomainLeft:
@@ -177,22 +186,60 @@ class StepLoop:
             self._report(self._loaded(0, began, 0, str(error)))
             return
         self._peers = [PeerSource(command.placement, command.domain.weights, self._rank.rank_id)]
-        dispatcher = Dispatcher(transport, command.placement.slots_per_rank)
-        self._runner.enter(dispatcher, command.placement, command.topology, self._rank.rank_id)
+        topology, slots_per_rank = command.topology, command.placement.slots_per_rank
+        sources, servers = topology.places(topology.attention), topology.places(topology.experts)
+        dispatchers = [Dispatcher(c, slots_per_rank, sources, servers) for c in channels]
+        self._runner.enter(dispatchers, command.placement, topology, self._rank.rank_id)
         self._domain_s = time.monotonic() - began
-        self._transport, self._entered = transport, command
+        self._transport, self._entered = channels[0], command
 
-    # ---- experts -----------------------------------------------------------------------------
+    # ---- roles and experts -------------------------------------------------------------------
+
+    def _take_roles(self, command: Configure) -> None:
+        """An attention rank that has become an expert rank drops what it does not need any more."""
+        runner, me = self._runner, self._rank.rank_id
+        if runner.generator is not None and me not in command.topology.attention:
+            self._become_expert_rank(command.placement)
+
+    def _become_expert_rank(self, placement: ExpertPlacement) -> None:
+        self._progress.announce("role switch", LOAD_BUDGET_S)
+        self._rank.give_up_attention()
+        self._runner.become_expert_rank(len(placement.slots[self._rank.rank_id][0]))
+
+    def _switch_role(self, command: SwitchRole) -> None:
+        """Outside of the domain, while the others go on: ready when the experts are loaded."""
+        rank, began = self._rank, time.monotonic()
+        if self._runner.generator is not None:
+            self._become_expert_rank(command.placement)
+        try:
+            self._load(command.epoch, command.placement, command.domain)
+        except DomainLeft:
+            return
+        except (CheckpointError, OSError) as error:
+            self._report(Fatal(rank.rank_id, rank.incarnation, f"role switch: {error}"))
+            raise
+        self._report(
+            Ready(
+                rank.rank_id,
+                rank.incarnation,
+                str(self._runner.device),
+                0,
+                time.monotonic() - began,
+            )
+        )
 
     def _load_now(self, command: Configure) -> None:
         """What the map gives this rank and its slots do not hold. Raises DomainLeft if fenced."""
-        loads = self._runner.to_load(command.placement, self._rank.rank_id)
-        peers = [PeerSource(command.placement, command.domain.weights, self._rank.rank_id)]
-        self._experts_loaded = len(loads)
+        self._experts_loaded = self._load(command.epoch, command.placement, command.domain)
+
+    def _load(self, epoch: Epoch, placement: ExpertPlacement, domain: DomainSpec) -> int:
+        loads = self._runner.to_load(placement, self._rank.rank_id)
+        peers = [PeerSource(placement, domain.weights, self._rank.rank_id)]
         for load in loads:  # one by one: a fence must not wait for all of them
-            self._domains.check_fence(command.epoch)
+            self._domains.check_fence(epoch)
             self._progress.announce("load", LOAD_BUDGET_S)
             self._runner.load_experts([load], peers)
+        return len(loads)
 
     def _load_beside(self, command: LoadExperts) -> None:
         """In a thread of its own, into slots that the present epoch does not use."""
@@ -254,6 +301,7 @@ class StepLoop:
             self._rank.mark_executing()
             results = self._runner.execute(batch)
         else:
+            self._reach("attention", -1, 0)
             self._runner.serve()
             results = []
         self._reach("commit", -1, batch.num_tokens)

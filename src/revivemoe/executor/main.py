@@ -119,11 +119,17 @@ def _load(spec: RankSpec) -> ModelRunner:
         spec.top_k,
         getattr(torch, spec.dtype),
         torch.device(spec.device),
+        spec.attention,
     )
 
 
 def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:
-    """Blocks of the KV cache. Raises OutOfMemoryForKV if one longest sequence does not fit."""
+    """Blocks of the KV cache; none without the attention role.
+
+    Raises OutOfMemoryForKV if one longest sequence does not fit.
+    """
+    if not spec.attention:
+        return 0
     per_sequence = -(-spec.max_model_len // spec.block_size)
     per_block = runner.kv_bytes_per_block(spec.block_size)
     free = _free_bytes(spec.device)

@@ -11,8 +11,11 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     rank: RankId
     incarnation: Incarnation
     model_dir: str
+    attention: bool = True
+    """Whether it has the attention role: then it holds all of the model but routed experts."""
     slots: dict[LayerId, tuple[int, ...]]
-    """For each MoE layer, the expert in each of this rank's slots; -1 where empty."""
+    """For each MoE layer, the expert in each of this rank's slots; -1 where empty. No slots at all
+    without the expert role."""
     num_experts: int
     top_k: int
     dtype: str
@@ -44,6 +47,7 @@ class SegmentSpec(msgspec.Struct, frozen=True):
     """Dimensions of the shared memory of one instance, from which its size follows."""
 
     num_ranks: int
+    channels: int
     max_tokens: int
     hidden: int
     itemsize: int

@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
-from revivemoe.model.finite import FiniteCheck
+from revivemoe.model.finite import FiniteCheck, NonFinitePlace
 from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.topology import Topology
 
@@ -59,6 +59,16 @@ class MoeLayer:
             out_RH.index_add_(0, row_of, picked.float())
         return out_RH
 
+    def resize(self, num_slots: int) -> None:
+        """So many slots, all of them empty. Not while a step runs."""
+        device = self.slot_of_expert_E.device
+        for name in self.module.revive_rows:
+            old = getattr(self.module, name)
+            rows = torch.zeros(num_slots, *old.shape[1:], dtype=old.dtype, device=device)
+            setattr(self.module, name, torch.nn.Parameter(rows, requires_grad=False))
+        self.module.num_experts = num_slots
+        self.held = [EMPTY] * num_slots
+
     def read_slot(self, slot: SlotId) -> dict[str, torch.Tensor]:
         """The slot's row of each parameter of the experts module: views of the live buffers."""
         return {name: getattr(self.module, name).data[slot] for name in self.module.revive_rows}
@@ -80,32 +90,74 @@ class MoeLayer:
         self.held[slot] = expert
 
 
+class Lane:
+    """The traffic of one micro-batch, and the check of its numbers."""
+
+    def __init__(self, finite: FiniteCheck) -> None:
+        self.finite = finite
+        self.dispatcher: Dispatcher | None = None
+        """Of the present epoch."""
+
+
 class ExpertExchange:
     """Runs the experts of a step over the domain: dispatch, compute what arrived, combine.
 
-    One per process. `enter` binds it to an epoch's dispatcher and expert map.
+    One per process. `enter` binds it to an epoch's expert map, and to one dispatcher for each
+    micro-batch of a step. All members take the micro-batches of a layer in the same order.
     """
 
     def __init__(self, layers: Sequence[MoeLayer], hidden_size: int, dtype: torch.dtype) -> None:
         self.layers = {layer.layer: layer for layer in layers}
         self._hidden_size = hidden_size
         self._dtype = dtype
-        self._dispatcher: Dispatcher | None = None
-        self.finite = _finite_check(layers, dtype)
+        self.lanes = [self._new_lane()]
+        self._lane = self.lanes[0]
         self.on_phase: PhaseHook = lambda phase, layer, num_rows: None
         self.spoil: SpoilHook = lambda phase, layer, values: values
+        self.on_sent: Callable[[], None] = _go_on
+        """Called when tokens are on their way: something else can be done before they are back."""
+
+    @property
+    def finite(self) -> FiniteCheck:
+        """Of the present micro-batch."""
+        return self._lane.finite
 
     def enter(
-        self, dispatcher: Dispatcher, placement: ExpertPlacement, topology: Topology, me: RankId
+        self,
+        dispatchers: Sequence[Dispatcher],
+        placement: ExpertPlacement,
+        topology: Topology,
+        me: RankId,
     ) -> None:
-        """Take up an epoch: its dispatcher, and for each expert the slot this rank will use."""
+        """Take up an epoch: its dispatchers, and for each expert the slot this rank will use."""
         for layer in self.layers.values():
             table = choose_slots(placement, topology, layer.layer, me)
             layer.slot_of_expert_E = torch.tensor(table, device=layer.slot_of_expert_E.device)
-        self._dispatcher = dispatcher
+        while len(self.lanes) < len(dispatchers):
+            self.lanes.append(self._new_lane())
+        for lane, dispatcher in zip(self.lanes, dispatchers, strict=True):
+            lane.dispatcher = dispatcher
 
     def leave(self) -> None:
-        self._dispatcher = None
+        for lane in self.lanes:
+            lane.dispatcher = None
+
+    def turn_to(self, microbatch: int) -> None:
+        """What comes next belongs to this micro-batch."""
+        self._lane = self.lanes[microbatch]
+
+    def reset(self) -> None:
+        """A new step begins."""
+        self.turn_to(0)
+        for lane in self.lanes:
+            lane.finite.reset()
+
+    def non_finite(self) -> NonFinitePlace | None:
+        """The first place of the step where NaN or infinity appeared, of any micro-batch; one where
+        it was produced before others.
+        """
+        places = [place for lane in self.lanes if (place := lane.finite.first())]
+        return min(places, key=lambda p: (not p.produced_here, p.layer < 0, p.layer), default=None)
 
     def run(
         self,
@@ -115,14 +167,17 @@ class ExpertExchange:
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """The experts' [T, H] output for this rank's tokens; collective over the domain."""
-        assert self._dispatcher is not None, "experts are called outside an epoch"
-        note, at = self.finite.note, layer.layer
+        dispatcher = self._lane.dispatcher
+        assert dispatcher is not None, "experts are called outside an epoch"
+        note, at = self._lane.finite.note, layer.layer
         hidden_TH = self.spoil("attention", at, hidden_TH)
         note(at, "attention", hidden_TH)
         note(at, "router", weights_TK)
         self.on_phase("dispatch", at, len(hidden_TH))
         slot_ids_TK = layer.slot_of_expert_E[experts_TK]
-        arrived = self._dispatcher.dispatch(hidden_TH, slot_ids_TK, weights_TK)
+        sent = dispatcher.send(hidden_TH, slot_ids_TK, weights_TK)
+        self.on_sent()
+        arrived = dispatcher.receive(sent)
         self.on_phase("experts", at, len(arrived.rows_RH))
         note(at, "rows", arrived.rows_RH)
         note(at, "weights", arrived.weights_RK)
@@ -130,7 +185,7 @@ class ExpertExchange:
         out_RH = self.spoil("experts", at, out_RH)
         note(at, "experts", out_RH)
         self.on_phase("combine", at, len(out_RH))
-        combined_TH = self._dispatcher.combine(out_RH, arrived.handle)
+        combined_TH = dispatcher.combine(out_RH, arrived.handle)
         combined_TH = self.spoil("combine", at, combined_TH)
         note(at, "combine", combined_TH)
         return combined_TH
@@ -138,10 +193,29 @@ class ExpertExchange:
     def serve(self) -> None:
         """A step without tokens of our own: serve the other members' rows, layer after layer."""
         for layer in self.layers.values():
-            device = layer.slot_of_expert_E.device
-            hidden = torch.zeros(0, self._hidden_size, dtype=self._dtype, device=device)
-            none = torch.zeros(0, layer.top_k, dtype=torch.int64, device=device)
-            self.run(layer, hidden, none, none.float())
+            for microbatch in range(len(self.lanes)):
+                self.turn_to(microbatch)
+                self._serve_layer(layer)
+
+    def serve_microbatch(self) -> None:
+        """The same for the present micro-batch alone, while others of the step have tokens."""
+        for layer in self.layers.values():
+            self._serve_layer(layer)
+
+    def _serve_layer(self, layer: MoeLayer) -> None:
+        """The phases are reached here as they are where there are tokens."""
+        self.on_phase("attention", layer.layer, 0)
+        device = layer.slot_of_expert_E.device
+        hidden = torch.zeros(0, self._hidden_size, dtype=self._dtype, device=device)
+        none = torch.zeros(0, layer.top_k, dtype=torch.int64, device=device)
+        self.run(layer, hidden, none, none.float())
+
+    def _new_lane(self) -> Lane:
+        return Lane(_finite_check(list(self.layers.values()), self._dtype))
+
+
+def _go_on() -> None:
+    """Nothing else to be done."""
 
 
 def _finite_check(layers: Sequence[MoeLayer], dtype: torch.dtype) -> FiniteCheck:

@@ -44,6 +44,8 @@ class LoadedModel:
     """A model whose experts modules hold slots. `experts` maps decoder layer to experts module."""
 
     model: Any
+    """None where only experts are loaded."""
+    model_config: Any
     experts: dict[LayerId, Any]
     routers: dict[LayerId, tuple[nn.Module, str]]
     """Parent block and attribute name of each MoE layer's router."""
@@ -72,7 +74,36 @@ def load_model(
         _fill(model, state, dtype, model_dir)
     model.to(device)
     model.eval()
-    return LoadedModel(model, experts, routers, num_slots)
+    return LoadedModel(model, model.config, experts, routers, num_slots)
+
+
+def load_experts_only(
+    model_dir: Path,
+    slots: dict[LayerId, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadedModel:
+    """Load, of all of `model_dir`, only the experts named in `slots`; as `load_model`."""
+    model = construct(model_dir, dtype)
+    experts = find_experts(model)
+    num_slots = len(next(iter(slots.values()))) if slots else 0
+    for module in experts.values():
+        set_num_experts(module, num_slots)
+    with ExitStack() as stack:
+        state = _lazy_state(model_dir, model.config.num_hidden_layers, slots, dtype, stack)
+        state = {key: value for key, value in state.items() if EXPERT_KEY.match(key)}
+        problems = convert(model, state, dtype)
+    for layer, module in experts.items():
+        problems += [
+            f"experts of layer {layer}: {name}"
+            for name, param in module.named_parameters()
+            if param.is_meta
+        ]
+        if not problems:
+            module.to(device)
+            module.eval()
+    _refuse(problems, model_dir)
+    return LoadedModel(None, model.config, experts, {}, num_slots)
 
 
 def find_experts(model: nn.Module) -> dict[LayerId, Any]:
@@ -256,9 +287,23 @@ def add_expert(
 def _fill(model: Any, state: dict[str, Any], dtype: torch.dtype, model_dir: Path) -> None:
     problems = convert(model, state, dtype)
     model.tie_weights()
+    _materialise_empty(model)
     named = " ".join(problems)
-    left = [name for name, param in model.named_parameters() if param.is_meta and param.numel()]
+    left = [name for name, param in model.named_parameters() if param.is_meta]
     problems += [name for name in left if name not in named]
+    _refuse(problems, model_dir)
+
+
+def _materialise_empty(model: Any) -> None:
+    """Parameters without an element, of experts modules without a slot, have nothing to read."""
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param.is_meta and not param.numel():
+                empty = torch.empty(param.shape, dtype=param.dtype)
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
+
+
+def _refuse(problems: list[str], model_dir: Path) -> None:
     if problems:
         raise CheckpointError(
             f"{model_dir} does not fill the model: {', '.join(sorted(problems)[:4])}"

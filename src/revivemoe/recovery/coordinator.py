@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages import Configure, DomainSpec, Fence, FenceAck, Resumed, Stop
+from revivemoe.messages import Configure, DomainSpec, Fence, FenceAck, Resumed, Stop, SwitchRole
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import Continue, GiveUp, Restart, World, plan_recovery
 from revivemoe.recovery.policy import Policy
@@ -322,7 +322,9 @@ class Coordinator:
         began, record = self._clock(), state.record
         plan = _at_epoch(plan, state.epoch)
         record.experts_dropped, record.experts_masked = plan.experts_dropped, len(plan.masked)
-        record.experts_reloaded = len(plan.reloads) + len(world.loaded)
+        record.experts_reloaded = len(plan.reloads) + len(world.loaded) + _brought_in(plan, world)
+        if plan.role_switched is not None:
+            record.role_switched = plan.role_switched
         for move in plan.migrations:
             self._sequences.hand_over(move.seq_id, move.to)
             record.migrated += 1
@@ -337,8 +339,13 @@ class Coordinator:
         )
         for rank in plan.topology.members:
             self._ranks.send(rank, configure)
+        aside = {s.rank: s for s in plan.switches if plan.switch_aside}
         for rank in sorted(self._fenced(state) - set(plan.topology.members)):
-            self._ranks.send(rank, Stop())
+            if rank in aside:
+                placement = plan.placement.with_rank(rank, aside[rank].table)
+                self._ranks.send(rank, SwitchRole(state.epoch, placement, domain))
+            else:
+                self._ranks.send(rank, Stop())
         self._events(
             "configure",
             {"epoch": state.epoch, "reason": plan.reason, "migrated": len(plan.migrations)},
@@ -394,6 +401,12 @@ class Coordinator:
         """The engine itself stood still for so long: nobody else is late by that."""
         if not isinstance(self.state, Idle):
             self.state.deadline += seconds
+
+
+def _brought_in(plan: Continue, world: World) -> int:
+    """Experts that ranks which have switched roles have loaded meanwhile."""
+    back = [r for r in world.ready if r in world.switched and r in plan.topology.members]
+    return sum(expert >= 0 for r in back for row in world.tables.get(r, ()) for expert in row)
 
 
 def _at_epoch(plan: Continue, epoch: Epoch) -> Continue:

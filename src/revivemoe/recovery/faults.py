@@ -19,6 +19,7 @@ FaultKind = Literal[
     "fence_timeout",  # it did not answer a fence
     "start_timeout",  # its new process was not ready in time
     "isolate",  # an operator asked for it
+    "role_switch",  # an operator wants it to become an expert rank
     "whatif",  # nobody did
 ]
 

@@ -9,7 +9,8 @@ from revivemoe.placement import ExpertPlacement, missing_fraction
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.repair import Reload, assign_reloads, with_cleared, with_reloads
-from revivemoe.topology import Topology, joined, without
+from revivemoe.recovery.role_switch import RoleSwitch, asked_switch, choose_switches
+from revivemoe.topology import Topology, joined, switched, without
 
 DOMAIN_FAILURES = 3
 """So many domains in a row that did not come about: restart all ranks."""
@@ -66,6 +67,12 @@ class World:
     """Ranks on which a suspect is tried: nothing new goes there."""
     can_load: bool = True
     """False while loading experts has just failed."""
+    home_placement: ExpertPlacement | None = None
+    """The experts' map that the instance was started with."""
+    switched: frozenset[RankId] = frozenset()
+    """Ranks that have become expert ranks, or are about to; `home` has them as such."""
+    switch: RankId | None = None
+    """An attention rank that somebody wants to become an expert rank."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,13 @@ class Continue:
     """Loaded before the first step; `placement` names them already."""
     background: tuple[Reload, ...] = ()
     """To be loaded beside the steps; masked in `placement` until then."""
+    switches: tuple[RoleSwitch, ...] = ()
+    """Attention ranks that become expert ranks."""
+    switch_aside: bool = False
+    """They do so outside of the epoch, and come back once they have loaded; otherwise they are
+    members, and load before the first step."""
+    role_switched: RankId | None = None
+    """A rank whose role changes, or has changed, with this plan."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,12 @@ def plan_recovery(world: World, faults: Sequence[Fault], policy: Policy) -> Reco
     present = _present(world, lost, accused)
     refusal = _no_roles(present.topology, lost)
     if refusal is not None:
+        switch = _role_switch(world, present, lost, policy)
+        if isinstance(switch, Continue) and "role_switch" in policy.repair:
+            return switch
         return _restart(world, world.relaunchable, policy, refusal)
+    if world.switch is not None and world.switch not in lost:
+        return _asked_switch(world, present, lost, policy)
     return _repair(world, present, lost, policy)
 
 
@@ -151,7 +170,7 @@ def _present(world: World, lost: frozenset[RankId], accused: frozenset[RankId]) 
         assert world.home is not None, "ranks come back to a world without a home"
         topology = joined(topology, back, world.home)
         for rank in back:
-            if rank in world.tables:
+            if world.tables.get(rank):
                 placement = placement.with_rank(rank, world.tables[rank])
     here = [load for load in world.loaded if load.rank in placement.slots]
     return _Present(topology, with_reloads(placement, here))
@@ -194,7 +213,7 @@ def _repair(
     for repair in policy.repair:
         if repair == "restart":
             continue
-        attempt = _reload if repair == "reload" else _mask
+        attempt = _ATTEMPTS[repair]
         plan = attempt(world, present, lost, policy)
         if isinstance(plan, Continue):
             return plan
@@ -238,6 +257,114 @@ def _reload(
     return _continue(world, full, lost, reloads=reloads)
 
 
+def _role_switch(
+    world: World, present: _Present, lost: frozenset[RankId], policy: Policy
+) -> Continue | str:
+    """Let attention ranks become expert ranks for the missing experts, or why not."""
+    topology, placement = present.topology, present.placement
+    promised = _promised(world, lost)
+    wanted = [pair for pair in placement.missing() if pair not in promised]
+    if not world.can_load:
+        return "experts could not be loaded a moment ago"
+    if not wanted:
+        return f"{len(placement.missing())} experts are being loaded by a rank that switches roles"
+    if not topology.attention:
+        return "no attention rank is left"
+    tokens = dict.fromkeys(topology.attention, 0)
+    for view in world.sequences:
+        if view.owner in tokens:
+            tokens[view.owner] += view.num_tokens
+    switches = choose_switches(
+        topology,
+        placement,
+        wanted,
+        world.placement.slots_per_rank,
+        tokens,
+        _places(world, topology),
+    )
+    if isinstance(switches, str):
+        return switches
+    return _switch(world, present, lost, policy, switches)
+
+
+def _asked_switch(
+    world: World, present: _Present, lost: frozenset[RankId], policy: Policy
+) -> RecoveryPlan:
+    assert world.switch is not None
+    topology = present.topology
+    switch = asked_switch(
+        topology,
+        present.placement,
+        world.home_placement or present.placement,
+        world.placement.slots_per_rank,
+        world.switch,
+        _places(world, topology),
+    )
+    if isinstance(switch, str):  # meanwhile it makes no sense any more
+        return _repair(world, present, lost, policy)
+    return _switch(world, present, lost, policy, (switch,))
+
+
+def _switch(
+    world: World,
+    present: _Present,
+    lost: frozenset[RankId],
+    policy: Policy,
+    switches: tuple[RoleSwitch, ...],
+) -> Continue:
+    topology, placement = present.topology, present.placement
+    leaving = frozenset(s.rank for s in switches)
+    aside = bool(topology.experts) and (
+        world.switch is not None
+        or (policy.serve_masked_meanwhile and not _refuse_masking(world, placement, policy))
+    )
+    if aside:
+        outside = replace(present, topology=without(topology, leaving, topology.epoch))
+        plan = _continue(world, outside, lost, leaving=leaving)
+    else:
+        home = world.home or world.topology
+        for switch in switches:
+            home = switched(home, switch.rank, switch.replaces)
+            placement = placement.with_rank(switch.rank, switch.table)
+        stay = without(topology, leaving, topology.epoch)
+        topology = joined(stay, tuple(s.rank for s in switches), home)
+        loads = tuple(load for s in switches for load in s.loads(placement.layers))
+        plan = _continue(world, _Present(topology, placement), lost, reloads=loads)
+    who = " and ".join(
+        f"rank {s.rank} becomes an expert rank"
+        + (f" in the place of rank {s.replaces}" if s.replaces is not None else "")
+        for s in switches
+    )
+    how = "beside the others, which go on meanwhile" if aside else "before the next step"
+    count = sum(len(s.loads(placement.layers)) for s in switches)
+    return replace(
+        plan,
+        switches=switches,
+        switch_aside=aside,
+        role_switched=switches[0].rank,
+        reason=f"{plan.reason}; {who} and loads {count} experts {how}",
+    )
+
+
+def _places(world: World, topology: Topology) -> list[RankId]:
+    """Expert ranks of the start that are not there, whose places can be taken."""
+    home = world.home or world.topology
+    taken = {*topology.members, *world.launching}
+    return [rank for rank in home.experts if rank not in taken and rank not in world.switched]
+
+
+def _promised(world: World, lost: frozenset[RankId]) -> set[tuple[LayerId, ExpertId]]:
+    """Experts that ranks are loading which are still switching roles."""
+    under_way = [r for r in world.launching if r in world.switched and r in world.tables]
+    return {
+        (layer, ExpertId(expert))
+        for rank in under_way
+        for layer, row in zip(world.placement.layers, world.tables[rank], strict=True)
+        for expert in row
+        if expert >= 0
+    }
+
+
 def _without_slots(
     placement: ExpertPlacement, reserved: set[tuple[RankId, LayerId, SlotId]]
 ) -> ExpertPlacement:
@@ -268,22 +395,29 @@ def _refuse_masking(world: World, placement: ExpertPlacement, policy: Policy) ->
     return None
 
 
+_ATTEMPTS = {"reload": _reload, "role_switch": _role_switch, "mask": _mask}
+
+
 def _continue(
     world: World,
     present: _Present,
     lost: frozenset[RankId],
     reloads: tuple[Reload, ...] = (),
     background: tuple[Reload, ...] = (),
+    leaving: frozenset[RankId] = frozenset(),
 ) -> Continue:
+    """`leaving`: ranks that are not lost, but go out for a while."""
     placement = present.placement
     masked = tuple(sorted(set(placement.missing()) - set(world.placement.missing())))
-    dropped = lost - frozenset(present.topology.members)
+    dropped = lost - frozenset(present.topology.members) - leaving
     held = sum(e >= 0 for r in dropped for row in world.placement.slots.get(r, ()) for e in row)
     gone = len(masked) + len({(x.layer, x.expert) for x in reloads})
+    back = [r for r in world.ready if r in world.switched and r in present.topology.members]
     return Continue(
+        role_switched=next(iter(back), None),
         topology=present.topology,
         placement=placement,
-        migrations=tuple(_migrate(world, present.topology, lost)),
+        migrations=tuple(_migrate(world, present.topology)),
         experts_dropped=max(0, held - gone),
         masked=masked,
         reason=_reason(world, dropped, placement, masked, reloads, background),
@@ -292,7 +426,7 @@ def _continue(
     )
 
 
-def _migrate(world: World, topology: Topology, lost: frozenset[RankId]) -> list[Migration]:
+def _migrate(world: World, topology: Topology) -> list[Migration]:
     """Sequences without a living owner go, oldest first, to the rank with the fewest tokens."""
     load = dict.fromkeys(topology.attention, 0)
     homeless = []
@@ -308,6 +442,20 @@ def _migrate(world: World, topology: Topology, lost: frozenset[RankId]) -> list[
         load[target] += view.num_tokens
         migrations.append(Migration(view.seq_id, target, view.num_tokens))
     return migrations
+
+
+def refuse_switch(world: World, rank: RankId) -> str | None:
+    """Why this rank cannot, or need not, become an expert rank now; None: it can."""
+    topology = world.topology
+    switch = asked_switch(
+        topology,
+        world.placement,
+        world.home_placement or world.placement,
+        world.placement.slots_per_rank,
+        rank,
+        _places(world, topology),
+    )
+    return switch if isinstance(switch, str) else None
 
 
 def _who(lost: frozenset[RankId]) -> str:
@@ -326,9 +474,10 @@ def _reason(
 ) -> str:
     """One sentence for the person on call."""
     parts = []
-    if reloads:
-        ranks = len({x.rank for x in reloads})
-        parts.append(f"{len(reloads)} experts are loaded into spare slots of {ranks} ranks")
+    elsewhere = [x for x in reloads if x.rank in world.placement.slots]
+    if elsewhere:
+        ranks = len({x.rank for x in elsewhere})
+        parts.append(f"{len(elsewhere)} experts are loaded into free slots of {ranks} ranks")
     if masked:
         layers = len({layer for layer, _ in masked})
         meanwhile = ", while they are loaded into spare slots" if background else ""
@@ -341,9 +490,11 @@ def _reason(
     if world.loaded:
         parts.append(f"{len(world.loaded)} experts loaded meanwhile are taken into use")
     if lost:
-        if not masked and not reloads:
+        if not masked and not reloads and any(r in world.placement.slots for r in lost):
             parts.append("every lost expert has a replica: drop the lost ones and go on")
-        return f"{_who(lost)} lost; {'; '.join(parts)}"
+        elif not parts and not reloads:
+            parts.append("no expert is lost with it: its sequences move and the others go on")
+        return "; ".join((f"{_who(lost)} lost", *parts))
     return "; ".join(parts) or (
         "no rank is accused: the same members get a new domain and redo the step"
     )
@@ -366,4 +517,5 @@ def describe_plan(plan: RecoveryPlan) -> dict[str, Any]:
                 "experts_dropped": plan.experts_dropped,
                 "experts_reloaded": len(plan.reloads) + len(plan.background),
                 "experts_masked": [list(pair) for pair in plan.masked],
+                "role_switched": plan.role_switched,
             }

@@ -6,8 +6,8 @@ from typing import Literal
 LevelAction = Literal["log", "watch", "retry", "drain", "isolate"]
 LEVEL_ACTIONS: tuple[LevelAction, ...] = ("log", "watch", "retry", "drain", "isolate")
 
-Repair = Literal["reload", "mask", "restart"]
-REPAIRS: tuple[Repair, ...] = ("reload", "mask", "restart")
+Repair = Literal["reload", "role_switch", "mask", "restart"]
+REPAIRS: tuple[Repair, ...] = ("reload", "role_switch", "mask", "restart")
 
 DEFAULT_LEVELS: tuple[LevelAction, ...] = ("log", "watch", "retry", "drain", "isolate", "isolate")
 """For the device fault levels L1 .. L6: NotHandleFault, RestartRequest, RestartBusiness,
@@ -26,8 +26,8 @@ class Policy:
     max_missing_fraction: float = 1 / 32
     """Experts of one layer that may be masked (the paper finds accuracy to hold up to 1/32)."""
     serve_masked_meanwhile: bool = False
-    """Go on at once with experts masked (within the bound) while they are reloaded, instead of
-    waiting for the reload."""
+    """Go on at once with experts masked (within the bound) while they are reloaded, or while a role
+    switch proceeds in the background, instead of waiting for it."""
     restore_redundancy: bool = False
     """Fill empty slots with second replicas of experts that had one, beside the steps, so that the
     next loss needs no reload."""
@@ -47,7 +47,9 @@ class Policy:
     resume_timeout_s: float = 20.0
     """For every member to agree on the first step of the new epoch; loading not counted."""
     reload_timeout_s: float = 120.0
-    """For experts to be loaded into spare slots."""
+    """For experts to be loaded into slots before the first step of an epoch."""
+    switch_timeout_s: float = 300.0
+    """For a role switch in the background."""
     restart_timeout_s: float = 600.0
     """For ranks that are restarted to be ready."""
     drain_timeout_s: float = 30.0

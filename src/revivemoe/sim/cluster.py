@@ -63,7 +63,7 @@ class SimCluster:
         self.history.append(process)
         self._commands[rank] = Channel(self.clock, self.rng, delay_s, process.deliver)
         self._reports[process] = reports
-        core = Rank(rank, incarnation, self._scenario.limits)
+        core = Rank(rank, incarnation, self._scenario.limits_of(rank))
         loop = StepLoop(
             process,
             core,

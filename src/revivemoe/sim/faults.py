@@ -26,6 +26,8 @@ FaultKind = Literal[
     "stall",  # the engine itself stands still
     "forkserver",  # the fork server ends: nothing can be launched
     "drain",  # an operator takes a rank out
+    "switch",  # an operator wants a rank to become an expert rank
+    "kill-switching",  # the process that is loading for its new role exits
     "rejoin",  # an operator lets a rank that is out come back
     "restore",  # an operator has missing experts loaded
     "retry",  # an operator asks for a new domain

@@ -97,6 +97,8 @@ def _serving_stage(engine: Engine) -> str:
         return "first step"
     if engine.maintenance._drain is not None:
         return "draining"
+    if engine.fleet.switching:
+        return "switching"
     return "loading" if engine.maintenance._loading else "serving"
 
 
@@ -114,5 +116,9 @@ def is_settled(engine: Engine) -> bool:
     """Serving, and no planned change is under way or wanted."""
     maintenance = engine.maintenance
     return isinstance(engine.state, Serving) and not (
-        maintenance._drain or maintenance._asked or maintenance._loading or maintenance._loaded
+        maintenance._drain
+        or maintenance._asked
+        or maintenance._loading
+        or maintenance._loaded
+        or engine.fleet.switching
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 from revivemoe.engine import Engine
 from revivemoe.engine_state import FailedState
-from revivemoe.ids import Epoch
 from revivemoe.placement import place
 from revivemoe.sim.client import Client
 from revivemoe.sim.clock import Clock
@@ -21,7 +20,6 @@ from revivemoe.sim.strikes import Strikes
 from revivemoe.sim.verdict import Verdict
 from revivemoe.sim.vocabulary import LetterVocabulary
 from revivemoe.streams import EngineUnavailable
-from revivemoe.topology import collocated
 
 LIMIT_S = 60.0
 """Virtual time within which all requests must have ended."""
@@ -57,7 +55,7 @@ class Simulation:
             self.clock, self.rng, scenario, self.host.on_report, self.host.on_exit
         )
         self.strikes = Strikes(self.clock, self.cluster, self.host, scenario.faults)
-        topology = collocated(Epoch(1), scenario.num_ranks)
+        topology = scenario.config.topology()
         placement = place(NUM_EXPERTS, [0, 1], topology.experts, scenario.redundant, scenario.spare)
         self.engine = Engine(
             scenario.config,

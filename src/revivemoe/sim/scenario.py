@@ -1,11 +1,12 @@
 """What one seed stands for: the instance, its requests, its faults. A pure function of the seed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 from revivemoe.config import EngineConfig
 from revivemoe.core.limits import RankLimits
+from revivemoe.ids import RankId
 from revivemoe.recovery.policy import REPAIRS, Policy
 from revivemoe.sampling_params import SamplingParams
 from revivemoe.sim.answers import EOS, POISON, VOCABULARY, answers
@@ -27,11 +28,11 @@ STEPS = 40
 """About so many steps a seed takes; faults at a step are drawn below."""
 STAGES = (
     "fencing", "fencing", "resuming", "resuming", "first step", "restarting", "reloading",
-    "boundary", "draining", "loading",
+    "boundary", "draining", "loading", "switching", "switching",
 )  # fmt: skip
 OPENERS = (
     "kill", "kill-two", "kill-all", "error", "stop", "hang", "link", "nan", "launch-slow", "drain",
-    "retry", "pause",
+    "retry", "pause", "switch",
 )  # fmt: skip
 """Faults that bring about a change of epoch soon, for others to strike in."""
 POINTS = (
@@ -55,6 +56,8 @@ class Scenario:
 
     seed: int
     num_ranks: int
+    expert_ranks: int
+    """Of these; 0: collocated."""
     redundant: int
     spare: int
     limits: RankLimits
@@ -69,7 +72,8 @@ class Scenario:
     def config(self) -> EngineConfig:
         return EngineConfig(
             model_dir=Path("sim"),
-            data_parallel_size=self.num_ranks,
+            data_parallel_size=self.num_ranks - self.expert_ranks,
+            expert_ranks=self.expert_ranks,
             redundant_experts=self.redundant,
             spare_expert_slots=self.spare,
             device="cpu",
@@ -78,17 +82,25 @@ class Scenario:
             policy=self.policy,
         )
 
+    def limits_of(self, rank: RankId) -> RankLimits:
+        """Expert ranks of the start have no blocks."""
+        if rank in self.config.topology().attention:
+            return self.limits
+        return replace(self.limits, num_blocks=0)
+
 
 def draw(seed: int, kinds: tuple[FaultKind, ...] = KINDS) -> Scenario:
     """The scenario of a seed, with faults of these kinds."""
     rng = Random(seed)
     num_ranks = rng.choice((4, 4, 4, 5, 6))
+    expert_ranks = rng.choice((0, 0, rng.randint(1, num_ranks - 2)))
     count = rng.choice((1, 2, 2, 3))
     faults = tuple(_fault(rng, kinds, num_ranks, n) for n in range(count))
     return Scenario(
         seed=seed,
         num_ranks=num_ranks,
-        redundant=rng.choice((NUM_EXPERTS, NUM_EXPERTS, 4, 2, 0)),
+        expert_ranks=expert_ranks,
+        redundant=0 if expert_ranks == 1 else rng.choice((NUM_EXPERTS, NUM_EXPERTS, 4, 2, 0)),
         spare=rng.randint(0, 2),
         limits=_limits(rng),
         policy=_policy(rng),
@@ -105,7 +117,15 @@ def _policy(rng: Random) -> Policy:
         max_recoveries=16,
         max_missing_fraction=rng.choice((1 / 32, 1 / 8, 1 / 2)),
         serve_masked_meanwhile=rng.random() < 0.3,
-        repair=rng.choice((REPAIRS, REPAIRS, ("mask", "reload", "restart"), ("reload", "mask"))),
+        repair=rng.choice(
+            (
+                REPAIRS,
+                REPAIRS,
+                ("role_switch", "restart"),
+                ("mask", "reload", "restart"),
+                ("reload", "mask"),
+            )
+        ),
         fence_timeout_s=5.0,
         resume_timeout_s=10.0,
         reload_timeout_s=10.0,

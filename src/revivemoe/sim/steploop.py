@@ -28,9 +28,10 @@ from revivemoe.messages import (
     Resumed,
     StepAborted,
     Stop,
+    SwitchRole,
     Wake,
 )
-from revivemoe.placement import EMPTY
+from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.forward import Forward, Steps, results_of
 from revivemoe.sim.mishaps import Mishaps
@@ -119,6 +120,8 @@ class StepLoop:
                 self._load_beside(command)
             case ExpertsLoaded():
                 self._process.report(command)
+            case SwitchRole():
+                yield from self._switch_role(command)
             case Stop():
                 self._stopped = True
             case Inject():
@@ -147,7 +150,9 @@ class StepLoop:
         if not rank.configure(command.epoch, command.step, mask_key(command), command.wake):
             return
         try:
-            yield from self._load_now(command)
+            if self.rank.limits.num_blocks and rank.rank_id not in command.topology.attention:
+                self._become_expert_rank(command.placement)
+            yield from self._load_now(command.epoch, command.placement)
         except DomainLeft:
             return
         except OSError as error:
@@ -158,14 +163,33 @@ class StepLoop:
             self._process.enter_domain(self._enter(command, self._process))
             self._entered = command
 
-    def _load_now(self, command: Configure) -> Steps:
+    def _become_expert_rank(self, placement: ExpertPlacement) -> None:
+        self.rank.give_up_attention()
+        self.slots[:] = [[EMPTY] * len(row) for row in placement.slots[self.rank.rank_id]]
+
+    def _switch_role(self, command: SwitchRole) -> Steps:
+        """Outside of the domain; `Ready` once the experts are there."""
+        rank = self.rank
+        if rank.limits.num_blocks:
+            self._become_expert_rank(command.placement)
+        try:
+            yield from self._load_now(command.epoch, command.placement)
+        except DomainLeft:
+            return
+        except OSError as error:
+            self._process.report(self._loaded_report(0, 0.0, str(error)))
+            self._process.die("exited with status 1")
+            return
+        self._process.report(Ready(rank.rank_id, rank.incarnation, "sim", 0, 0.0))
+
+    def _load_now(self, epoch: Epoch, placement: ExpertPlacement) -> Steps:
         """Load what the map gives to this rank and does not lie in its slots yet."""
         self._num_loaded = 0
-        wanted = command.placement.slots.get(self.rank.rank_id, ())
+        wanted = placement.slots.get(self.rank.rank_id, ())
         for layer, row in enumerate(wanted):
             for slot, expert in enumerate(row):
                 if expert not in (EMPTY, self.slots[layer][slot]):
-                    yield from self._load_one(command.epoch)
+                    yield from self._load_one(epoch)
                     self.slots[layer][slot] = expert
                     self._num_loaded += 1
 

@@ -144,6 +144,9 @@ class Strikes:
         match fault.kind:
             case "kill":
                 self._kill(process)
+            case "kill-switching":
+                switching = self._host.engine.fleet.switching
+                self._kill(self._cluster.processes[switching[0].rank] if switching else process)
             case "error":
                 self._fail(process)
             case "stop" | "corpse" | "zombie":
@@ -239,6 +242,8 @@ class Strikes:
             case "drain":
                 self.drained.add(rank)
                 self._instruct("isolate", {"id": rank})
+            case "switch":
+                self._switch()
             case "rejoin":
                 self._rejoin(MOST_RETRIES)
             case "restore":
@@ -272,6 +277,12 @@ class Strikes:
             self._instruct("rejoin", {"id": out[0]})
         elif retries:
             self._later(RETRY_S, partial(self._rejoin, retries - 1))
+
+    def _switch(self) -> None:
+        """Ask for every attention rank, until one can."""
+        for rank in self._host.engine.topology.attention:
+            self.drained.add(rank)
+            self._instruct("role_switch", {"id": rank})
 
     def _instruct(self, instruction: str, params: dict[str, Any]) -> None:
         self._host.call(partial(self._apply, instruction, params))

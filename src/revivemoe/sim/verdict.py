@@ -31,11 +31,14 @@ class Verdict:
         self._cut_off: set[RankId] = set()
         """Ends of links that were accused."""
         self._convicted: set[str] = set()
+        self._fence_timeouts = 0
+        """Ranks that hung while others were being fenced: what they ran is not seen to be at fault."""
 
     def on_event(self, event: dict[str, Any]) -> None:
         """What the engine tells of what it does."""
         match event["event"]:
             case "fault":
+                self._fence_timeouts += event["kind"] == "fence_timeout"
                 self._check_accusation(event)
             case "drain":
                 assert RankId(event["id"]) in self._strikes.drained, f"drained for nothing: {event}"
@@ -105,7 +108,7 @@ class Verdict:
 
     def _check_poison(self) -> None:
         lost = len(set(self._strikes.poisoned) - self._strikes.hit)
-        most = MOST_LOST_BY_POISON + self._num_like_poison()
+        most = MOST_LOST_BY_POISON + self._num_like_poison() + self._fence_timeouts
         assert lost <= most, f"the poison request took {lost} ranks"
 
     def _num_like_poison(self) -> int:
@@ -136,7 +139,7 @@ class Verdict:
     def _check_placement(self) -> None:
         engine = self._engine
         assert set(engine.missing) == set(engine.placement.missing()), "experts not listed"
-        assert set(engine.placement.slots) <= set(engine.topology.members)
+        assert set(engine.placement.slots) == set(engine.topology.experts)
         fraction = missing_fraction(engine.placement)
         assert fraction <= self._scenario.policy.max_missing_fraction, "too much is masked"
 
@@ -147,5 +150,7 @@ class Verdict:
                 continue
             loop.forward.check()
             assert not loop.rank.queues.live, f"rank {rank} still holds {loop.rank.queues.live}"
+            has_attention = rank in self._engine.topology.attention
+            assert bool(loop.rank.limits.num_blocks) == has_attention, f"role of rank {rank}"
             assert loop.rank.pool.num_free == loop.rank.limits.num_blocks, "blocks are held"
             assert loop.rank.stats().survivor_refills == 0, f"rank {rank} filled KV again"

@@ -23,7 +23,7 @@ def in_domain(num: int, tokens: int, hidden: int, top_k: int, act) -> list:
 
     def member(rank: int) -> None:
         with Domains(FenceFlag(), fd) as domains, torch.inference_mode():
-            transport = domains.enter(
+            (transport,) = domains.enter(
                 DomainSpec(backend="shm", timeout_s=10), Epoch(0), members, RankId(rank)
             )
             results[rank] = act(rank, Dispatcher(transport, SLOTS))
@@ -100,7 +100,7 @@ def test_a_domain_of_one_copies_nothing_and_heeds_the_fence():
     fence, me = FenceFlag(), RankId(5)
     with Domains(fence) as domains:
         spec = DomainSpec(backend="shm")
-        dispatcher = Dispatcher(domains.enter(spec, Epoch(2), (me,), me), SLOTS)
+        dispatcher = Dispatcher(domains.enter(spec, Epoch(2), (me,), me)[0], SLOTS)
         hidden = torch.randn(2, 4)
         got = dispatcher.dispatch(hidden, torch.tensor([[1, -1], [-1, -1]]), torch.ones(2, 2))
         assert got.rows_RH.data_ptr() == hidden.data_ptr()

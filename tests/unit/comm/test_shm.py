@@ -32,7 +32,7 @@ def enter(fd: int, rank: int, epoch: int = 1, members=BOTH, timeout_s=5.0) -> Sh
 def test_halves_of_all_ranks_and_epochs_are_disjoint_and_inside(fd):
     segment = Segment(fd)
     starts = sorted(
-        segment.half_offset(RankId(rank), Epoch(epoch), parity)
+        segment.half_offset(RankId(rank), Epoch(epoch), 0, parity)
         for rank in range(3)
         for epoch in (4, 5)
         for parity in (0, 1)
@@ -64,7 +64,7 @@ def test_the_largest_payload_fits_and_one_byte_more_is_refused(fd):
 
 def test_an_epoch_is_entered_once(fd):
     enter(fd, 0, epoch=3)
-    with pytest.raises(AssertionError, match="a second time"):
+    with pytest.raises(AssertionError, match="twice"):
         enter(fd, 0, epoch=3)
 
 

@@ -66,7 +66,7 @@ def test_it_is_masked_by_its_own_form(model: tuple[Path, Any]) -> None:
     missing = {0, 1, 2, 3, 5, 6, 7}
     solo = SoloRank(path, LIMITS, {1: missing, 2: missing})
     assert solo.runner.maskable
-    assert {r.form for r in solo.runner._routers.values()} == {grouped_softmax}
+    assert {r.form for r in solo.runner.generator.routers.values()} == {grouped_softmax}
     hooks = [
         layer.mlp.gate.register_forward_hook(_masked(missing)) for layer in whole.model.layers[1:]
     ]

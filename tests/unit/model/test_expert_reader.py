@@ -211,16 +211,16 @@ def test_a_model_mended_gives_the_logits_of_a_whole_one(
     loads = solo.runner.to_load(placement, RankId(0))
     assert set(loads) == {load(5, 5, layer=2), load(0, 0), load(15, 15)}
     assert solo.runner.to_load(placement, RankId(1)) == ()
-    before = [p.data_ptr() for p in solo.runner._model.parameters()]
+    before = [p.data_ptr() for p in solo.runner.generator.model.parameters()]
     report = solo.runner.load_experts(loads)
-    assert [p.data_ptr() for p in solo.runner._model.parameters()] == before, "in place"
+    assert [p.data_ptr() for p in solo.runner.generator.model.parameters()] == before, "in place"
     assert report.sources == {"disk": 3}
     assert report.num_bytes == 3 * 3 * 64 * 32 * 4
     assert solo.runner.to_load(placement, RankId(0)) == ()
     assert set(solo.runner.held().values()) == {tuple(range(16))}
-    dispatcher = solo.runner.exchange._dispatcher
+    dispatcher = solo.runner.exchange.lanes[0].dispatcher
     assert dispatcher is not None
-    solo.runner.enter(dispatcher, placement, collocated(Epoch(1), 1), RankId(0))
+    solo.runner.enter([dispatcher], placement, collocated(Epoch(1), 1), RankId(0))
     got = kept_logits(solo, monkeypatch)
     assert len(got) == len(expected) > 20
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

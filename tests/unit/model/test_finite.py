@@ -149,7 +149,7 @@ def a_batch(solo: SoloRank, prompt: list[int] = PROMPT) -> Any:
 
 def poison(solo: SoloRank, part: str, layer: int) -> None:
     """Make one weight NaN, such that `part` of `layer` produces it."""
-    model = solo.runner._model.model
+    model = solo.runner.generator.model.model
     decoder = model.layers[layer]
     with torch.no_grad():
         match part:
@@ -187,13 +187,13 @@ def test_rows_of_others_that_break_here(solo: SoloRank, monkeypatch: pytest.Monk
     """A rank without tokens of its own says so too."""
     exchange = solo.runner.exchange
     layer = exchange.layers[LayerId(2)]
-    real = exchange._dispatcher.dispatch  # type: ignore[union-attr]
+    real = exchange.lanes[0].dispatcher.send  # type: ignore[union-attr]
 
     def with_rows(hidden: Any, slots: Any, weights: Any) -> Any:
         ids = torch.zeros(1, layer.top_k, dtype=torch.int64)
         return real(torch.ones(1, 64), ids + torch.arange(layer.top_k), ids.float() + 0.25)
 
-    monkeypatch.setattr(exchange._dispatcher, "dispatch", with_rows)
+    monkeypatch.setattr(exchange.lanes[0].dispatcher, "send", with_rows)
     solo.runner.serve()
     assert solo.runner.non_finite() is None
     poison(solo, "experts", 2)
@@ -210,9 +210,9 @@ def test_what_others_send_is_not_laid_to_this_rank(
     solo: SoloRank, monkeypatch: pytest.MonkeyPatch, what: str, phase: str
 ) -> None:
     """In the last layer, on the last token; what it leads to in the logits is not either."""
-    dispatcher = solo.runner.exchange._dispatcher
+    dispatcher = solo.runner.exchange.lanes[0].dispatcher
     assert dispatcher is not None
-    dispatch, combine = dispatcher.dispatch, dispatcher.combine
+    receive, combine = dispatcher.receive, dispatcher.combine
     dispatches, combines = iter(range(4)), iter(range(4))
 
     def broken(values: torch.Tensor) -> torch.Tensor:
@@ -221,7 +221,7 @@ def test_what_others_send_is_not_laid_to_this_rank(
         return values
 
     def dispatched(*args: Any) -> Any:
-        arrived = dispatch(*args)
+        arrived = receive(*args)
         if next(dispatches) < 3 or what == "combined":
             return arrived
         return replace(arrived, **{what: broken(getattr(arrived, what))})
@@ -230,7 +230,7 @@ def test_what_others_send_is_not_laid_to_this_rank(
         out = combine(*args)
         return broken(out) if next(combines) == 3 and what == "combined" else out
 
-    monkeypatch.setattr(dispatcher, "dispatch", dispatched)
+    monkeypatch.setattr(dispatcher, "receive", dispatched)
     monkeypatch.setattr(dispatcher, "combine", combined)
     with pytest.raises(NonFiniteStep):
         solo.runner.execute(a_batch(solo))
@@ -251,7 +251,7 @@ def test_an_injected_nan_is_seen_where_it_was_put(solo: SoloRank, phase: str) ->
 
 
 def test_a_step_after_it_starts_clean(solo: SoloRank) -> None:
-    weight = solo.runner._model.model.norm.weight
+    weight = solo.runner.generator.model.model.norm.weight
     saved = weight.clone()
     poison(solo, "sample", -1)
     batch = a_batch(solo)
@@ -276,14 +276,14 @@ def test_infinite_hidden_states_that_the_router_squashes(made: dict[str, Path]) 
     """A sigmoid makes 0 or 1 of an infinite logit: the weights alone would not tell."""
     solo = SoloRank(made["deepseek_v3"], LIMITS)
     with torch.no_grad():
-        solo.runner._model.model.layers[1].post_attention_layernorm.weight[3] = math.inf
+        solo.runner.generator.model.model.layers[1].post_attention_layernorm.weight[3] = math.inf
     with pytest.raises(NonFiniteStep):
         solo.runner.execute(a_batch(solo))
     assert solo.runner.non_finite() == (1, "attention", True)
 
 
 def test_kv_of_an_undone_step_is_zeroed_and_nothing_else(solo: SoloRank) -> None:
-    cache = solo.runner._cache
+    cache = solo.runner.generator._cache
     assert cache is not None
     for pair in cache.pages:
         for pages in pair:
@@ -314,4 +314,6 @@ def test_every_phase_of_every_layer_is_reached_with_its_rows(solo: SoloRank) -> 
     assert reached == [*expected, ("sample", -1, 1)]
     reached.clear()
     solo.runner.serve()
-    assert reached == [(phase, layer, 0) for layer in range(4) for phase in phases[1:]]
+    assert reached == [(phase, layer, 0) for layer in range(4) for phase in phases] + [
+        ("sample", -1, 0)
+    ]

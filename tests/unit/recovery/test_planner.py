@@ -245,7 +245,7 @@ def test_lost_experts_are_loaded_into_empty_slots() -> None:
     assert {r.rank for r in plan.reloads} == {1, 2}, "in parallel over the survivors"
     for r in plan.reloads:
         assert SPARE.slots[r.rank][LAYERS.index(r.layer)][r.slot] == -1
-    assert "4 experts are loaded into spare slots of 2 ranks" in plan.reason
+    assert "4 experts are loaded into free slots of 2 ranks" in plan.reason
 
 
 def test_a_slot_whose_expert_has_another_replica_counts_as_spare() -> None:
