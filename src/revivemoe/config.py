@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
+from revivemoe.dense_groups import DenseGroups, form_groups
 from revivemoe.ids import Epoch
 from revivemoe.recovery.policy import Policy
 from revivemoe.topology import Topology, default_microbatches, deployment
@@ -26,6 +27,8 @@ class EngineConfig:
     """Attention ranks."""
     expert_ranks: int = 0
     """Ranks for experts alone; 0: experts live on the attention ranks."""
+    dense_ffn_tp: int = 1
+    """Ranks that share a dense feed-forward layer."""
     num_microbatches: int | None = None
     """Into which a step is cut; None: what suits the deployment."""
     redundant_experts: int = 0
@@ -65,6 +68,15 @@ class EngineConfig:
     @property
     def num_ranks(self) -> int:
         return self.data_parallel_size + self.expert_ranks
+
+    def dense_groups(self) -> DenseGroups | None:
+        """Those that share the dense layers; None: every attention rank holds all of them.
+
+        Raises ValueError if there are too few ranks for one.
+        """
+        if self.dense_ffn_tp == 1:
+            return None
+        return form_groups(self.topology().attention, self.dense_ffn_tp)
 
     def topology(self) -> Topology:
         """What the instance starts with."""
@@ -119,6 +131,7 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
             f"--redundant-experts {config.redundant_experts} is more than {info.num_experts} "
             f"experts on {holders} ranks can use ({most}): lower it"
         )
+    _check_dense(config, info)
     if config.max_num_batched_tokens < config.max_num_seqs:
         raise ValueError(
             f"--max-num-batched-tokens {config.max_num_batched_tokens} is below --max-num-seqs "
@@ -135,11 +148,28 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
     )
 
 
+def _check_dense(config: EngineConfig, info: CheckpointInfo) -> None:
+    shards = config.dense_ffn_tp
+    if shards == 1:
+        return
+    if not info.dense_layers:
+        raise ValueError(
+            f"--dense-ffn-tp {shards}, but {info.model_dir} ({info.architecture}) has no dense "
+            "feed-forward layers: leave it at 1"
+        )
+    if info.dense_width % shards:
+        raise ValueError(
+            f"--dense-ffn-tp {shards} does not divide the dense layers' width {info.dense_width}"
+        )
+    config.dense_groups()
+
+
 def _check_positive(config: EngineConfig) -> None:
     for flag, value, least in (
         ("--data-parallel-size", config.data_parallel_size, 1),
         ("--expert-ranks", config.expert_ranks, 0),
         ("--num-microbatches", config.num_microbatches, 1),
+        ("--dense-ffn-tp", config.dense_ffn_tp, 1),
         ("--redundant-experts", config.redundant_experts, 0),
         ("--spare-expert-slots", config.spare_expert_slots, 0),
         ("--max-model-len", config.max_model_len, 2),

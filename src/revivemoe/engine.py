@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, assert_never
 
 from revivemoe.config import EngineConfig
+from revivemoe.dense_groups import DenseGroups
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.device_watch import DeviceWatch
 from revivemoe.engine_state import FailedState, Paused, Recovering, Serving, Starting, State
@@ -88,10 +89,13 @@ class Engine:
         cluster: Cluster,
         clock: Callable[[], float],
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        dense: DenseGroups | None = None,
     ) -> None:
+        """`dense`: groups that share the dense layers, if they are shared."""
         assert config.max_model_len is not None, "the config is resolved beforehand"
         policy = config.policy
         self.config, self.topology, self.placement = config, topology, placement
+        self.dense = dense
         self.home = topology
         """What the instance was started with: ranks come back to their roles."""
         self.missing = placement.missing()
@@ -404,6 +408,7 @@ class Engine:
                 placement=self.placement,
                 domain=self._cluster.domain(),
                 wake=self._wake,
+                dense=self.dense,
             )
             for rank in self.topology.members:
                 self.fleet.send(rank, configure)
@@ -618,6 +623,7 @@ class Engine:
             trials=self.ledger.trials(),
             can_load=not self._load_failed_lately(now),
             home_placement=fleet.home,
+            dense=self.dense,
             switched=frozenset(fleet.switched),
             switch=self._switch,
         )
@@ -691,6 +697,7 @@ class Engine:
             case Recovered(plan=plan):
                 self._domain_failures = 0
                 self.topology, self.placement = plan.topology, plan.placement
+                self.dense = plan.dense
                 self.missing = plan.placement.missing()
                 if self.degraded:
                     self.ledger.mark_degraded()

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from revivemoe.dense_groups import DenseGroups
 from revivemoe.ids import Epoch, ExpertId, Incarnation, LayerId, RankId, SeqId, SlotId
 from revivemoe.placement import ExpertPlacement
 from revivemoe.sampling_params import SamplingParams
@@ -109,6 +110,9 @@ class Configure(msgspec.Struct, frozen=True, tag=True):
     placement: ExpertPlacement
     domain: DomainSpec
     wake: int
+    dense: DenseGroups | None = None
+    """Groups that share the dense layers, if they are shared; shards that this rank is to hold and
+    does not are loaded first."""
 
 
 class SlotLoad(msgspec.Struct, frozen=True):

@@ -122,6 +122,7 @@ class Instance:
             self._cluster,
             time.monotonic,
             self._on_event,
+            config.dense_groups(),
         )
         self._operations = Operations(self.engine)
         self._health: HealthMonitor | None = None
@@ -296,6 +297,16 @@ class Instance:
 
     # ---- helpers -----------------------------------------------------------------------------
 
+    def _dense_layers(self) -> tuple[LayerId, ...]:
+        if self.engine.dense is None:
+            return ()
+        return tuple(LayerId(layer) for layer in self.info.dense_layers)
+
+    def _dense_shards(self, rank: RankId) -> tuple[int, ...]:
+        """What a new process of a rank starts with."""
+        home = self.engine.dense.home if self.engine.dense is not None else ()
+        return tuple(s for group in home for s, holder in enumerate(group) if holder == rank)
+
     def _rank_spec(
         self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
     ) -> RankSpec:
@@ -307,6 +318,9 @@ class Instance:
             incarnation=incarnation,
             model_dir=str(info.model_dir),
             attention=rank in self.engine.home.attention,
+            dense_layers=self._dense_layers(),
+            dense_ffn_tp=config.dense_ffn_tp,
+            dense_shards=self._dense_shards(rank),
             slots={LayerId(k): v for k, v in zip(info.moe_layers, table, strict=True)},
             num_experts=info.num_experts,
             top_k=info.top_k,
@@ -333,7 +347,7 @@ def _segment(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:
         max_tokens=config.max_num_batched_tokens,
         hidden=info.hidden_size,
         itemsize=2 if config.dtype == "bfloat16" else 4,
-        top_k=info.top_k,
+        top_k=max(info.top_k, config.dense_ffn_tp),
     )
 
 

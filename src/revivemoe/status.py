@@ -26,7 +26,7 @@ def status_document(engine: Engine, now: float, wall: float) -> dict[str, Any]:
         "last_ft_request_id": engine.last_ft_request_id,
         "engines": [_engine(engine, view, now) for view in views],
         "experts": _experts(engine),
-        "dense_ffn_groups": [],
+        "dense_ffn_groups": _dense_groups(engine),
         "recoveries": [_recovery(record, now, wall) for record in engine.records],
     }
 
@@ -78,6 +78,14 @@ def _experts(engine: Engine) -> dict[str, Any]:
         "missing": [[layer, expert] for layer, expert in placement.missing()],
         "uncovered_by_one_more_fault": max((len(held) for held in sole.values()), default=0),
     }
+
+
+def _dense_groups(engine: Engine) -> list[dict[str, Any]]:
+    if engine.dense is None:
+        return []
+    healthy = engine.dense.healthy(engine.topology.attention)
+    groups = (*engine.dense.home, *engine.dense.extra)
+    return [{"ranks": list(group), "healthy": group in healthy} for group in groups]
 
 
 def _fault(fault: Fault) -> dict[str, Any]:

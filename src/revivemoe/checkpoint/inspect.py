@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight")
 _EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(?:(\d+)\.)?")
 
 
@@ -25,6 +26,10 @@ class CheckpointInfo:
     num_experts: int
     moe_layers: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
+    dense_layers: tuple[int, ...] = ()
+    """Decoder layers with a plain gated feed-forward part instead of experts."""
+    dense_width: int = 0
+    """Inner width of these; 0 if there are none."""
 
 
 def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
@@ -46,6 +51,11 @@ def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
     shapes = _tensor_shapes(model_dir)
     num_layers = int(config.get("num_hidden_layers", 0))
     layers, num_experts = _experts(shapes, num_layers)
+    dense = {
+        int(match.group(1)): shape[0]
+        for name, shape in shapes.items()
+        if (match := _DENSE.fullmatch(name)) and int(match.group(1)) < num_layers
+    }
     if not layers:
         raise ValueError(
             f"{model_dir} ({architecture}) has no routed experts: only Mixture-of-Experts "
@@ -61,6 +71,8 @@ def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
         top_k=_top_k(config, model_dir),
         num_experts=num_experts,
         moe_layers=layers,
+        dense_layers=tuple(sorted(dense)),
+        dense_width=min(dense.values(), default=0),
         eos_token_ids=_eos_ids(model_dir, config),
     )
 

@@ -59,7 +59,8 @@ def serve(
         ),
     ] = None,
     dense_ffn_tp: Annotated[
-        int, typer.Option(help="Ranks that share a dense feed-forward layer; only 1 so far.")
+        int,
+        typer.Option(help="Attention ranks that share the dense feed-forward layers, in groups."),
     ] = 1,
     num_microbatches: Annotated[
         int | None,
@@ -104,9 +105,6 @@ def serve(
 ) -> None:
     """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""
     del enforce_eager
-    for flag, value, only in (("--dense-ffn-tp", dense_ffn_tp, 1),):
-        if value != only:
-            raise ValueError(f"{flag} {value} is not supported yet: leave it at {only}")
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port} is out of range: 0 to 65535")
     config = EngineConfig(
@@ -114,6 +112,7 @@ def serve(
         served_model_name=served_model_name or "",
         data_parallel_size=data_parallel_size,
         expert_ranks=expert_ranks,
+        dense_ffn_tp=dense_ffn_tp,
         num_microbatches=num_microbatches,
         redundant_experts=redundant_experts,
         spare_expert_slots=spare_expert_slots,

@@ -21,6 +21,7 @@ from revivemoe.comm.transport import Transport
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, Leave, Run, StepHeader
+from revivemoe.dense_groups import DenseGroups
 from revivemoe.executor.injection import Injections
 from revivemoe.executor.progress import Progress
 from revivemoe.executor.weights import PeerSource
@@ -48,10 +49,12 @@ from revivemoe.messages import (
     SwitchRole,
     Wake,
 )
+from revivemoe.model.dense import dense_servers
 from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import ModelRunner
 from revivemoe.placement import ExpertPlacement
+from revivemoe.topology import Topology
 
 IDLE_WAIT_S = 0.4
 """How long a parked or fenced rank sleeps between ticks of its progress counter."""
@@ -190,8 +193,18 @@ class StepLoop:
         sources, servers = topology.places(topology.attention), topology.places(topology.experts)
         dispatchers = [Dispatcher(c, slots_per_rank, sources, servers) for c in channels]
         self._runner.enter(dispatchers, command.placement, topology, self._rank.rank_id)
+        if command.dense is not None:
+            self._enter_dense(channels, command.dense, topology)
         self._domain_s = time.monotonic() - began
         self._transport, self._entered = channels[0], command
+
+    def _enter_dense(
+        self, channels: Sequence[Transport], groups: DenseGroups, topology: Topology
+    ) -> None:
+        """Slots on the wire are shards."""
+        sources, servers = topology.places(topology.attention), dense_servers(groups, topology)
+        dispatchers = [Dispatcher(c, groups.size, sources, servers) for c in channels]
+        self._runner.enter_dense(dispatchers, groups, topology, self._rank.rank_id)
 
     # ---- roles and experts -------------------------------------------------------------------
 
@@ -231,6 +244,10 @@ class StepLoop:
     def _load_now(self, command: Configure) -> None:
         """What the map gives this rank and its slots do not hold. Raises DomainLeft if fenced."""
         self._experts_loaded = self._load(command.epoch, command.placement, command.domain)
+        if command.dense is not None:
+            me, attention = self._rank.rank_id, command.topology.attention
+            self._progress.announce("load", LOAD_BUDGET_S)
+            self._runner.load_shards(command.dense.shards_of(me, attention))
 
     def _load(self, epoch: Epoch, placement: ExpertPlacement, domain: DomainSpec) -> int:
         loads = self._runner.to_load(placement, self._rank.rank_id)

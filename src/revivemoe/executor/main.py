@@ -22,7 +22,7 @@ from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
 from revivemoe.messages import Fatal, RankStats, Ready, Report
 from revivemoe.model.load import CheckpointError
-from revivemoe.model.runner import ModelRunner
+from revivemoe.model.runner import DenseSpec, ModelRunner
 
 FAILED, USER_ERROR = 1, 2
 
@@ -120,7 +120,14 @@ def _load(spec: RankSpec) -> ModelRunner:
         getattr(torch, spec.dtype),
         torch.device(spec.device),
         spec.attention,
+        _dense(spec),
     )
+
+
+def _dense(spec: RankSpec) -> DenseSpec | None:
+    if not spec.dense_layers:
+        return None
+    return DenseSpec(spec.dense_layers, spec.dense_ffn_tp, spec.dense_shards)
 
 
 def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:

@@ -16,6 +16,11 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     slots: dict[LayerId, tuple[int, ...]]
     """For each MoE layer, the expert in each of this rank's slots; -1 where empty. No slots at all
     without the expert role."""
+    dense_layers: tuple[LayerId, ...] = ()
+    """Dense layers that groups of ranks share (--dense-ffn-tp)."""
+    dense_ffn_tp: int = 1
+    dense_shards: tuple[int, ...] = ()
+    """Shards of each of them that this rank starts with."""
     num_experts: int
     top_k: int
     dtype: str

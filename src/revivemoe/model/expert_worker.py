@@ -10,6 +10,7 @@ import torch
 
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
 from revivemoe.messages import SlotLoad
+from revivemoe.model.dense import DenseLayer
 from revivemoe.model.expert_loads import ExpertLoader, ExpertSource, LoadReport
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.experts import ExpertExchange, MoeLayer
@@ -21,10 +22,17 @@ class ExpertWorker:
     """Experts in slots, and the exchange that brings tokens to them."""
 
     def __init__(
-        self, layers: Sequence[MoeLayer], hidden_size: int, model_dir: Path, dtype: torch.dtype
+        self,
+        layers: Sequence[MoeLayer],
+        hidden_size: int,
+        model_dir: Path,
+        dtype: torch.dtype,
+        dense: Sequence[DenseLayer] = (),
     ) -> None:
-        """`layers`: of this rank, on its device; their modules hold its slots."""
-        self.exchange = ExpertExchange(layers, hidden_size, dtype)
+        """`layers`: of this rank, on its device; their modules hold its slots. `dense`: see
+        `ExpertExchange`.
+        """
+        self.exchange = ExpertExchange(layers, hidden_size, dtype, dense)
         self._loader = ExpertLoader(layers, ExpertReader(model_dir, dtype))
 
     def held(self) -> dict[LayerId, tuple[int, ...]]:

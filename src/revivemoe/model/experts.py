@@ -11,7 +11,9 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
+from revivemoe.dense_groups import DenseGroups
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
+from revivemoe.model.dense import DenseLayer
 from revivemoe.model.finite import FiniteCheck, NonFinitePlace
 from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.topology import Topology
@@ -96,7 +98,9 @@ class Lane:
     def __init__(self, finite: FiniteCheck) -> None:
         self.finite = finite
         self.dispatcher: Dispatcher | None = None
-        """Of the present epoch."""
+        """To the experts, of the present epoch."""
+        self.dense: Dispatcher | None = None
+        """To the shards of dense layers, where there are any."""
 
 
 class ExpertExchange:
@@ -106,8 +110,16 @@ class ExpertExchange:
     micro-batch of a step. All members take the micro-batches of a layer in the same order.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer], hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layers: Sequence[MoeLayer],
+        hidden_size: int,
+        dtype: torch.dtype,
+        dense: Sequence[DenseLayer] = (),
+    ) -> None:
+        """`dense`: layers whose feed-forward part is shared by groups of ranks."""
         self.layers = {layer.layer: layer for layer in layers}
+        self.dense = {layer.layer: layer for layer in dense}
         self._hidden_size = hidden_size
         self._dtype = dtype
         self.lanes = [self._new_lane()]
@@ -138,9 +150,22 @@ class ExpertExchange:
         for lane, dispatcher in zip(self.lanes, dispatchers, strict=True):
             lane.dispatcher = dispatcher
 
+    def enter_dense(
+        self,
+        dispatchers: Sequence[Dispatcher],
+        groups: DenseGroups,
+        topology: Topology,
+        me: RankId,
+    ) -> None:
+        """The same for the dense layers that are shared."""
+        for layer in self.dense.values():
+            layer.enter(groups, topology, me)
+        for lane, dispatcher in zip(self.lanes, dispatchers, strict=True):
+            lane.dense = dispatcher
+
     def leave(self) -> None:
         for lane in self.lanes:
-            lane.dispatcher = None
+            lane.dispatcher = lane.dense = None
 
     def turn_to(self, microbatch: int) -> None:
         """What comes next belongs to this micro-batch."""
@@ -167,14 +192,33 @@ class ExpertExchange:
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """The experts' [T, H] output for this rank's tokens; collective over the domain."""
-        dispatcher = self._lane.dispatcher
+        slot_ids_TK = layer.slot_of_expert_E[experts_TK]
+        return self._run(self._lane.dispatcher, layer, hidden_TH, slot_ids_TK, weights_TK)
+
+    def run_dense(
+        self,
+        layer: DenseLayer,
+        hidden_TH: torch.Tensor,
+        slot_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same for a dense layer, whose shards stand for experts that every token chooses."""
+        return self._run(self._lane.dense, layer, hidden_TH, slot_ids_TK, weights_TK)
+
+    def _run(
+        self,
+        dispatcher: Dispatcher | None,
+        layer: MoeLayer | DenseLayer,
+        hidden_TH: torch.Tensor,
+        slot_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
         assert dispatcher is not None, "experts are called outside an epoch"
         note, at = self._lane.finite.note, layer.layer
         hidden_TH = self.spoil("attention", at, hidden_TH)
         note(at, "attention", hidden_TH)
         note(at, "router", weights_TK)
         self.on_phase("dispatch", at, len(hidden_TH))
-        slot_ids_TK = layer.slot_of_expert_E[experts_TK]
         sent = dispatcher.send(hidden_TH, slot_ids_TK, weights_TK)
         self.on_sent()
         arrived = dispatcher.receive(sent)
@@ -192,36 +236,41 @@ class ExpertExchange:
 
     def serve(self) -> None:
         """A step without tokens of our own: serve the other members' rows, layer after layer."""
-        for layer in self.layers.values():
+        for layer in self._all_layers():
             for microbatch in range(len(self.lanes)):
                 self.turn_to(microbatch)
                 self._serve_layer(layer)
 
     def serve_microbatch(self) -> None:
         """The same for the present micro-batch alone, while others of the step have tokens."""
-        for layer in self.layers.values():
+        for layer in self._all_layers():
             self._serve_layer(layer)
 
-    def _serve_layer(self, layer: MoeLayer) -> None:
+    def _all_layers(self) -> list[MoeLayer | DenseLayer]:
+        """In the order in which the model comes to them."""
+        layers: list[MoeLayer | DenseLayer] = [*self.layers.values(), *self.dense.values()]
+        return sorted(layers, key=lambda layer: layer.layer)
+
+    def _serve_layer(self, layer: MoeLayer | DenseLayer) -> None:
         """The phases are reached here as they are where there are tokens."""
         self.on_phase("attention", layer.layer, 0)
-        device = layer.slot_of_expert_E.device
-        hidden = torch.zeros(0, self._hidden_size, dtype=self._dtype, device=device)
-        none = torch.zeros(0, layer.top_k, dtype=torch.int64, device=device)
-        self.run(layer, hidden, none, none.float())
+        hidden = torch.zeros(0, self._hidden_size, dtype=self._dtype, device=self._device)
+        none = torch.zeros(0, layer.top_k, dtype=torch.int64, device=self._device)
+        to = self._lane.dispatcher if isinstance(layer, MoeLayer) else self._lane.dense
+        self._run(to, layer, hidden, none, none.float())
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layers.values())).slot_of_expert_E.device
 
     def _new_lane(self) -> Lane:
-        return Lane(_finite_check(list(self.layers.values()), self._dtype))
+        """Hidden states are of the model's dtype, sums over experts float32, weights either."""
+        layers = [layer.layer for layer in self._all_layers()]
+        return Lane(FiniteCheck(layers, (self._dtype, torch.float32), self._device))
 
 
 def _go_on() -> None:
     """Nothing else to be done."""
-
-
-def _finite_check(layers: Sequence[MoeLayer], dtype: torch.dtype) -> FiniteCheck:
-    """Hidden states are of the model's dtype, sums over experts float32, weights either."""
-    device = layers[0].slot_of_expert_E.device
-    return FiniteCheck([layer.layer for layer in layers], (dtype, torch.float32), device)
 
 
 def choose_slots(

@@ -12,6 +12,7 @@ import torch
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
 from revivemoe.ids import ExpertId, LayerId
 from revivemoe.messages import TokenLogprobs
+from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
 from revivemoe.model.load import LoadedModel
 from revivemoe.model.paged import AttentionBatch, PagedCache, ProbeCache, plan_attention
@@ -69,6 +70,8 @@ class Generator:
             for parameter in layer.module.parameters(recurse=False)
         }
         weights = sum(p.nbytes for p in self.model.parameters() if id(p) not in experts)
+        shards = [s for layer in self._exchange.dense.values() for s in layer.shards.values()]
+        weights += sum(tensor.nbytes for shard in shards for tensor in shard.values())
         pages = self._cache.pages if self._cache is not None else []
         return weights + sum(page.nbytes for pair in pages for page in pair)
 
@@ -188,6 +191,9 @@ class Generator:
         self.model(input_ids=zero, position_ids=zero, past_key_values=probe, use_cache=True)
         for layer in self._exchange.layers.values():
             layer.module.revive_exchange = self._exchange
+        for module in self.model.modules():
+            if isinstance(module, ShardedMlp):
+                module.revive_exchange = self._exchange
         return [probe.shapes[i] for i in sorted(probe.shapes)]
 
     def _attention_modules(self) -> list[Any]:

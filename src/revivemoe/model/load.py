@@ -7,7 +7,7 @@ the checkpoint's keys are renumbered from experts to slots; and `transformers`' 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +57,16 @@ def load_model(
     slots: dict[LayerId, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device,
+    prepare: Callable[[Any], None] = lambda model: None,
 ) -> LoadedModel:
     """Load the dense part of `model_dir` and, of the experts, those named in `slots`.
 
-    `slots[layer]` lists the expert in each slot, or -1 for an empty slot (zeros).
+    `slots[layer]` lists the expert in each slot, or -1 for an empty slot (zeros). `prepare` is
+    given the model before anything is read.
     Raises CheckpointError if a tensor the model needs is not there.
     """
     model = construct(model_dir, dtype)
+    prepare(model)
     experts = find_experts(model)
     routers = {layer: _find_router(model, module) for layer, module in experts.items()}
     num_slots = len(next(iter(slots.values()))) if slots else 0
@@ -82,6 +85,7 @@ def load_experts_only(
     slots: dict[LayerId, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device,
+    prepare: Callable[[Any], None] = lambda model: None,
 ) -> LoadedModel:
     """Load, of all of `model_dir`, only the experts named in `slots`; as `load_model`."""
     model = construct(model_dir, dtype)

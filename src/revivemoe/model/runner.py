@@ -7,7 +7,8 @@ if it has not the expert role. An attention rank can become an expert rank.
 import ctypes
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.microbatches import split
 from revivemoe.core.step import Batch, StepResult
+from revivemoe.dense_groups import DenseGroups
 from revivemoe.ids import ExpertId, LayerId, RankId
 from revivemoe.messages import SlotLoad
 from revivemoe.model import experts as experts_hook
+from revivemoe.model.dense import DenseLayer, DenseReader, replace_dense
 from revivemoe.model.expert_loads import ExpertSource, LoadReport
 from revivemoe.model.expert_worker import ExpertWorker
 from revivemoe.model.experts import ExpertExchange, MoeLayer
@@ -36,6 +39,20 @@ def register_hooks() -> None:
     experts_hook.register(EXPERTS)
 
 
+@dataclass(frozen=True)
+class DenseSpec:
+    """Dense layers that are shared, and what of them this rank starts with."""
+
+    layers: tuple[LayerId, ...]
+    num_shards: int
+    shards: tuple[int, ...]
+
+
+def _dense_layers(spec: DenseSpec | None, device: torch.device) -> dict[LayerId, DenseLayer]:
+    layers = spec.layers if spec is not None else ()
+    return {i: DenseLayer(i, spec.num_shards if spec else 1, device) for i in layers}
+
+
 class ModelRunner:
     """The model of one rank. Construction loads the weights; `allocate` lays out the KV cache."""
 
@@ -48,16 +65,23 @@ class ModelRunner:
         dtype: torch.dtype,
         device: torch.device,
         attention: bool = True,
+        dense: DenseSpec | None = None,
     ) -> None:
         """`slots[layer]`: the expert in each slot of this rank; all empty if it has not the expert
-        role. `attention`: whether it has that role. Raises CheckpointError.
+        role. `attention`: whether it has that role. `dense`: dense layers that groups of ranks
+        share. Raises CheckpointError.
         """
         register_hooks()
         started = time.monotonic()
+        shared = _dense_layers(dense, device)
         load = load_model if attention else load_experts_only
-        loaded = load(model_dir, slots, dtype, device)
+        loaded = load(model_dir, slots, dtype, device, lambda model: replace_dense(model, shared))
         layers = _moe_layers(loaded, slots, num_experts, top_k, device)
-        self.worker = ExpertWorker(layers, loaded.model_config.hidden_size, model_dir, dtype)
+        hidden_size, each = loaded.model_config.hidden_size, list(shared.values())
+        self.worker = ExpertWorker(layers, hidden_size, model_dir, dtype, each)
+        self._dense_reader = DenseReader(model_dir, dense.num_shards if dense else 1, dtype, device)
+        if dense is not None and attention:
+            self.load_shards(dense.shards)
         self.generator = (
             Generator(loaded, self.worker.exchange, dtype, device) if attention else None
         )
@@ -88,6 +112,13 @@ class ModelRunner:
         """Bytes of one KV block over all layers; 0 on an expert rank."""
         return 0 if self.generator is None else self.generator.kv_bytes_per_block(block_size)
 
+    def load_shards(self, shards: Iterable[int]) -> int:
+        """Read shards of the shared dense layers that are not held yet; returns how many.
+
+        Raises CheckpointError.
+        """
+        return self._dense_reader.load(self.exchange.dense.values(), shards)
+
     def become_expert_rank(self, num_slots: int) -> None:
         """Give the attention role up: its weights and KV pages are freed, their memory goes back to
         the system, and there are `num_slots` empty slots in every layer. Not while a step runs.
@@ -96,6 +127,8 @@ class ModelRunner:
         self.generator = None
         for layer in self.exchange.layers.values():
             layer.module.revive_exchange = None
+        for dense in self.exchange.dense.values():
+            dense.shards.clear()
         _return_memory()
         self.worker.resize(num_slots)
 
@@ -145,6 +178,16 @@ class ModelRunner:
         self.exchange.enter(dispatchers, placement, topology, me)
         if self.generator is not None:
             self.generator.mask(placement)
+
+    def enter_dense(
+        self,
+        dispatchers: Sequence[Dispatcher],
+        groups: DenseGroups,
+        topology: Topology,
+        me: RankId,
+    ) -> None:
+        """After `enter`, where dense layers are shared: a dispatcher for each micro-batch."""
+        self.exchange.enter_dense(dispatchers, groups, topology, me)
 
     @torch.inference_mode()
     def serve(self) -> None:

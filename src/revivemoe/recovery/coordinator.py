@@ -336,6 +336,7 @@ class Coordinator:
             placement=plan.placement,
             domain=domain,
             wake=wake,
+            dense=plan.dense,
         )
         for rank in plan.topology.members:
             self._ranks.send(rank, configure)
@@ -353,7 +354,7 @@ class Coordinator:
         now = self._clock()
         record.phases["migrate"] += now - began
         patience_s = self._policy.resume_timeout_s
-        if plan.reloads:
+        if plan.reloads or plan.dense != world.dense:
             patience_s += self._policy.reload_timeout_s
         self.state = Resuming(plan, now + patience_s, now, record, set(plan.topology.members))
 

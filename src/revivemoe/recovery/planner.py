@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from revivemoe.dense_groups import DenseGroups
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
 from revivemoe.placement import ExpertPlacement, missing_fraction
 from revivemoe.recovery.faults import Fault
@@ -71,6 +72,8 @@ class World:
     """The experts' map that the instance was started with."""
     switched: frozenset[RankId] = frozenset()
     """Ranks that have become expert ranks, or are about to; `home` has them as such."""
+    dense: DenseGroups | None = None
+    """Groups that share the dense layers."""
     switch: RankId | None = None
     """An attention rank that somebody wants to become an expert rank."""
 
@@ -99,6 +102,8 @@ class Continue:
     """Loaded before the first step; `placement` names them already."""
     background: tuple[Reload, ...] = ()
     """To be loaded beside the steps; masked in `placement` until then."""
+    dense: DenseGroups | None = None
+    """Groups that share the dense layers from now on."""
     switches: tuple[RoleSwitch, ...] = ()
     """Attention ranks that become expert ranks."""
     switch_aside: bool = False
@@ -337,6 +342,7 @@ def _switch(
     )
     how = "beside the others, which go on meanwhile" if aside else "before the next step"
     count = sum(len(s.loads(placement.layers)) for s in switches)
+    plan = replace(plan, dense=_dense(world, plan.topology, lost | leaving))
     return replace(
         plan,
         switches=switches,
@@ -420,10 +426,19 @@ def _continue(
         migrations=tuple(_migrate(world, present.topology)),
         experts_dropped=max(0, held - gone),
         masked=masked,
-        reason=_reason(world, dropped, placement, masked, reloads, background),
+        reason=_reason(world, dropped, placement, masked, reloads, background)
+        + _about_dense(world, present.topology),
         reloads=reloads,
         background=background,
+        dense=_dense(world, present.topology, lost | leaving),
     )
+
+
+def _dense(world: World, topology: Topology, gone: frozenset[RankId]) -> DenseGroups | None:
+    if world.dense is None:
+        return None
+    changed = gone | frozenset(world.topology.attention) - frozenset(topology.attention)
+    return world.dense.after(topology.attention, changed)
 
 
 def _migrate(world: World, topology: Topology) -> list[Migration]:
@@ -498,6 +513,21 @@ def _reason(
     return "; ".join(parts) or (
         "no rank is accused: the same members get a new domain and redo the step"
     )
+
+
+def _about_dense(world: World, topology: Topology) -> str:
+    """What the loss means for groups that share the dense layers."""
+    if world.dense is None:
+        return ""
+    before = world.dense.healthy(world.topology.attention)
+    after = world.dense.healthy(topology.attention)
+    broken = len(set(before) - set(after))
+    if not broken:
+        return ""
+    groups = f"; {broken} dense-FFN group{'s have' if broken > 1 else ' has'} lost a shard"
+    if after:
+        return f"{groups}: the others take its tokens"
+    return f"{groups} and none is left: the shards are loaded over the attention ranks"
 
 
 def describe_plan(plan: RecoveryPlan) -> dict[str, Any]:

@@ -48,8 +48,6 @@ class Policy:
     """For every member to agree on the first step of the new epoch; loading not counted."""
     reload_timeout_s: float = 120.0
     """For experts to be loaded into slots before the first step of an epoch."""
-    switch_timeout_s: float = 300.0
-    """For a role switch in the background."""
     restart_timeout_s: float = 600.0
     """For ranks that are restarted to be ready."""
     drain_timeout_s: float = 30.0

@@ -32,7 +32,7 @@ class Verdict:
         """Ends of links that were accused."""
         self._convicted: set[str] = set()
         self._fence_timeouts = 0
-        """Ranks that hung while others were being fenced: what they ran is not seen to be at fault."""
+        """Ranks that hung while others were being fenced: nothing they ran is suspected."""
 
     def on_event(self, event: dict[str, Any]) -> None:
         """What the engine tells of what it does."""

@@ -109,7 +109,7 @@ def test_a_domain_of_one_copies_nothing_and_heeds_the_fence():
         assert torch.equal(dispatcher.combine(got.rows_RH, got.handle), hidden)
         fence.raise_to(Epoch(3))
         with pytest.raises(DomainLeft):
-            domains.current.all_gather_ints([1])
+            domains.current[0].all_gather_ints([1])
         with pytest.raises(DomainLeft):
             dispatcher.dispatch(hidden, torch.tensor([[1], [0]]), torch.ones(2, 1))
 

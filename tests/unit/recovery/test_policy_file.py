@@ -82,7 +82,10 @@ def test_what_is_left_out_stays(tmp_path: Path) -> None:
             "max_missing_fraction = true must be a number",
         ),
         ("[experts]\nserve_masked_meanwhile = 1", "must be true or false"),
-        ('[experts]\nrepair = "mask"', 'must be a list of "reload", "mask", "restart"'),
+        (
+            '[experts]\nrepair = "mask"',
+            'must be a list of "reload", "role_switch", "mask", "restart"',
+        ),
         ('[experts]\nrepair = ["mask", "pray"]', "each at most once"),
         ('[experts]\nrepair = ["mask", "mask"]', "each at most once"),
         ("[experts]\nrepair = [[1]]", "each at most once"),
