@@ -397,6 +397,8 @@ class Engine:
         )  # fmt: skip
         view.ready, view.maskable = True, ready.maskable
         view.stats = RankStats(kv_blocks_total=ready.kv_blocks_total)
+        if ready.load_sources:
+            self._tell_loaded(view.rank, ready.load_s, ready.load_bytes, ready.load_sources)
         if not isinstance(self.state, Starting):
             self.event("ready", {"id": view.rank, "incarnation": view.incarnation})
             self._proceed(now)
@@ -412,6 +414,12 @@ class Engine:
             )
             for rank in self.topology.members:
                 self.fleet.send(rank, configure)
+
+    def _tell_loaded(
+        self, rank: RankId, seconds: float, num_bytes: int, sources: dict[str, int]
+    ) -> None:
+        told = {"id": rank, "seconds": seconds, "bytes": num_bytes, "sources": sources}
+        self.event("loaded", told)
 
     def _on_tokens(self, report: Tokens, now: float) -> None:
         arrival = self.ledger.on_tokens(report)
@@ -436,6 +444,10 @@ class Engine:
             if not self.state.waiting:
                 self._begin_serving(self.state.exited, now)
             return
+        if report.experts_loaded:
+            self._tell_loaded(
+                report.rank, report.experts_s, report.experts_bytes, report.experts_sources
+            )
         finished = self.coordinator.on_resumed(report, now)
         if finished is not None:
             self._finish(finished, now)

@@ -182,6 +182,12 @@ class RankStats(msgspec.Struct, frozen=True):
     prefilled_tokens: int = 0
     survivor_refills: int = 0
     """Tokens prefilled again on a rank that held them before a fence. Must stay 0."""
+    memory_bytes: int = 0
+    """What weights, expert slots and KV pages take on the rank's device."""
+    step_s: float = 0.0
+    """Seconds spent in steps that were run, from the first exchange to the commit."""
+    waited_s: float = 0.0
+    """Of these, seconds spent waiting for peers."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -203,6 +209,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     load_s: float
     maskable: bool = True
     """Whether this model's routers can leave missing experts out."""
+    load_bytes: int = 0
+    """Of experts, after a role switch in the background."""
+    load_sources: dict[str, int] = {}
 
 
 class Activity(msgspec.Struct, frozen=True):
@@ -283,6 +292,9 @@ class Resumed(msgspec.Struct, frozen=True, tag=True):
     experts_s: float = 0.0
     """Seconds it spent loading experts before that."""
     experts_loaded: int = 0
+    experts_bytes: int = 0
+    experts_sources: dict[str, int] = {}
+    """Experts loaded, by where they came from: peer | host | disk."""
 
 
 class StepAborted(msgspec.Struct, frozen=True, tag=True):

@@ -48,23 +48,27 @@ class EngineCollector:
             ("waiting", "Sequences waiting"),
             ("kv_blocks_used", "KV blocks in use"),
             ("kv_blocks_total", "KV blocks there are"),
+            ("memory_bytes", "What weights, expert slots and KV pages take"),
         ):
             gauge = GaugeMetricFamily(f"revivemoe_rank_{name}", text, labels=["rank"])
             for view in ranks:
                 gauge.add_metric([str(view.rank)], 0 if view.dead else getattr(view.stats, name))
             yield gauge
-        for name, text in (
-            ("preemptions", "Sequences preempted for want of blocks"),
-            ("prefix_hit_tokens", "Prompt tokens found in cache"),
-            ("prefilled_tokens", "Tokens run as prefill"),
+        for name, field, text in (
+            ("preemptions", "preemptions", "Sequences preempted for want of blocks"),
+            ("prefix_hit_tokens", "prefix_hit_tokens", "Prompt tokens found in cache"),
+            ("prefilled_tokens", "prefilled_tokens", "Tokens run as prefill"),
+            ("step_seconds", "step_s", "Time spent in steps"),
+            ("wait_seconds", "waited_s", "Of that, time spent waiting for peers"),
             (
+                "survivor_refills",
                 "survivor_refills",
                 "Tokens computed again on a rank that held them before a fence; stays 0",
             ),
         ):
             counter = CounterMetricFamily(f"revivemoe_rank_{name}", text, labels=["rank"])
             for view in ranks:
-                counter.add_metric([str(view.rank)], getattr(view.stats, name))
+                counter.add_metric([str(view.rank)], getattr(view.stats, field))
             yield counter
 
     def _recoveries(self) -> Iterable[Metric]:

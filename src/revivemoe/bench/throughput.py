@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +41,10 @@ class Setup:
     short: int = 32
     long: int = 160
     rounds: int = 3
+    balance_streams: int = 160
+    """Of the comparison of micro-batches: more, so that half of them still fill a batch."""
+    balance_flags: tuple[str, ...] = ("--data-parallel-size", "1", "--expert-ranks", "1")
+    microbatches: tuple[int, ...] = (1, 2)
 
 
 def run(setup: Setup, console: Console) -> dict[str, Any]:
@@ -52,6 +58,7 @@ def run(setup: Setup, console: Console) -> dict[str, Any]:
         model_dir, _ = bench_model(Path(folder), setup.preset, setup.dtype, console)
         prompts_file = Path(folder) / "prompts.json"
         prompts_file.write_text(json.dumps(prompts))
+        halves = _microbatches(model_dir, setup, draw, console)
         for round_ in range(setup.rounds):
             console.print(f"round {round_ + 1}/{setup.rounds} ...")
             peer = _peer_rate(model_dir, prompts_file, setup)
@@ -64,8 +71,10 @@ def run(setup: Setup, console: Console) -> dict[str, Any]:
         "setup": vars(setup),
         "cores": len(os.sched_getaffinity(0)),
         "tokens_per_s": rates,
+        "microbatches": halves,
     }
     _print(console, rates)
+    _print_halves(console, halves)
     return document
 
 
@@ -88,27 +97,104 @@ def _peer_rate(model_dir: Path, prompts_file: Path, setup: Setup) -> float:
 def _our_rate(model_dir: Path, prompts: Sequence[Sequence[int]], setup: Setup, ranks: int) -> float:
     flags = ["--data-parallel-size", str(ranks), "--max-model-len", "1024"]
     with ServerProcess(model_dir, flags) as server:
-
-        def seconds(length: int) -> float:
-            bodies = [
-                {
-                    "model": model_dir.name,
-                    "prompt": list(prompt),
-                    "max_tokens": length,
-                    "temperature": 0.0,
-                    "ignore_eos": True,
-                }
-                for prompt in prompts
-            ]
-            began = time.monotonic()
-            results = asyncio.run(stream_all(server.url, bodies))
-            took = time.monotonic() - began
-            assert all(len(r.token_ids) == length for r in results), "a stream is short"
-            return took
-
-        seconds(setup.short)
-        short_s, long_s = seconds(setup.short), seconds(setup.long)
+        _seconds(server, model_dir, prompts, setup.short)
+        short_s = _seconds(server, model_dir, prompts, setup.short)
+        long_s = _seconds(server, model_dir, prompts, setup.long)
     return _slope(setup, short_s, long_s)
+
+
+def _seconds(
+    server: ServerProcess, model_dir: Path, prompts: Sequence[Sequence[int]], length: int
+) -> float:
+    """For all prompts to be continued by so many tokens."""
+    bodies = [
+        {
+            "model": model_dir.name,
+            "prompt": list(prompt),
+            "max_tokens": length,
+            "temperature": 0.0,
+            "ignore_eos": True,
+        }
+        for prompt in prompts
+    ]
+    began = time.monotonic()
+    results = asyncio.run(stream_all(server.url, bodies, timeout_s=300))
+    took = time.monotonic() - began
+    assert all(len(r.token_ids) == length for r in results), "a stream is short"
+    return took
+
+
+# ---- micro-batches -----------------------------------------------------------------------------
+
+
+def _microbatches(
+    model_dir: Path, setup: Setup, draw: random.Random, console: Console
+) -> list[dict[str, Any]]:
+    """One attention rank and one expert rank, a core each: rate and idle shares, round by round."""
+    prompts = [
+        [draw.randrange(16, 500) for _ in range(setup.prompt_tokens)]
+        for _ in range(setup.balance_streams)
+    ]
+    common = [*setup.balance_flags, "--max-num-seqs", str(setup.balance_streams)]
+    common += ["--max-model-len", "1024"]
+    rows = []
+    for round_ in range(setup.rounds):
+        for count in setup.microbatches:
+            console.print(f"micro-batches: {count}, round {round_ + 1}/{setup.rounds} ...")
+            flags = [*common, "--num-microbatches", str(count)]
+            with ServerProcess(model_dir, flags) as server:
+                rows.append({"microbatches": count, **_half(server, model_dir, prompts, setup)})
+    return rows
+
+
+def _half(
+    server: ServerProcess, model_dir: Path, prompts: Sequence[Sequence[int]], setup: Setup
+) -> dict[str, float]:
+    _seconds(server, model_dir, prompts, setup.short)
+    short_s = _seconds(server, model_dir, prompts, setup.short)
+    before = _waits(server)
+    long_s = _seconds(server, model_dir, prompts, setup.long)
+    after = _waits(server)
+    idle = [
+        (after[1][rank] - before[1][rank]) / (after[0][rank] - before[0][rank]) for rank in (0, 1)
+    ]
+    rate = len(prompts) * (setup.long - setup.short) / (long_s - short_s)
+    return {"tokens_per_s": rate, "attention_idle": idle[0], "experts_idle": idle[1]}
+
+
+def _waits(server: ServerProcess) -> tuple[list[float], list[float]]:
+    """Seconds in steps, and of these waiting, by rank."""
+    time.sleep(0.3)  # heartbeats bring them
+    text = httpx.get(f"{server.url}/metrics", timeout=10).text
+    found = []
+    for name in ("step", "wait"):
+        pattern = rf'revivemoe_rank_{name}_seconds_total{{rank="(\d+)"}} (\S+)'
+        found.append([float(v) for _, v in sorted(re.findall(pattern, text))])
+    return found[0], found[1]
+
+
+def _print_halves(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="one attention rank and one expert rank: medians over rounds")
+    for column in ("micro-batches", "tokens/s", "ratio to one", "attention idle", "experts idle"):
+        table.add_column(column, justify="right")
+
+    def median(count: int, name: str) -> float:
+        return statistics.median(r[name] for r in rows if r["microbatches"] == count)
+
+    counts = sorted({r["microbatches"] for r in rows})
+    for count in counts:
+        rate = median(count, "tokens_per_s")
+        table.add_row(
+            str(count),
+            f"{rate:.0f}",
+            f"{rate / median(counts[0], 'tokens_per_s'):.2f}",
+            f"{median(count, 'attention_idle'):.0%}",
+            f"{median(count, 'experts_idle'):.0%}",
+        )
+    console.print(table)
+
+
+# ---- what is told ------------------------------------------------------------------------------
 
 
 def _print(console: Console, rates: dict[str, list[float]]) -> None:

@@ -9,6 +9,7 @@ is left, and the rank waits for the engine to configure the next epoch. It accus
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import assert_never
 
@@ -33,7 +34,6 @@ from revivemoe.messages import (
     Configure,
     DomainSpec,
     ExpertsLoaded,
-    Fatal,
     Fence,
     FenceAck,
     Inject,
@@ -50,6 +50,7 @@ from revivemoe.messages import (
     Wake,
 )
 from revivemoe.model.dense import dense_servers
+from revivemoe.model.expert_loads import LoadReport
 from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import ModelRunner
@@ -82,7 +83,10 @@ class StepLoop:
         """Set until the first agreement of its epoch."""
         self._domain_s = 0.0
         self._experts_s = 0.0
-        self._experts_loaded = 0
+        self._loaded_now = LoadReport(0, 0.0, {})
+        self._memory_bytes = runner.num_bytes()
+        self._step_s = self._waited_s = 0.0
+        """In all steps that were run."""
         self._peers: list[PeerSource] = []
         """Of the present epoch."""
         self._batch: Batch | None = None
@@ -196,6 +200,7 @@ class StepLoop:
         if command.dense is not None:
             self._enter_dense(channels, command.dense, topology)
         self._domain_s = time.monotonic() - began
+        self._memory_bytes = self._runner.num_bytes()
         self._transport, self._entered = channels[0], command
 
     def _enter_dense(
@@ -225,38 +230,44 @@ class StepLoop:
         if self._runner.generator is not None:
             self._become_expert_rank(command.placement)
         try:
-            self._load(command.epoch, command.placement, command.domain)
+            loaded = self._load(command.epoch, command.placement, command.domain)
         except DomainLeft:
             return
         except (CheckpointError, OSError) as error:
-            self._report(Fatal(rank.rank_id, rank.incarnation, f"role switch: {error}"))
+            self._report(self._loaded(0, began, 0, str(error)))
             raise
+        self._memory_bytes = self._runner.num_bytes()
         self._report(
             Ready(
                 rank.rank_id,
                 rank.incarnation,
                 str(self._runner.device),
-                0,
-                time.monotonic() - began,
+                kv_blocks_total=0,
+                load_s=loaded.seconds,
+                load_bytes=loaded.num_bytes,
+                load_sources=loaded.sources,
             )
         )
 
     def _load_now(self, command: Configure) -> None:
         """What the map gives this rank and its slots do not hold. Raises DomainLeft if fenced."""
-        self._experts_loaded = self._load(command.epoch, command.placement, command.domain)
+        self._loaded_now = self._load(command.epoch, command.placement, command.domain)
         if command.dense is not None:
             me, attention = self._rank.rank_id, command.topology.attention
             self._progress.announce("load", LOAD_BUDGET_S)
             self._runner.load_shards(command.dense.shards_of(me, attention))
 
-    def _load(self, epoch: Epoch, placement: ExpertPlacement, domain: DomainSpec) -> int:
+    def _load(self, epoch: Epoch, placement: ExpertPlacement, domain: DomainSpec) -> LoadReport:
+        began, num_bytes, sources = time.monotonic(), 0, Counter[str]()
         loads = self._runner.to_load(placement, self._rank.rank_id)
         peers = [PeerSource(placement, domain.weights, self._rank.rank_id)]
         for load in loads:  # one by one: a fence must not wait for all of them
             self._domains.check_fence(epoch)
             self._progress.announce("load", LOAD_BUDGET_S)
-            self._runner.load_experts([load], peers)
-        return len(loads)
+            report = self._runner.load_experts([load], peers)
+            num_bytes += report.num_bytes
+            sources.update(report.sources)
+        return LoadReport(num_bytes, time.monotonic() - began, dict(sources))
 
     def _load_beside(self, command: LoadExperts) -> None:
         """In a thread of its own, into slots that the present epoch does not use."""
@@ -299,12 +310,15 @@ class StepLoop:
     def _run_step(self) -> None:
         assert self._transport is not None
         self._reach("schedule", -1, 0)
+        began, waited_s = time.monotonic(), self._progress.total_waited_s
         batch = self._rank.begin_step()
         headers = self._transport.all_gather_ints(self._rank.header())
         agreement = self._rank.agree([StepHeader(*row) for row in headers])
         self._report_resumed()
         if isinstance(agreement, Run):
             self._execute(batch)
+            self._step_s += time.monotonic() - began
+            self._waited_s += self._progress.total_waited_s - waited_s
         elif isinstance(agreement, Leave):
             began = time.monotonic()
             self._leave()
@@ -340,7 +354,9 @@ class StepLoop:
                 entered.step,
                 self._domain_s,
                 self._experts_s,
-                self._experts_loaded,
+                sum(self._loaded_now.sources.values()),
+                self._loaded_now.num_bytes,
+                self._loaded_now.sources,
             )
         )
 
@@ -393,7 +409,13 @@ class StepLoop:
     def _publish_stats(self) -> None:
         now = time.monotonic()
         if now - self._stats_at >= STATS_EVERY_S:
-            self._stats, self._stats_at = self._rank.stats(), now
+            self._stats_at = now
+            self._stats = msgspec.structs.replace(
+                self._rank.stats(),
+                memory_bytes=self._memory_bytes,
+                step_s=self._step_s,
+                waited_s=self._waited_s,
+            )
 
 
 def mask_key(command: Configure) -> bytes:

@@ -36,6 +36,8 @@ class Progress:
         self._waited_s = 0.0
         """In the present phase."""
         self._wait_began = 0.0
+        self.total_waited_s = 0.0
+        """Since the start."""
 
     # ---- written by the step loop ------------------------------------------------------------
 
@@ -65,6 +67,7 @@ class Progress:
             self._wait_began = now
         else:
             self._waited_s += now - self._wait_began
+            self.total_waited_s += now - self._wait_began
         kind = "waiting" if waiting else "working"
         self.count += 1
         self._now = _Now(kind, was.name, was.layer, was.step, now, was.budget_s, was.size)
