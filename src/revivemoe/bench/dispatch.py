@@ -3,6 +3,7 @@
 import multiprocessing as mp
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,7 +20,9 @@ from revivemoe.ids import Epoch, RankId
 from revivemoe.messages import DomainSpec
 
 _SLOTS = 8
-_WARM_UP = 20
+WARM_UP = 20
+FAN_OUT_TOKENS = (16, 256)
+"""Of a decode step, and of a prefill chunk."""
 
 
 def _layers(domains: Domains, num: int, tokens: int, hidden: int, top_k: int) -> list[float]:
@@ -31,14 +34,14 @@ def _layers(domains: Domains, num: int, tokens: int, hidden: int, top_k: int) ->
     scores = torch.rand(tokens, transport.size * _SLOTS, generator=generator)
     weights_TK, slot_ids_TK = scores.topk(top_k)
     seconds = []
-    for turn in range(num + _WARM_UP):
-        if turn == _WARM_UP:
+    for turn in range(num + WARM_UP):
+        if turn == WARM_UP:
             waited_before = transport.waited_s
         started = time.perf_counter()
         got = dispatcher.dispatch(hidden_TH, slot_ids_TK, weights_TK)
         dispatcher.combine(got.rows_RH, got.handle)
         seconds.append(time.perf_counter() - started)
-    return [*seconds[_WARM_UP:], transport.waited_s - waited_before]
+    return [*seconds[WARM_UP:], transport.waited_s - waited_before]
 
 
 def _rank_main(me: int, conn: Connection, handed: HandedFd, shape: dict[str, Any]) -> None:
@@ -53,14 +56,29 @@ def _rank_main(me: int, conn: Connection, handed: HandedFd, shape: dict[str, Any
         conn.recv()  # all have done
 
 
-def _measure(shape: dict[str, Any], fd: int) -> list[list[list[float]]]:
-    """Per backend, per rank: what `_layers` returned."""
+def in_ranks(
+    shape: dict[str, Any], main: Callable[[int, Connection, HandedFd, dict[str, Any]], None]
+) -> list[list[list[float]]]:
+    """Per backend, per rank: what `main` has sent from its process."""
+    sizes = (shape["tokens"], shape["hidden"], 4, shape["top_k"])
+    fd = create_segment(shape["ranks"], region_bytes(shape["ranks"], *sizes))
+    try:
+        return _measure(shape, fd, main)
+    finally:
+        os.close(fd)
+
+
+def _measure(
+    shape: dict[str, Any],
+    fd: int,
+    main: Callable[[int, Connection, HandedFd, dict[str, Any]], None],
+) -> list[list[list[float]]]:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch", "revivemoe.bench.dispatch"])
     pipes, processes = [], []
     for rank in range(shape["ranks"]):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_rank_main, args=(rank, theirs, HandedFd(fd), shape))
+        process = context.Process(target=main, args=(rank, theirs, HandedFd(fd), shape))
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -76,7 +94,7 @@ def _measure(shape: dict[str, Any], fd: int) -> list[list[list[float]]]:
             process.kill()
 
 
-def _figures(per_rank: list[list[float]]) -> dict[str, float]:
+def figures(per_rank: list[list[float]]) -> dict[str, float]:
     """Milliseconds per layer, over all ranks and layers."""
     waits = sum(seconds[-1] for seconds in per_rank)
     layers = sorted(s * 1e3 for seconds in per_rank for s in seconds[:-1])
@@ -101,6 +119,8 @@ def run(
     Prints a table and returns `{"shape": {...}, "shm": {...}, "gloo": {...}}`, times in
     milliseconds per layer: one dispatch and one combine, waits for the other ranks included.
     """
+    from revivemoe.bench import fan_out  # it uses this module
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shape = {
         "ranks": ranks,
@@ -110,16 +130,29 @@ def run(
         "layers": {"shm": layers, "gloo": gloo_layers},
         "store_address": f"127.0.0.1:{store.port}",
     }
-    fd = create_segment(ranks, region_bytes(ranks, tokens, hidden, 4, top_k))
-    try:
-        measured = _measure(shape, fd)
-    finally:
-        os.close(fd)
+    measured = in_ranks(shape, _rank_main)
+    results = zip(("shm", "gloo"), map(figures, measured), strict=True)
+    fans = {
+        count: fan_out.measure(hidden, top_k, count, layers, str(shape["store_address"]))
+        for count in FAN_OUT_TOKENS
+    }
     del shape["store_address"]
-    results = zip(("shm", "gloo"), map(_figures, measured), strict=True)
     report = {"shape": {**shape, "cores": len(os.sched_getaffinity(0))}, **dict(results)}
+    report["fan_out"] = {str(count): rows for count, rows in fans.items()}
     _print(report)
+    _print_fan_out(fans)
     return report
+
+
+def _print_fan_out(fans: dict[int, list[Any]]) -> None:
+    table = Table(title="1 attention rank and 5 expert ranks: ms per layer on the attention rank")
+    for column in ("transport", "tokens", "way", "median", "p99", "worst"):
+        table.add_column(column, justify="left" if column in ("transport", "way") else "right")
+    for tokens, rows in fans.items():
+        for backend, way, found in rows:
+            times = [f"{found[key]:.3f}" for key in ("median_ms", "p99_ms", "worst_ms")]
+            table.add_row(backend, str(tokens), way, *times)
+    Console().print(table)
 
 
 def _print(report: dict[str, Any]) -> None:
