@@ -35,7 +35,7 @@ HOME = disaggregated(Epoch(1), 3, 2)
 
 
 def test_attention_comes_first_and_experts_after_it() -> None:
-    assert HOME == of_roles(1, (0, 1, 2), (3, 4))
+    assert disaggregated(Epoch(1), 3, 2) == of_roles(1, (0, 1, 2), (3, 4))
     assert HOME.roles(RankId(2)) == ["attention"]
     assert HOME.roles(RankId(3)) == ["expert"]
 
@@ -49,7 +49,8 @@ def test_logical_ranks_are_places_among_the_members() -> None:
 
 
 def test_without_expert_ranks_a_deployment_is_collocated() -> None:
-    assert deployment(Epoch(3), 2, 0) == collocated(Epoch(3), 2)
+    both = ranks(0, 1)
+    assert deployment(Epoch(3), 2, 0) == Topology(Epoch(3), both, both, both)
     assert deployment(Epoch(3), 3, 2) == disaggregated(Epoch(3), 3, 2)
 
 

@@ -22,12 +22,14 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from revivemoe.bench import paper_table
 from revivemoe.bench.models import bench_model
 from revivemoe.cluster.server_process import ServerProcess
 from revivemoe.faultrun import FaultRun, run_with_fault
 from revivemoe.loadgen import StreamResult, stream_all
 from revivemoe.recovery.record import PHASES
 
+TABLES = ("paper", "kinds")
 KINDS = ("kill", "stop", "hang", "error", "nan", "drain")
 POLICY = "[limits]\nmax_recoveries = 100000\nmax_restarts = 100000\n"
 
@@ -46,33 +48,44 @@ class Setup:
     kinds: tuple[str, ...] = KINDS
     contexts: tuple[int, ...] = (64, 500, 2000)
     """Prompt tokens. Only kills are measured beyond the shortest."""
+    tables: tuple[str, ...] = TABLES
+    rounds: int = 5
+    """Of each scenario of the paper's table."""
 
 
 def run(setup: Setup, console: Console) -> dict[str, Any]:
     """Measure; returns the document that is also written as JSON. Times in seconds."""
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="revivemoe-bench-") as folder:
-        model_dir, num_experts = bench_model(Path(folder), setup.preset, setup.dtype, console)
-        policy = Path(folder) / "policy.toml"
-        policy.write_text(POLICY)
-        flags = [
-            "--data-parallel-size", str(setup.ranks), "--redundant-experts", str(num_experts),
-            "--max-model-len", "2304", "--enable-fault-injection",
-            "--recovery-policy", str(policy),
-        ]  # fmt: skip
-        for context in setup.contexts:
-            rows += _context(model_dir, flags, setup, context, console)
-        restart_s = _restart(model_dir, flags)
-    document = {
+    document: dict[str, Any] = {
         "bench": "recovery",
         "setup": vars(setup),
         "cores": len(os.sched_getaffinity(0)),
-        "faults": rows,
-        "restart_s": restart_s,
-        "summary": _summary(rows),
     }
-    _print(console, document)
+    with tempfile.TemporaryDirectory(prefix="revivemoe-bench-") as folder:
+        model_dir, num_experts = bench_model(Path(folder), setup.preset, setup.dtype, console)
+        if "paper" in setup.tables:
+            load = paper_table.Load(rounds=setup.rounds)
+            document["paper"] = paper_table.run(model_dir, num_experts, load, console)
+        if "kinds" in setup.tables:
+            document |= _kinds(model_dir, num_experts, setup, console)
     return document
+
+
+def _kinds(model_dir: Path, num_experts: int, setup: Setup, console: Console) -> dict[str, Any]:
+    """Each kind of fault, at each context length, on one collocated deployment."""
+    rows: list[dict[str, Any]] = []
+    policy = model_dir.parent / "policy.toml"
+    policy.write_text(POLICY)
+    flags = [
+        "--data-parallel-size", str(setup.ranks), "--redundant-experts", str(num_experts),
+        "--max-model-len", "2304", "--enable-fault-injection",
+        "--recovery-policy", str(policy),
+    ]  # fmt: skip
+    for context in setup.contexts:
+        rows += _context(model_dir, flags, setup, context, console)
+    restart_s = _restart(model_dir, flags)
+    found = {"faults": rows, "restart_s": restart_s, "summary": _summary(rows)}
+    _print(console, found)
+    return found
 
 
 def _context(

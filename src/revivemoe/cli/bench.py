@@ -22,20 +22,32 @@ def bench(
     contexts: Annotated[
         str, typer.Option(help="recovery: prompt tokens, separated by commas.")
     ] = "64,500,2000",
-    rounds: Annotated[int, typer.Option(help="throughput: alternating rounds.")] = 3,
+    tables: Annotated[
+        str, typer.Option(help="recovery: paper, kinds, or both separated by a comma.")
+    ] = "paper,kinds",
+    rounds: Annotated[
+        int, typer.Option(help="throughput, recovery's paper table: rounds of each.")
+    ] = 3,
     out: Annotated[Path | None, typer.Option(help="JSON file; default: bench-NAME.json.")] = None,
 ) -> None:
     """Measure on this machine; prints a table and writes JSON."""
     if name not in NAMES:
         raise ValueError(f"unknown bench {name!r}: choose one of {', '.join(NAMES)}")
-    document = _run(name, preset, faults, kinds, contexts, rounds, Console())
+    document = _run(name, preset, faults, kinds, contexts, tables, rounds, Console())
     path = out or Path(f"bench-{name}.json")
     path.write_text(json.dumps(document, indent=1) + "\n")
     typer.echo(f"written to {path}", err=True)
 
 
 def _run(
-    name: str, preset: str, faults: int, kinds: str, contexts: str, rounds: int, console: Console
+    name: str,
+    preset: str,
+    faults: int,
+    kinds: str,
+    contexts: str,
+    tables: str,
+    rounds: int,
+    console: Console,
 ) -> dict[str, Any]:
     match name:
         case "recovery":
@@ -46,7 +58,14 @@ def _run(
                 faults=faults,
                 kinds=tuple(kinds.split(",")),
                 contexts=tuple(int(c) for c in contexts.split(",")),
+                tables=tuple(tables.split(",")),
+                rounds=rounds,
             )
+            if unknown_tables := sorted(set(setup.tables) - set(recovery.TABLES)):
+                raise ValueError(
+                    f"--tables: {unknown_tables[0]!r} is unknown: choose of "
+                    f"{', '.join(recovery.TABLES)}"
+                )
             unknown = sorted(set(setup.kinds) - set(recovery.KINDS))
             if unknown:
                 known = ", ".join(recovery.KINDS)
