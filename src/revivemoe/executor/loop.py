@@ -61,7 +61,7 @@ IDLE_WAIT_S = 0.4
 """How long a parked or fenced rank sleeps between ticks of its progress counter."""
 STATS_EVERY_S = 0.05
 LOAD_BUDGET_S = 20.0
-"""What loading one expert may take, a slow disk included."""
+"""What loading a portion of experts may take, a slow disk included."""
 
 
 class StepLoop:
@@ -261,10 +261,10 @@ class StepLoop:
         began, num_bytes, sources = time.monotonic(), 0, Counter[str]()
         loads = self._runner.to_load(placement, self._rank.rank_id)
         peers = [PeerSource(placement, domain.weights, self._rank.rank_id)]
-        for load in loads:  # one by one: a fence must not wait for all of them
+        for some in self._runner.in_portions(loads):  # a fence must not wait for all of them
             self._domains.check_fence(epoch)
             self._progress.announce("load", LOAD_BUDGET_S)
-            report = self._runner.load_experts([load], peers)
+            report = self._runner.load_experts(some, peers)
             num_bytes += report.num_bytes
             sources.update(report.sources)
         return LoadReport(num_bytes, time.monotonic() - began, dict(sources))

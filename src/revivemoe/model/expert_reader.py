@@ -7,7 +7,7 @@ experts as are read. Nothing is shared with the model that runs.
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from revivemoe.ids import ExpertId, LayerId
+from revivemoe.model.expert_recipe import Recipe, learn
 from revivemoe.model.load import (
     EXPERT_KEY,
     CheckpointError,
@@ -26,6 +27,23 @@ from revivemoe.model.load import (
     find_experts,
     set_num_experts,
 )
+
+
+Signature = frozenset[tuple[str, tuple[int, ...]]]
+"""Names and shapes of one expert's tensors."""
+
+
+class _Fake:
+    """Stands for a tensor of the checkpoint; materialised like a safetensors slice."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor[index]
 
 
 class ExpertReader:
@@ -40,6 +58,8 @@ class ExpertReader:
         self._experts = find_experts(self._skeleton)
         self._keys = _expert_keys(model_dir)
         self._lock = threading.Lock()
+        self._recipes: dict[Signature, Recipe | None] = {}
+        """Learnt at the first read; None: the converter must do it."""
 
     def read(self, layer: LayerId, experts: Sequence[ExpertId]) -> dict[str, torch.Tensor]:
         """For each parameter of the layer's experts module its rows, [len(experts), ...], on the
@@ -50,41 +70,125 @@ class ExpertReader:
         assert experts, "no expert is asked for"
         assert len(set(experts)) == len(experts), "an expert is asked for twice"
         with self._lock:
-            return self._read(layer, tuple(experts))
+            recipe = self._recipe(layer, experts[0])
+            if recipe is None:
+                return self._read(layer, tuple(experts))
+            return self._copy(layer, tuple(experts), recipe)
 
-    def _read(self, layer: LayerId, experts: tuple[ExpertId, ...]) -> dict[str, torch.Tensor]:
-        module = self._experts[layer]
-        names = set_num_experts(module, len(experts))
+    def _recipe(self, layer: LayerId, expert: ExpertId) -> Recipe | None:
+        """Layers whose experts have tensors of the same names and shapes share one."""
         with ExitStack() as stack:
             try:
-                problems = convert(self._skeleton, self._state(layer, experts, stack), self._dtype)
-            except (SafetensorError, OSError) as error:
-                problems = [str(error)]
-        rows = {name: getattr(module, name).data for name in names}
-        set_num_experts(module, 0)  # lets go of the rows
-        problems += [f"{name} is incomplete" for name in names if rows[name].is_meta]
-        if problems:
-            raise CheckpointError(
-                f"{self._model_dir} lacks experts {list(experts)} of layer {layer}: "
-                f"{'; '.join(problems[:3])}"
-            )
+                signature = frozenset(
+                    (name, tuple(source.get_shape()))
+                    for name, source, _ in self._sources(layer, (expert,), stack)
+                )
+            except (SafetensorError, OSError):
+                return None
+        if signature not in self._recipes:
+            self._recipes[signature] = self._learn(layer, expert)
+        return self._recipes[signature]
+
+    def _learn(self, layer: LayerId, expert: ExpertId) -> Recipe | None:
+        """Show the converter random numbers in the place of one expert."""
+        fakes: dict[str, torch.Tensor] = {}
+        state: dict[str, Any] = {}
+        with ExitStack() as stack:
+            try:
+                for name, source, match in self._sources(layer, (expert,), stack):
+                    shape = source.get_shape()
+                    fused = not match["rest"].partition(".")[0].isdigit()
+                    fakes[name] = torch.randn(shape[1:] if fused else shape, dtype=self._dtype)
+                    fake = _Fake(fakes[name][None] if fused else fakes[name])
+                    add_expert(state, match, fake, {layer: (0 if fused else expert,)}, self._dtype)
+            except (SafetensorError, OSError):
+                return None
+        rows, problems = self._convert(layer, 1, state)
+        if problems or any(row.is_meta for row in rows.values()):
+            return None
+        return learn(fakes, {name: row[0] for name, row in rows.items()})
+
+    def _copy(
+        self, layer: LayerId, experts: tuple[ExpertId, ...], recipe: Recipe
+    ) -> dict[str, torch.Tensor]:
+        pieces = {piece.source: piece for piece in recipe}
+        shapes = self._shapes(layer)
+        rows = {
+            name: torch.empty(len(experts), *shape, dtype=dtype)
+            for name, (shape, dtype) in shapes.items()
+        }
+        left = len(experts) * len(pieces)
+        with ExitStack() as stack:
+            try:
+                for name, source, match in self._sources(layer, experts, stack):
+                    number = match["rest"].partition(".")[0]
+                    for at, expert in enumerate(experts):
+                        if number.isdigit() and int(number) != expert:
+                            continue
+                        piece = pieces[name]
+                        tensor = source[:] if number.isdigit() else source[expert]
+                        piece.fill(rows[piece.param][at], tensor)
+                        left -= 1
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise self._incomplete(layer, experts, [str(error)]) from None
+        if left:
+            raise self._incomplete(layer, experts, [f"{left} tensors are not there"])
         return rows
 
-    def _state(
+    def _shapes(self, layer: LayerId) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        module = self._experts[layer]
+        params = {name: getattr(module, name) for name in set_num_experts(module, 0)}
+        return {name: (tuple(p.shape[1:]), p.dtype) for name, p in params.items()}
+
+    def _incomplete(
+        self, layer: LayerId, experts: Sequence[ExpertId], problems: Sequence[str]
+    ) -> CheckpointError:
+        return CheckpointError(
+            f"{self._model_dir} lacks experts {list(experts)} of layer {layer}: "
+            f"{'; '.join(problems[:3])}"
+        )
+
+    def _read(self, layer: LayerId, experts: tuple[ExpertId, ...]) -> dict[str, torch.Tensor]:
+        with ExitStack() as stack:
+            try:
+                state: dict[str, Any] = {}
+                for _, source, match in self._sources(layer, experts, stack):
+                    add_expert(state, match, source, {layer: experts}, self._dtype)
+                rows, problems = self._convert(layer, len(experts), state)
+            except (SafetensorError, OSError) as error:
+                raise self._incomplete(layer, experts, [str(error)]) from None
+        problems += [f"{name} is incomplete" for name, row in rows.items() if row.is_meta]
+        if problems:
+            raise self._incomplete(layer, experts, problems)
+        return rows
+
+    def _convert(
+        self, layer: LayerId, count: int, state: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Rows of `count` experts, renumbered from 0, and what was wrong."""
+        module = self._experts[layer]
+        names = set_num_experts(module, count)
+        try:
+            problems = convert(self._skeleton, state, self._dtype)
+            return {name: getattr(module, name).data for name in names}, problems
+        finally:
+            set_num_experts(module, 0)  # lets go of the rows
+
+    def _sources(
         self, layer: LayerId, experts: tuple[ExpertId, ...], stack: ExitStack
-    ) -> dict[str, Any]:
-        """The experts' checkpoint keys, renumbered from 0, to slices that read when indexed."""
+    ) -> Iterator[tuple[str, Any, re.Match[str]]]:
+        """Each tensor with some of the experts in it: its name within an expert, the slice that
+        reads when indexed, and what was matched.
+        """
         opened: dict[Path, Any] = {}
-        state: dict[str, Any] = {}
         for match, path in self._keys.get(layer, ()):
-            number = match["rest"].partition(".")[0]
+            number, _, rest = match["rest"].partition(".")
             if number.isdigit() and int(number) not in experts:
                 continue
             if path not in opened:
                 opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-            source = opened[path].get_slice(match.group(0))
-            add_expert(state, match, source, {layer: experts}, self._dtype)
-        return state
+            name = rest if number.isdigit() else match["rest"]
+            yield name, opened[path].get_slice(match.group(0)), match
 
 
 def _expert_keys(model_dir: Path) -> dict[LayerId, list[tuple[re.Match[str], Path]]]:

@@ -3,7 +3,9 @@
 All that an expert rank has; an attention rank of a disaggregated deployment has it with no slots.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -16,6 +18,12 @@ from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.experts import ExpertExchange, MoeLayer
 from revivemoe.model.host_cache import HostCache
 from revivemoe.placement import EMPTY, ExpertPlacement
+
+PORTION_BYTES = 64 << 20
+
+
+def _layer_of(load: SlotLoad) -> LayerId:
+    return load.layer
 
 
 class ExpertWorker:
@@ -62,6 +70,18 @@ class ExpertWorker:
             for slot, expert in enumerate(given)
             if expert not in (EMPTY, held[layer][slot])
         )
+
+    def in_portions(self, loads: Sequence[SlotLoad]) -> list[Sequence[SlotLoad]]:
+        """`loads`, layer by layer, in portions of about `PORTION_BYTES`: what is read at once, and
+        so what a rank does before it looks for a fence again.
+        """
+        each = sum(math.prod(s) * dtype.itemsize for s, dtype in self.row_shapes().values())
+        most = max(1, PORTION_BYTES // each)
+        portions: list[Sequence[SlotLoad]] = []
+        for _, group in groupby(sorted(loads, key=_layer_of), key=_layer_of):
+            of_layer = list(group)
+            portions += [of_layer[i : i + most] for i in range(0, len(of_layer), most)]
+        return portions
 
     def load(self, loads: Sequence[SlotLoad], sources: Sequence[ExpertSource] = ()) -> LoadReport:
         """Load experts into slots that the present epoch does not use; from any thread.

@@ -62,11 +62,14 @@ class MoeLayer:
         return out_RH
 
     def resize(self, num_slots: int) -> None:
-        """So many slots, all of them empty. Not while a step runs."""
+        """So many slots, all of them empty. Not while a step runs.
+
+        What lies in them is never read before an expert is written: not even zeros are needed.
+        """
         device = self.slot_of_expert_E.device
         for name in self.module.revive_rows:
             old = getattr(self.module, name)
-            rows = torch.zeros(num_slots, *old.shape[1:], dtype=old.dtype, device=device)
+            rows = torch.empty(num_slots, *old.shape[1:], dtype=old.dtype, device=device)
             setattr(self.module, name, torch.nn.Parameter(rows, requires_grad=False))
         self.module.num_experts = num_slots
         self.held = [EMPTY] * num_slots

@@ -62,6 +62,18 @@ class Generator:
             mask[missing.get(layer_id, [])] = True
             router.set_missing(mask.to(self._device))
 
+    def free(self) -> None:
+        """Let go of weights and pages at once, without waiting for the garbage collector. Nothing
+        works any more. The experts' slots are not ours.
+        """
+        experts = {layer.module for layer in self._exchange.layers.values()}
+        for module in self.model.modules():
+            if module not in experts:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = torch.empty(0, dtype=parameter.dtype)
+        if self._cache is not None:
+            self._cache.pages.clear()
+
     def num_bytes(self) -> int:
         """What its weights and its KV pages take, without the experts' slots."""
         experts = {

@@ -5,7 +5,6 @@ if it has not the expert role. An attention rank can become an expert rank.
 """
 
 import ctypes
-import gc
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -124,6 +123,7 @@ class ModelRunner:
         the system, and there are `num_slots` empty slots in every layer. Not while a step runs.
         """
         assert self.generator is not None, "it has no attention role to give up"
+        self.generator.free()
         self.generator = None
         for layer in self.exchange.layers.values():
             layer.module.revive_exchange = None
@@ -147,6 +147,10 @@ class ModelRunner:
     ) -> LoadReport:
         """`ExpertWorker.load`."""
         return self.worker.load(loads, sources)
+
+    def in_portions(self, loads: Sequence[SlotLoad]) -> list[Sequence[SlotLoad]]:
+        """`ExpertWorker.in_portions`."""
+        return self.worker.in_portions(loads)
 
     def find_expert(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
         """`ExpertWorker.find`."""
@@ -253,7 +257,6 @@ def _moe_layers(
 
 def _return_memory() -> None:
     """Give freed memory back to the system, not only to the allocator."""
-    gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     libc = ctypes.CDLL(None)
