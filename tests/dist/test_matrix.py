@@ -12,9 +12,8 @@ import pytest
 from support.cases import Case, Weights, check_all, requests_of
 from support.client import run_load
 from support.deployment import Deployment, Status, deployed, with_status
-from support.matrix import Cell, cells, part
+from support.matrix import LAYOUTS, Cell, Layout, cells_of, part
 
-VICTIMS = (1, 2, 3)
 STEPS_IN = 12
 """Steps of the load before the fault."""
 POLICY = """
@@ -37,9 +36,10 @@ def server(
         yield deployment
 
 
-def deployed_for_matrix(model_dir: Path, backend: str, policy: Path):  # type: ignore[no-untyped-def]
+def deployed_for_matrix(model_dir: Path, layout: Layout, policy: Path):  # type: ignore[no-untyped-def]
     return deployed(
-        model_dir, 4, "--redundant-experts", "16", "--comm-backend", backend,
+        model_dir, layout.attention, "--expert-ranks", str(layout.experts),
+        "--redundant-experts", "16", "--comm-backend", layout.backend,
         "--enable-fault-injection", "--recovery-policy", str(policy), "--max-model-len", "512",
     )  # fmt: skip
 
@@ -47,13 +47,13 @@ def deployed_for_matrix(model_dir: Path, backend: str, policy: Path):  # type: i
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Cells of a transport belong to the deployment over it."""
     if "cell" in metafunc.fixturenames:
-        choose = cells if metafunc.function.__name__ == "test_matrix" else part
-        pairs = [(b, c) for b in ("shm", "gloo") for c in choose(b)]
+        choose = cells_of if metafunc.function.__name__ == "test_matrix" else part
+        pairs = [(layout, cell) for layout in LAYOUTS for cell in choose(layout)]
         metafunc.parametrize(
             ("server", "cell"),
             pairs,
             indirect=["server"],
-            ids=[f"{backend}-{cell.name}" for backend, cell in pairs],
+            ids=[f"{layout.name}-{cell.name}" for layout, cell in pairs],
             scope="module",
         )
 
@@ -71,7 +71,7 @@ def test_part_of_the_matrix(
 
 def one_fault(server: Deployment, mixed: list[Case], chaos_seed: int, cell: Cell) -> None:
     draw = random.Random(chaos_seed)
-    victim, layer = draw.choice(VICTIMS), draw.randrange(4)
+    victim, layer = draw.choice(cell.victims), draw.randrange(4)
     told = f"seed {chaos_seed}: rank {victim}, layer {layer}"
     before = server.await_status(whole)
     refills = server.per_rank("revivemoe_rank_survivor_refills_total")
@@ -105,7 +105,7 @@ def point(before: Status, cell: Cell, layer: int) -> dict[str, int | str]:
 
 def whole(status: Status) -> bool:
     members = [e for e in status["engines"] if e["logical_rank"] is not None]
-    return status["state"] == "serving" and len(members) == 4
+    return status["state"] == "serving" and len(members) == status["total_engines"]
 
 
 def num_recoveries(status: Status) -> int:

@@ -1,7 +1,7 @@
 """The matrix of faults: what strikes, where in a step, under which load, over which transport."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 PHASES = ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit")
@@ -21,12 +21,39 @@ class Cell:
     """Of the recovery; None: nothing is to be recovered from."""
     lost: bool = True
     """Whether a rank goes."""
+    victims: tuple[int, ...] = (1, 2, 3)
+    """One of them is struck."""
 
     @property
     def name(self) -> str:
         detail = [str(v) for v in self.params.values()]
         where = "idle" if self.idle else self.phase or "any"
-        return "-".join([self.kind, *detail, where])
+        who = [f"rank{self.victims[0]}"] if len(self.victims) == 1 else []
+        return "-".join([self.kind, *detail, where, *who])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A deployment that takes one fault after another."""
+
+    backend: str
+    attention: int
+    experts: int = 0
+
+    @property
+    def name(self) -> str:
+        if not self.experts:
+            return self.backend
+        return f"{self.backend}-{self.attention}+{self.experts}"
+
+    @property
+    def ranks(self) -> range:
+        return range(self.attention + self.experts)
+
+
+COLLOCATED = (Layout("shm", 4), Layout("gloo", 4))
+DISAGGREGATED = (Layout("shm", 3, 2), Layout("shm", 2, 3), Layout("shm", 2, 2))
+LAYOUTS = (*COLLOCATED, *DISAGGREGATED)
 
 
 def cells(backend: str) -> list[Cell]:
@@ -53,6 +80,31 @@ def cells(backend: str) -> list[Cell]:
     return [*found, *_idle(), *_device_faults()]
 
 
+def disaggregated_cells(layout: Layout) -> list[Cell]:
+    """A kill of each rank at each phase; at 3+2 every other kind as well, where it means something
+    (numbers are made by attention ranks at attention and sample, by expert ranks at experts).
+    """
+    found = [
+        Cell("kill", phase, cause="process_exit", victims=(rank,))
+        for rank in layout.ranks
+        for phase in PHASES
+    ]
+    if (layout.attention, layout.experts) == (3, 2):
+        others = [cell for cell in cells("shm") if not (cell.kind == "kill" and not cell.idle)]
+        makers = {"attention": (1, 2), "sample": (1, 2), "combine": (1, 2), "experts": (3, 4)}
+        found += [
+            replace(cell, victims=makers[cell.phase or ""])
+            if cell.kind in ("nan", "slow")
+            else replace(cell, victims=(1, 2, 3, 4))
+            for cell in others
+        ]
+    return found
+
+
+def cells_of(layout: Layout) -> list[Cell]:
+    return disaggregated_cells(layout) if layout.experts else cells(layout.backend)
+
+
 def _idle() -> Iterator[Cell]:
     yield Cell("kill", idle=True, cause="process_exit")
     yield Cell("error", idle=True, cause="process_exit")
@@ -68,9 +120,15 @@ def _device_faults() -> Iterator[Cell]:
             yield Cell("device_fault", None, {"level": level}, idle, cause, lost)
 
 
-def part(backend: str) -> list[Cell]:
+def part(layout: Layout) -> list[Cell]:
     """What runs with every change: each kind, each phase, each level, idle and loaded, once."""
     chosen = {
+        "shm-3+2": (
+            "kill-attention-rank0", "kill-experts-rank4", "kill-combine-rank3",
+            "kill-dispatch-rank1", "hang-sample", "nan-experts", "device_fault-4-any",
+        ),
+        "shm-2+3": ("kill-schedule-rank2", "kill-commit-rank0"),
+        "shm-2+2": ("kill-experts-rank3", "kill-sample-rank1"),
         "shm": (
             "kill-schedule", "kill-combine", "error-dispatch", "hang-experts", "hang-sample",
             "hang-stop-experts", "nan-experts", "nan-sample", "slow-8-experts", "hang-loop-idle",
@@ -81,6 +139,6 @@ def part(backend: str) -> list[Cell]:
             "kill-attention", "hang-combine", "hang-stop-experts", "nan-attention",
             "comm-0-dispatch", "comm-0-idle", "kill-idle", "device_fault-5-any",
         ),
-    }[backend]  # fmt: skip
-    by_name = {cell.name: cell for cell in cells(backend)}
+    }[layout.name]  # fmt: skip
+    by_name = {cell.name: cell for cell in cells_of(layout)}
     return [by_name[name] for name in chosen]

@@ -349,6 +349,24 @@ def test_microbatches_go_layer_by_layer(made: dict[str, Path]) -> None:
     assert half == [*first, *between, ("experts", 3, 0), ("experts", 3, 1)]
 
 
+def test_tokens_are_on_their_way_when_the_turn_is_given_up(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, done = solo(made["qwen3_moe"], 2), list[tuple[str, int]]()
+    for number, lane in enumerate(rank.runner.exchange.lanes):
+        for name in ("send", "receive"):
+            original = getattr(lane.dispatcher, name)
+
+            def call(*args: Any, what: tuple[str, int] = (name, number), do: Any = original) -> Any:
+                done.append(what)
+                return do(*args)
+
+            monkeypatch.setattr(lane.dispatcher, name, call)
+    rank.run(PROMPTS[:2], SamplingParams(seed=0, temperature=0.0, max_tokens=1))
+    one_layer = [("receive", 0), ("send", 0), ("receive", 1), ("send", 1)]
+    assert done[:14] == [("send", 0), ("send", 1), *one_layer * 3]
+
+
 class Broken(Exception):
     """What a step raises."""
 
@@ -395,6 +413,8 @@ def test_broken_numbers_of_any_microbatch_are_seen(made: dict[str, Path], lane: 
     with pytest.raises(NonFiniteStep):
         rank.run(PROMPTS[:2], params(0.0))
     assert rank.runner.non_finite() == (1, "experts", True)
+    exchange.reset()
+    assert rank.runner.non_finite() is None
 
 
 def test_steps_undone_and_taken_again(made: dict[str, Path]) -> None:
