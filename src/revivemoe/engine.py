@@ -636,7 +636,7 @@ class Engine:
             can_load=not self._load_failed_lately(now),
             home_placement=fleet.home,
             dense=self.dense,
-            switched=frozenset(fleet.switched),
+            switched=dict(fleet.switched),
             switch=self._switch,
         )
 

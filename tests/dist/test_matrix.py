@@ -108,19 +108,22 @@ def whole(status: Status) -> bool:
     return status["state"] == "serving" and len(members) == status["total_engines"]
 
 
-def num_recoveries(status: Status) -> int:
-    return len([r for r in status["recoveries"] if r["cause"] != "rejoin"])
+def recoveries(status: Status, before: Status) -> list[Status]:
+    """Since then. (Only so many are kept in all.)"""
+    new = [r for r in status["recoveries"] if r["epoch"] > before["epoch"]]
+    return [r for r in new if r["cause"] != "rejoin"]
 
 
 def await_recoveries(server: Deployment, before: Status, count: int) -> Status:
-    wanted = num_recoveries(before) + count
-    return server.await_status(lambda s: s["state"] == "serving" and num_recoveries(s) >= wanted)
+    return server.await_status(
+        lambda s: s["state"] == "serving" and len(recoveries(s, before)) >= count
+    )
 
 
 def assert_told(before: Status, after: Status, cell: Cell, victim: int, told: str) -> None:
     """What the status must say."""
-    new = after["recoveries"][len(before["recoveries"]) :]
-    causes = [r["cause"] for r in new if r["cause"] != "rejoin"]
+    new = recoveries(after, before)
+    causes = [r["cause"] for r in new]
     assert causes == ([] if cell.cause is None else [cell.cause]), f"{told}: {new}"
     dead = [e["id"] for e in with_status(after, "dead")]
     assert dead == ([victim] if cell.lost else []), told

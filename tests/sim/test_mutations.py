@@ -18,21 +18,27 @@ from revivemoe.core.digest import Digest
 from revivemoe.core.journal import Preempted, _Undo
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
+from revivemoe.dense_groups import DenseGroups
 from revivemoe.engine import Engine
+from revivemoe.fleet import Fleet
 from revivemoe.ids import BlockId, RankId, SeqId
 from revivemoe.ledger import Ledger
 from revivemoe.messages import FenceAck, Heartbeat, Report, StepAborted, Tokens, Wake
+from revivemoe.recovery import role_switch
 from revivemoe.recovery.coordinator import Coordinator, Fencing
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import Fault
+from revivemoe.recovery.role_switch import RoleSwitch
 from revivemoe.sim.faults import FaultKind
 from revivemoe.sim.run import run_seed
 from revivemoe.token_log import TokenLog
+from revivemoe.topology import Topology
 
 MOST_SEEDS = 60
 Patch = pytest.MonkeyPatch
 PROCESS: tuple[FaultKind, ...] = ("kill", "error", "kill-two", "zombie")
 CUTS: tuple[FaultKind, ...] = ("link", "retries", "kill")
+SWITCHES: tuple[FaultKind, ...] = ("kill", "switch", "kill-switching", "load-fails", "kill-two")
 ANY: tuple[FaultKind, ...] = (*PROCESS, *CUTS, "hang", "nan", "stall", "drain")
 
 
@@ -210,6 +216,40 @@ def waiting_is_working(patch: Patch) -> None:
     patch.setattr(Detector, "beat", blunt)
 
 
+# ---- roles ----------------------------------------------------------------------------------
+
+
+def members_in_their_old_roles(patch: Patch) -> None:
+    """A fault in the middle of a role switch: the donor counts as the attention rank it was."""
+
+    def switch(self: Fleet, switch: RoleSwitch, aside: bool) -> None:
+        before = dict(self._in_epoch)
+        real(self, switch, aside)
+        self._in_epoch = before
+
+    real = Fleet.switch
+    patch.setattr(Fleet, "switch", switch)
+
+
+def keep_what_it_held(patch: Patch) -> None:
+    """A rank that becomes an expert rank keeps its sequences and blocks."""
+    patch.setattr(Rank, "give_up_attention", lambda self: None)
+
+
+def the_last_one_may_go(patch: Patch) -> None:
+    """The last attention rank can be made an expert rank."""
+
+    def anybody(topology: Topology) -> tuple[RankId, ...]:
+        return tuple(r for r in topology.attention if r not in topology.experts)
+
+    patch.setattr(role_switch, "donors", anybody)
+
+
+def shards_are_for_ever(patch: Patch) -> None:
+    """Nobody loads the shards of a dense layer when no group is left."""
+    patch.setattr(DenseGroups, "after", lambda self, attention, gone: self)
+
+
 MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
     (skip_rollback, CUTS),
     (keep_evicted_names, ("retries",)),
@@ -227,6 +267,10 @@ MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
     (plan_before_all_are_fenced, ANY),
     (step_of_the_last_to_answer, CUTS),
     (waiting_is_working, ("hang",)),
+    (members_in_their_old_roles, SWITCHES),
+    (keep_what_it_held, SWITCHES),
+    (the_last_one_may_go, SWITCHES),
+    (shards_are_for_ever, PROCESS),
 ]
 
 

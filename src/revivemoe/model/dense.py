@@ -136,7 +136,8 @@ class DenseReader:
                 share = source.get_shape()[axis] // self._num_shards
                 span = slice(shard * share, (shard + 1) * share)
                 rows = source[:, span] if axis else source[span]
-            weights[name] = rows.to(self._device, self._dtype).contiguous()
+            share_of = torch.empty(rows.shape, dtype=self._dtype, device=self._device)
+            weights[name] = share_of.copy_(rows)  # lets go of the file
         return weights
 
 

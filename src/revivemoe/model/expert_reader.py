@@ -28,7 +28,6 @@ from revivemoe.model.load import (
     set_num_experts,
 )
 
-
 Signature = frozenset[tuple[str, tuple[int, ...]]]
 """Names and shapes of one expert's tensors."""
 

@@ -25,6 +25,7 @@ class Turns:
         """`on_turn`: told the number of the micro-batch whose turn begins, in its own thread."""
         self._on_turn = on_turn
         self._pool: ThreadPoolExecutor | None = None
+        self._pool_size = 0
         self._doors: list[threading.Semaphore] = []
         self._running: list[bool] = []
         self._present = 0
@@ -41,7 +42,6 @@ class Turns:
             self._threads(len(tasks)).submit(self._run_one, number, task)
             for number, task in enumerate(tasks[1:], 1)
         ]
-        self._on_turn(0)
         results = [self._finish(0, tasks[0]), *(other.result() for other in others)]
         if self._failure is not None:
             raise self._failure
@@ -57,20 +57,18 @@ class Turns:
             self._take(me)
 
     def _threads(self, count: int) -> ThreadPoolExecutor:
-        if self._pool is None:
+        if self._pool is None or self._pool_size < count - 1:
             self._pool = ThreadPoolExecutor(max(1, count - 1), "microbatch")
+            self._pool_size = count - 1
         return self._pool
 
     def _run_one(self, number: int, task: Callable[[], Result]) -> Result | None:
-        try:
-            self._take(number)
-        except _Abandoned:
-            self._leave(number)
-            return None
+        self._doors[number].acquire()
         return self._finish(number, task)
 
     def _finish(self, number: int, task: Callable[[], Result]) -> Result | None:
         try:
+            self._begin_turn(number)
             return task()
         except _Abandoned:
             return None
@@ -98,6 +96,9 @@ class Turns:
 
     def _take(self, number: int) -> None:
         self._doors[number].acquire()
+        self._begin_turn(number)
+
+    def _begin_turn(self, number: int) -> None:
         self._present = number
         if self._failure is not None:
             raise _Abandoned

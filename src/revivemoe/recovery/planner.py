@@ -1,6 +1,6 @@
 """`plan_recovery`: from the world and the faults to what shall be done, and one sentence why."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,8 +70,9 @@ class World:
     """False while loading experts has just failed."""
     home_placement: ExpertPlacement | None = None
     """The experts' map that the instance was started with."""
-    switched: frozenset[RankId] = frozenset()
-    """Ranks that have become expert ranks, or are about to; `home` has them as such."""
+    switched: Mapping[RankId, RankId | None] = field(default_factory=dict)
+    """Ranks that have become expert ranks, or are about to, and whose place they take; `home` has
+    them as such."""
     dense: DenseGroups | None = None
     """Groups that share the dense layers."""
     switch: RankId | None = None
@@ -267,12 +268,12 @@ def _role_switch(
 ) -> Continue | str:
     """Let attention ranks become expert ranks for the missing experts, or why not."""
     topology, placement = present.topology, present.placement
-    promised = _promised(world, lost)
+    promised = _promised(world, placement)
     wanted = [pair for pair in placement.missing() if pair not in promised]
     if not world.can_load:
         return "experts could not be loaded a moment ago"
     if not wanted:
-        return f"{len(placement.missing())} experts are being loaded by a rank that switches roles"
+        return f"{len(placement.missing())} experts are being loaded already"
     if not topology.attention:
         return "no attention rank is left"
     tokens = dict.fromkeys(topology.attention, 0)
@@ -307,7 +308,8 @@ def _asked_switch(
     )
     if isinstance(switch, str):  # meanwhile it makes no sense any more
         return _repair(world, present, lost, policy)
-    return _switch(world, present, lost, policy, (switch,))
+    plan = _switch(world, present, lost, policy, (switch,))
+    return plan if isinstance(plan, Continue) else _repair(world, present, lost, policy)
 
 
 def _switch(
@@ -316,13 +318,13 @@ def _switch(
     lost: frozenset[RankId],
     policy: Policy,
     switches: tuple[RoleSwitch, ...],
-) -> Continue:
+) -> Continue | str:
+    """Go on with these switches, or why not."""
     topology, placement = present.topology, present.placement
     leaving = frozenset(s.rank for s in switches)
-    aside = bool(topology.experts) and (
-        world.switch is not None
-        or (policy.serve_masked_meanwhile and not _refuse_masking(world, placement, policy))
-    )
+    wanted_aside = world.switch is not None or policy.serve_masked_meanwhile
+    refusal = _refuse_masking(world, placement, policy)
+    aside = bool(topology.experts) and wanted_aside and refusal is None
     if aside:
         outside = replace(present, topology=without(topology, leaving, topology.epoch))
         plan = _continue(world, outside, lost, leaving=leaving)
@@ -331,6 +333,8 @@ def _switch(
         for switch in switches:
             home = switched(home, switch.rank, switch.replaces)
             placement = placement.with_rank(switch.rank, switch.table)
+        if refusal := _refuse_masking(world, placement, policy):
+            return refusal
         stay = without(topology, leaving, topology.epoch)
         topology = joined(stay, tuple(s.rank for s in switches), home)
         loads = tuple(load for s in switches for load in s.loads(placement.layers))
@@ -342,7 +346,6 @@ def _switch(
     )
     how = "beside the others, which go on meanwhile" if aside else "before the next step"
     count = sum(len(s.loads(placement.layers)) for s in switches)
-    plan = replace(plan, dense=_dense(world, plan.topology, lost | leaving))
     return replace(
         plan,
         switches=switches,
@@ -355,20 +358,22 @@ def _switch(
 def _places(world: World, topology: Topology) -> list[RankId]:
     """Expert ranks of the start that are not there, whose places can be taken."""
     home = world.home or world.topology
-    taken = {*topology.members, *world.launching}
-    return [rank for rank in home.experts if rank not in taken and rank not in world.switched]
+    there = {*topology.members, *world.launching, *world.ready}
+    taken = {replaced for rank, replaced in world.switched.items() if rank in there}
+    return [rank for rank in home.experts if rank not in {*there, *taken, *world.switched}]
 
 
-def _promised(world: World, lost: frozenset[RankId]) -> set[tuple[LayerId, ExpertId]]:
-    """Experts that ranks are loading which are still switching roles."""
-    under_way = [r for r in world.launching if r in world.switched and r in world.tables]
-    return {
+def _promised(world: World, placement: ExpertPlacement) -> set[tuple[LayerId, ExpertId]]:
+    """Experts that ranks are loading: into spare slots, or for the role they are to have."""
+    switching = [r for r in world.launching if r in world.switched and r in world.tables]
+    promised = {
         (layer, ExpertId(expert))
-        for rank in under_way
+        for rank in switching
         for layer, row in zip(world.placement.layers, world.tables[rank], strict=True)
         for expert in row
         if expert >= 0
     }
+    return promised | {(x.layer, x.expert) for x in world.loading if x.rank in placement.slots}
 
 
 def _without_slots(
@@ -417,7 +422,8 @@ def _continue(
     masked = tuple(sorted(set(placement.missing()) - set(world.placement.missing())))
     dropped = lost - frozenset(present.topology.members) - leaving
     held = sum(e >= 0 for r in dropped for row in world.placement.slots.get(r, ()) for e in row)
-    gone = len(masked) + len({(x.layer, x.expert) for x in reloads})
+    missed = set(world.placement.missing())
+    gone = len(masked) + len({(x.layer, x.expert) for x in reloads} - missed)
     back = [r for r in world.ready if r in world.switched and r in present.topology.members]
     return Continue(
         role_switched=next(iter(back), None),

@@ -65,6 +65,7 @@ class Simulation:
             self.cluster,
             lambda: self.clock.now,
             self._on_event,
+            scenario.config.dense_groups(),
         )
         self.clients: list[Client] = []
         self.verdict = Verdict(scenario, self.engine, self.cluster, self.strikes)

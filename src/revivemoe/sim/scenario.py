@@ -58,6 +58,7 @@ class Scenario:
     num_ranks: int
     expert_ranks: int
     """Of these; 0: collocated."""
+    dense_ffn_tp: int
     redundant: int
     spare: int
     limits: RankLimits
@@ -74,6 +75,7 @@ class Scenario:
             model_dir=Path("sim"),
             data_parallel_size=self.num_ranks - self.expert_ranks,
             expert_ranks=self.expert_ranks,
+            dense_ffn_tp=self.dense_ffn_tp,
             redundant_experts=self.redundant,
             spare_expert_slots=self.spare,
             device="cpu",
@@ -100,6 +102,7 @@ def draw(seed: int, kinds: tuple[FaultKind, ...] = KINDS) -> Scenario:
         seed=seed,
         num_ranks=num_ranks,
         expert_ranks=expert_ranks,
+        dense_ffn_tp=rng.choice((1, 1, 2)),
         redundant=0 if expert_ranks == 1 else rng.choice((NUM_EXPERTS, NUM_EXPERTS, 4, 2, 0)),
         spare=rng.randint(0, 2),
         limits=_limits(rng),

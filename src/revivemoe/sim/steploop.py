@@ -149,8 +149,10 @@ class StepLoop:
         rank = self.rank
         if not rank.configure(command.epoch, command.step, mask_key(command), command.wake):
             return
+        attention = command.topology.attention
+        assert command.dense is None or command.dense.healthy(attention), "no dense group"
         try:
-            if self.rank.limits.num_blocks and rank.rank_id not in command.topology.attention:
+            if self.rank.limits.num_blocks and rank.rank_id not in attention:
                 self._become_expert_rank(command.placement)
             yield from self._load_now(command.epoch, command.placement)
         except DomainLeft:

@@ -94,6 +94,7 @@ class Verdict:
             self._check_client(client)
         self._check_poison()
         self._check_placement()
+        self._check_dense()
         self._check_ranks()
 
     def _check_client(self, client: Client) -> None:
@@ -142,6 +143,11 @@ class Verdict:
         assert set(engine.placement.slots) == set(engine.topology.experts)
         fraction = missing_fraction(engine.placement)
         assert fraction <= self._scenario.policy.max_missing_fraction, "too much is masked"
+
+    def _check_dense(self) -> None:
+        engine = self._engine
+        if engine.dense is not None:
+            assert engine.dense.healthy(engine.topology.attention), "no dense group is healthy"
 
     def _check_ranks(self) -> None:
         for rank in self._engine.topology.members:
