@@ -202,14 +202,12 @@ class Maintenance:
         """A new epoch runs: what it has taken into use is settled, and what it asks for begins."""
         members = plan.topology.members
         used = plan.placement
-        self._loaded = [
-            r
-            for r in self._loaded
-            if r.rank in members and not _names(used.slots[r.rank], used.layers, r)
-        ]
+        self._loaded = [r for r in self._loaded if r.rank in members and r not in plan.taken]
         self._asked = deque(w for w in self._asked if w.fault.rank in members)
         if self._drain is not None and self._drain.wanted.fault.rank not in members:
             self._drain = None
+        elif self._drain is not None and self._drain.settle_until is not None:
+            self.interrupt()  # it is still there: whether it shall go is asked again
         if plan.background:
             self._load(plan.background)
         elif self._engine.config.policy.restore_redundancy and not self._reloading():
@@ -327,7 +325,3 @@ class Maintenance:
             if tokens is not None and tokens <= before:
                 return False
         return True
-
-
-def _names(table: tuple[tuple[int, ...], ...], layers: tuple[int, ...], reload: Reload) -> bool:
-    return table[layers.index(reload.layer)][reload.slot] == reload.expert

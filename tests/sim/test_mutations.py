@@ -28,7 +28,6 @@ from revivemoe.recovery import role_switch
 from revivemoe.recovery.coordinator import Coordinator, Fencing
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import Fault
-from revivemoe.recovery.role_switch import RoleSwitch
 from revivemoe.sim.faults import FaultKind
 from revivemoe.sim.run import run_seed
 from revivemoe.token_log import TokenLog
@@ -220,15 +219,8 @@ def waiting_is_working(patch: Patch) -> None:
 
 
 def members_in_their_old_roles(patch: Patch) -> None:
-    """A fault in the middle of a role switch: the donor counts as the attention rank it was."""
-
-    def switch(self: Fleet, switch: RoleSwitch, aside: bool) -> None:
-        before = dict(self._in_epoch)
-        real(self, switch, aside)
-        self._in_epoch = before
-
-    real = Fleet.switch
-    patch.setattr(Fleet, "switch", switch)
+    """Whoever has switched counts as the attention rank it was at the start."""
+    patch.setattr(Fleet, "roles", lambda self, home: home)
 
 
 def keep_what_it_held(patch: Patch) -> None:

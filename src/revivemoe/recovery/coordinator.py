@@ -340,13 +340,12 @@ class Coordinator:
         )
         for rank in plan.topology.members:
             self._ranks.send(rank, configure)
-        aside = {s.rank: s for s in plan.switches if plan.switch_aside}
-        for rank in sorted(self._fenced(state) - set(plan.topology.members)):
-            if rank in aside:
-                placement = plan.placement.with_rank(rank, aside[rank].table)
-                self._ranks.send(rank, SwitchRole(state.epoch, placement, domain))
-            else:
-                self._ranks.send(rank, Stop())
+        aside = {s.rank: s.table for s in plan.switches if plan.switch_aside}
+        for rank, table in aside.items():  # some of them may have had no part in any epoch yet
+            placement = plan.placement.with_rank(rank, table)
+            self._ranks.send(rank, SwitchRole(state.epoch, placement, domain))
+        for rank in sorted(self._fenced(state) - set(plan.topology.members) - aside.keys()):
+            self._ranks.send(rank, Stop())
         self._events(
             "configure",
             {"epoch": state.epoch, "reason": plan.reason, "migrated": len(plan.migrations)},

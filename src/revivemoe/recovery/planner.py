@@ -103,6 +103,8 @@ class Continue:
     """Loaded before the first step; `placement` names them already."""
     background: tuple[Reload, ...] = ()
     """To be loaded beside the steps; masked in `placement` until then."""
+    taken: tuple[Reload, ...] = ()
+    """Experts loaded meanwhile that were looked at: in use now, or not needed any more."""
     dense: DenseGroups | None = None
     """Groups that share the dense layers from now on."""
     switches: tuple[RoleSwitch, ...] = ()
@@ -436,6 +438,7 @@ def _continue(
         + _about_dense(world, present.topology),
         reloads=reloads,
         background=background,
+        taken=world.loaded,
         dense=_dense(world, present.topology, lost | leaving),
     )
 

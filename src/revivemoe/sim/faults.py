@@ -26,7 +26,7 @@ FaultKind = Literal[
     "stall",  # the engine itself stands still
     "forkserver",  # the fork server ends: nothing can be launched
     "drain",  # an operator takes a rank out
-    "switch",  # an operator wants a rank to become an expert rank
+    "switch",  # an expert rank exits, and an operator wants another rank to take its place
     "kill-switching",  # the process that is loading for its new role exits
     "rejoin",  # an operator lets a rank that is out come back
     "restore",  # an operator has missing experts loaded

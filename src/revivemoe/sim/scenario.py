@@ -96,6 +96,8 @@ def draw(seed: int, kinds: tuple[FaultKind, ...] = KINDS) -> Scenario:
     rng = Random(seed)
     num_ranks = rng.choice((4, 4, 4, 5, 6))
     expert_ranks = rng.choice((0, 0, rng.randint(1, num_ranks - 2)))
+    if _about_roles(kinds):
+        expert_ranks = rng.randint(2, num_ranks - 2)
     count = rng.choice((1, 2, 2, 3))
     faults = tuple(_fault(rng, kinds, num_ranks, n) for n in range(count))
     return Scenario(
@@ -106,7 +108,7 @@ def draw(seed: int, kinds: tuple[FaultKind, ...] = KINDS) -> Scenario:
         redundant=0 if expert_ranks == 1 else rng.choice((NUM_EXPERTS, NUM_EXPERTS, 4, 2, 0)),
         spare=rng.randint(0, 2),
         limits=_limits(rng),
-        policy=_policy(rng),
+        policy=_policy(rng, masks_more=expert_ranks > 0),
         eager_errors=rng.random() < 0.4,
         max_delay_s=rng.choice((0.0005, 0.002, 0.02)),
         arrivals=tuple(_arrivals(rng, any(f.kind in POISONS for f in faults))),
@@ -114,12 +116,20 @@ def draw(seed: int, kinds: tuple[FaultKind, ...] = KINDS) -> Scenario:
     )
 
 
-def _policy(rng: Random) -> Policy:
-    """Shorter deadlines than usual, so that a seed that meets one does not take for ever."""
+def _about_roles(kinds: tuple[FaultKind, ...]) -> bool:
+    """Whether role switches are what is asked for, rather than one kind among all."""
+    return "switch" in kinds and len(kinds) < len(KINDS)
+
+
+def _policy(rng: Random, masks_more: bool) -> Policy:
+    """Shorter deadlines than usual, so that a seed that meets one does not take for ever.
+
+    `masks_more`: often enough for role switches in the background.
+    """
     return Policy(
         max_recoveries=16,
-        max_missing_fraction=rng.choice((1 / 32, 1 / 8, 1 / 2)),
-        serve_masked_meanwhile=rng.random() < 0.3,
+        max_missing_fraction=rng.choice((1 / 32, 1 / 8, 1 / 2, 0.9 if masks_more else 1 / 2)),
+        serve_masked_meanwhile=rng.random() < (0.6 if masks_more else 0.3),
         repair=rng.choice(
             (
                 REPAIRS,
@@ -225,19 +235,21 @@ def _tokens(rng: Random, count: int) -> list[int]:
 def _fault(rng: Random, kinds: tuple[FaultKind, ...], num_ranks: int, number: int) -> FaultSpec:
     rank, peer = rng.sample(range(num_ranks), 2)
     openers = [kind for kind in kinds if kind in OPENERS]
+    if _about_roles(kinds):
+        openers = ["switch", "kill"]
     return FaultSpec(
         kind=rng.choice(kinds if number or not openers or rng.random() < 0.4 else openers),
         rank=rank,
-        when=_when(rng, number),
+        when=_when(rng, number, ("switching",) if _about_roles(kinds) else STAGES),
         peer=peer,
         level=rng.randint(1, 6),
         seconds=rng.choice((0.5, 1.5, 3.0, 6.0)),
     )
 
 
-def _when(rng: Random, number: int) -> When:
+def _when(rng: Random, number: int, stages: tuple[str, ...]) -> When:
     if number and rng.random() < 0.8:
-        return InStage(rng.choice(STAGES), rng.random() * 0.006)
+        return InStage(rng.choice(stages), rng.random() * 0.006)
     if rng.random() < 0.5:
         return AtTime(rng.random() * 0.4)
     layer, phase = rng.choice(POINTS)

@@ -243,7 +243,8 @@ class Strikes:
                 self.drained.add(rank)
                 self._instruct("isolate", {"id": rank})
             case "switch":
-                self._switch()
+                self._lose_an_expert_rank()
+                self._switch(MOST_RETRIES)
             case "rejoin":
                 self._rejoin(MOST_RETRIES)
             case "restore":
@@ -278,11 +279,21 @@ class Strikes:
         elif retries:
             self._later(RETRY_S, partial(self._rejoin, retries - 1))
 
-    def _switch(self) -> None:
+    def _lose_an_expert_rank(self) -> None:
+        """If there are several that are nothing else."""
+        topology = self._host.engine.topology
+        ranks = [rank for rank in topology.experts if rank not in topology.attention]
+        if len(ranks) > 1:
+            self._kill(self._cluster.processes[ranks[-1]])
+
+    def _switch(self, retries: int) -> None:
         """Ask for every attention rank, until one can."""
-        for rank in self._host.engine.topology.attention:
+        engine = self._host.engine
+        for rank in engine.topology.attention:
             self.drained.add(rank)
             self._instruct("role_switch", {"id": rank})
+        if retries and not engine.fleet.switched:
+            self._later(RETRY_S / 3, partial(self._switch, retries - 1))
 
     def _instruct(self, instruction: str, params: dict[str, Any]) -> None:
         self._host.call(partial(self._apply, instruction, params))
