@@ -11,6 +11,8 @@ from support.deployment import Deployment, Status, deployed, kill, with_status
 from revivemoe.sampling_params import SamplingParams
 
 EXPERTS, LAYERS = 16, 4
+EXPERT_BYTES = 3 * 64 * 32 * 4
+"""Gate, up and down of one expert in float32."""
 FULL = ("--redundant-experts", str(EXPERTS))
 MASK_MEANWHILE = """
 [experts]
@@ -88,6 +90,8 @@ def test_an_attention_rank_takes_the_place_of_a_lost_expert_rank(qwen: Weights) 
         assert recovery["outcome"] == "recovered"
         assert recovery["experts_reloaded"] == EXPERTS * LAYERS // 2
         assert (status["quality"], status["experts"]["missing"]) == ("full", [])
+        memory = server.per_rank("revivemoe_rank_memory_bytes")
+        assert memory[donor] == memory[4] == EXPERT_BYTES * EXPERTS * LAYERS // 2
         attention = [rank for rank in (0, 1, 2) if rank != donor]
         assert roles(status) == {
             attention[0]: (0, ["attention"]),

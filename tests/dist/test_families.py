@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from support.cases import MAX_MODEL_LEN, Case, Weights, check_all, plain_cases, requests_of
 from support.client import Request, run_load
-from support.deployment import deployed
+from support.deployment import deployed, kill
 from support.reference import reference_tokens
 from support.solo import SoloRank
 
@@ -70,6 +70,8 @@ LAYOUTS = {
     "2+2 in two micro-batches": (2, "--expert-ranks", "2"),
     "2+1 in three micro-batches": (2, "--expert-ranks", "1", "--num-microbatches", "3"),
 }
+SWITCHING = "2+2 in two micro-batches"
+"""Here an expert rank is lost, and an attention rank takes its place."""
 COLLOCATED = ("2", "4")
 """Every family runs on these, and on one of the others in turn; the first family on all of them."""
 
@@ -105,3 +107,9 @@ def test_several_ranks(
     num_ranks, *roles = LAYOUTS[layout]
     with deployed(weights_of(arch).dir, int(num_ranks), *map(str, roles), *pairs) as server:
         assert not check_all(cases, run_load(server.url, requests))
+        if layout == SWITCHING:
+            kill(server.pids()[3])
+            status = server.await_recovery()
+            assert status["recoveries"][-1]["role_switched"] in (0, 1)
+            assert status["experts"]["missing"] == []
+            assert not check_all(cases, run_load(server.url, requests)), "after a role switch"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -193,6 +194,21 @@ def test_a_rank_that_becomes_an_expert_rank_keeps_nothing_else(
     assert rank.kv_bytes_per_block(8) == 0
     assert rank.num_bytes() == num_layers * 5 * EXPERT_VALUES * 4
     assert list(rank.held().values()) == [(-1,) * 5] * num_layers
+
+
+def test_the_memory_of_its_pages_goes_back_to_the_system(made: dict[str, Path]) -> None:
+    """Not only to the allocator: as the kernel sees it."""
+    rank = runner(made["qwen3_moe"], (), attention=True)
+    rank.allocate(4000, 16)
+    assert rank.generator is not None
+    assert rank.generator._cache is not None
+    for pair in rank.generator._cache.pages:
+        for pages in pair:
+            pages.fill_(1.0)
+    pages_bytes, before = 4000 * rank.kv_bytes_per_block(16), psutil.Process().memory_info().rss
+    assert pages_bytes > 60e6
+    rank.become_expert_rank(8)
+    assert psutil.Process().memory_info().rss < before - 0.9 * pages_bytes
 
 
 @pytest.mark.parametrize("arch", ARCHS)
