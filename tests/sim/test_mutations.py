@@ -267,7 +267,7 @@ MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
 
 
 FROM = {"keep_overwritten_kv": 60}
-"""Where the seeds begin that are looked at, if not at 0: few of them preempt at the right moment."""
+"""Where the seeds begin, if not at 0: few of them preempt at the right moment."""
 
 
 @cache
