@@ -25,8 +25,9 @@ def cases(deepseek: Weights) -> list[Case]:
 
 
 async def kill_under_way(load: Load, server: Deployment, rank: int) -> None:
-    await load.until(lambda: all(answer.num_tokens > 8 for answer in load.answers))
-    await asyncio.to_thread(lambda: kill(server.pids()[rank]))
+    pids = await asyncio.to_thread(server.pids)
+    await load.until(lambda: all(answer.num_tokens > 4 for answer in load.answers))
+    kill(pids[rank])
 
 
 def groups(server: Deployment) -> list[tuple[list[int], bool]]:

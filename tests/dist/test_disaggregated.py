@@ -32,8 +32,9 @@ def long_cases(qwen: Weights, count: int = 8) -> list[Case]:
 
 async def kill_under_way(load: Load, server: Deployment, *ranks: int) -> None:
     """Kill these ranks once every stream has begun, all at once."""
-    await load.until(lambda: all(answer.num_tokens > 8 for answer in load.answers))
-    await asyncio.to_thread(lambda: kill(*(server.pids()[rank] for rank in ranks)))
+    pids = await asyncio.to_thread(server.pids)
+    await load.until(lambda: all(answer.num_tokens > 4 for answer in load.answers))
+    kill(*(pids[rank] for rank in ranks))
 
 
 def roles(status: Status) -> dict[int, tuple[int, list[str]]]:
