@@ -6,10 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
-from revivemoe.dense_groups import DenseGroups, form_groups
 from revivemoe.ids import Epoch
+from revivemoe.membership.dense_groups import (
+    DenseGroups,
+    form_groups,
+)
+from revivemoe.membership.topology import (
+    Topology,
+    default_microbatches,
+    deployment,
+)
 from revivemoe.recovery.policy import Policy
-from revivemoe.topology import Topology, default_microbatches, deployment
 
 FIRST_EPOCH = Epoch(1)
 MAX_MICROBATCHES = 8

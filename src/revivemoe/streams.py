@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from revivemoe.messages import TokenLogprobs
+from revivemoe.messages.reports import TokenLogprobs
 from revivemoe.sampling_params import FinishReason, SamplingParams
 
 

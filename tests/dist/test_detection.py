@@ -21,7 +21,7 @@ from revivemoe.cli.serve import load_tokenizer
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.ids import RankId
 from revivemoe.sampling_params import SamplingParams
-from revivemoe.serving import Instance
+from revivemoe.serving.instance import Instance
 from revivemoe.streams import Delta, Submission
 
 ONCE = "--redundant-experts", "16"

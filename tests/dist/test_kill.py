@@ -9,7 +9,7 @@ from support.client import Load, run_load
 from support.deployment import Deployment, Status, deployed, kill, with_status
 from support.faults import killer, killer_at, unlike
 
-from revivemoe.recovery.record import PHASES
+from revivemoe.epochs.record import PHASES
 from revivemoe.sampling_params import SamplingParams
 
 EXPERTS, LAYERS = 16, 4

@@ -20,7 +20,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from revivemoe.checkpoint.make import make_model
-from revivemoe.loadgen import StreamResult, stream_all
+from revivemoe.bench.loadgen import (
+    StreamResult,
+    stream_all,
+)
 
 ENDED_WITHIN_S = 5.0
 KILLED_WITHIN_S = 3.0

@@ -9,10 +9,13 @@ import torch
 from support.screen import Screened, screen
 from transformers import AutoModelForCausalLM
 
+from revivemoe.bench.faultrun import run_with_kill
+from revivemoe.bench.loadgen import (
+    StreamResult,
+    stream_all,
+)
+from revivemoe.bench.server_process import ServerProcess
 from revivemoe.checkpoint import ARCHS, make_model
-from revivemoe.cluster.server_process import ServerProcess
-from revivemoe.faultrun import run_with_kill
-from revivemoe.loadgen import StreamResult, stream_all
 from revivemoe.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(seed=0, temperature=0.0, max_tokens=48)

@@ -18,20 +18,30 @@ from revivemoe.core.digest import Digest
 from revivemoe.core.journal import Preempted, _Undo
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
-from revivemoe.dense_groups import DenseGroups
-from revivemoe.engine import Engine
-from revivemoe.fleet import Fleet
+from revivemoe.engine.engine import Engine
+from revivemoe.engine.ledger import Ledger
+from revivemoe.engine.token_log import TokenLog
+from revivemoe.epochs.coordinator import (
+    Coordinator,
+    Fencing,
+)
+from revivemoe.epochs.fleet import Fleet
 from revivemoe.ids import BlockId, RankId, SeqId
-from revivemoe.ledger import Ledger
-from revivemoe.messages import FenceAck, Heartbeat, Report, StepAborted, Tokens, Wake
+from revivemoe.membership.dense_groups import DenseGroups
+from revivemoe.membership.topology import Topology
+from revivemoe.messages.reports import (
+    FenceAck,
+    Heartbeat,
+    Report,
+    StepAborted,
+    Tokens,
+    Wake,
+)
 from revivemoe.recovery import role_switch
-from revivemoe.recovery.coordinator import Coordinator, Fencing
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import Fault
 from revivemoe.sim.faults import FaultKind
 from revivemoe.sim.run import run_seed
-from revivemoe.token_log import TokenLog
-from revivemoe.topology import Topology
 
 MOST_SEEDS = 60
 Patch = pytest.MonkeyPatch

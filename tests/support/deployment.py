@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from revivemoe.cluster.server_process import ServerProcess
+from revivemoe.bench.server_process import ServerProcess
 
 Status = dict[str, Any]
 

@@ -15,11 +15,14 @@ from revivemoe.core.limits import RankLimits
 from revivemoe.core.rank import Rank
 from revivemoe.core.step import Run, StepHeader
 from revivemoe.ids import Epoch, Incarnation, LayerId, RankId, SeqId
-from revivemoe.messages import SequenceSpec
+from revivemoe.membership.placement import (
+    EMPTY,
+    ExpertPlacement,
+)
+from revivemoe.membership.topology import collocated
+from revivemoe.messages.reports import SequenceSpec
 from revivemoe.model.runner import ModelRunner
-from revivemoe.placement import EMPTY, ExpertPlacement
 from revivemoe.sampling_params import SamplingParams
-from revivemoe.topology import collocated
 
 EPOCH, ME = Epoch(1), RankId(0)
 

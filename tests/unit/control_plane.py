@@ -13,10 +13,12 @@ from unit.server.tiny_tokenizer import tiny_tokenizer
 
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.engine import Engine
+from revivemoe.engine.engine import Engine
+from revivemoe.engine.ledger import LiveRequest
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
-from revivemoe.ledger import LiveRequest
-from revivemoe.messages import (
+from revivemoe.membership.placement import place
+from revivemoe.membership.topology import collocated
+from revivemoe.messages.reports import (
     Abort,
     Activity,
     Add,
@@ -36,11 +38,9 @@ from revivemoe.messages import (
     TokenLogprobs,
     Tokens,
 )
-from revivemoe.placement import place
 from revivemoe.recovery.policy import Policy
 from revivemoe.sampling_params import SamplingParams
 from revivemoe.streams import Delta, StopStrings, StreamEvent, StreamFailed, Submission
-from revivemoe.topology import collocated
 
 TOKENIZER = tiny_tokenizer()
 VOCABULARY = Vocabulary(TOKENIZER)

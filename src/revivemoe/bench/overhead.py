@@ -19,17 +19,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from revivemoe.bench.loadgen import stream_all
 from revivemoe.bench.models import bench_model
+from revivemoe.bench.server_process import ServerProcess
 from revivemoe.checkpoint.inspect import inspect_checkpoint
-from revivemoe.cluster.server_process import ServerProcess
 from revivemoe.core.blocks import BlockPool
 from revivemoe.core.journal import Journal
+from revivemoe.core.progress import Progress
 from revivemoe.core.queues import Queues
 from revivemoe.core.sequence import Sequence
-from revivemoe.executor.progress import Progress
 from revivemoe.ids import Incarnation, LayerId, RankId, SeqId
-from revivemoe.loadgen import stream_all
-from revivemoe.messages import Heartbeat, RankStats, SequenceSpec
+from revivemoe.messages.reports import (
+    Heartbeat,
+    RankStats,
+    SequenceSpec,
+)
 from revivemoe.model.finite import STAGES, FiniteCheck
 from revivemoe.sampling_params import SamplingParams
 

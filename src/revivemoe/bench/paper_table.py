@@ -21,10 +21,16 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from revivemoe.cluster.server_process import ServerProcess
-from revivemoe.faultrun import FaultRun, run_with_fault
-from revivemoe.loadgen import StreamResult, stream_all
-from revivemoe.recovery.record import PHASES
+from revivemoe.bench.faultrun import (
+    FaultRun,
+    run_with_fault,
+)
+from revivemoe.bench.loadgen import (
+    StreamResult,
+    stream_all,
+)
+from revivemoe.bench.server_process import ServerProcess
+from revivemoe.epochs.record import PHASES
 
 CATEGORIES = (
     "engine", "executor processes", "distributed groups", "XCCL", "role switch",

@@ -24,9 +24,9 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from revivemoe.bench.loadgen import stream_all
 from revivemoe.bench.models import bench_model
-from revivemoe.cluster.server_process import ServerProcess
-from revivemoe.loadgen import stream_all
+from revivemoe.bench.server_process import ServerProcess
 
 
 @dataclass(frozen=True)

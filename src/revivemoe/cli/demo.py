@@ -10,9 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from revivemoe.cluster.server_process import ServerProcess
-from revivemoe.faultrun import FaultRun, run_with_kill
-from revivemoe.loadgen import StreamResult, stream_all
+from revivemoe.bench.faultrun import (
+    FaultRun,
+    run_with_kill,
+)
+from revivemoe.bench.loadgen import (
+    StreamResult,
+    stream_all,
+)
+from revivemoe.bench.server_process import ServerProcess
 
 RANKS, STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, VICTIM = 4, 16, 32, 96, 2
 PROMPT_SEEDS = (0, 1, 2, 35, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 31)

@@ -191,10 +191,10 @@ async def _serve(
     admin_api_key: str | None,
 ) -> int:
     """Returns the exit status: 0 after a signal, 2 for bad input found by a rank, 1 for failure."""
-    from revivemoe.engine_state import FailedState
+    from revivemoe.epochs.state import FailedState
     from revivemoe.server.app import create_app
     from revivemoe.server.run import bind, serve_app
-    from revivemoe.serving import Instance
+    from revivemoe.serving.instance import Instance
 
     with bind(host, port):  # whether it can be had is known before anything is loaded
         pass

@@ -23,7 +23,11 @@ from revivemoe.cluster.launcher import LaunchedProcess, Launcher
 from revivemoe.cluster.store import GroupStore
 from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages import Command, DomainSpec, Report
+from revivemoe.messages.reports import (
+    Command,
+    DomainSpec,
+    Report,
+)
 
 log = logging.getLogger("revivemoe.cluster")
 

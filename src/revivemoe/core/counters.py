@@ -6,7 +6,7 @@ from revivemoe.core.journal import Admitted, Preempted, Record
 from revivemoe.core.outcome import Outcome
 from revivemoe.core.sequence import Sequence
 from revivemoe.ids import SeqId
-from revivemoe.messages import RankStats
+from revivemoe.messages.reports import RankStats
 
 
 class Counters:

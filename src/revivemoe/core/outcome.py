@@ -6,7 +6,10 @@ from revivemoe.core.digest import Digest
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.step import ScheduledSequence, StepResult
 from revivemoe.ids import BlockId
-from revivemoe.messages import CommittedToken, PromptLogprobs
+from revivemoe.messages.reports import (
+    CommittedToken,
+    PromptLogprobs,
+)
 
 
 @dataclass(frozen=True, slots=True)

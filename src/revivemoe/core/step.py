@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from revivemoe.core.sequence import Sequence
 from revivemoe.ids import BlockId, Epoch
-from revivemoe.messages import TokenLogprobs
+from revivemoe.messages.reports import TokenLogprobs
 
 
 class StepHeader(NamedTuple):

@@ -17,9 +17,9 @@ import msgspec
 import zmq
 
 from revivemoe.comm.fence import FenceFlag
-from revivemoe.executor.progress import Progress
+from revivemoe.core.progress import Progress
 from revivemoe.executor.spec import RankSpec
-from revivemoe.messages import (
+from revivemoe.messages.reports import (
     Command,
     ExpertsLoaded,
     Fence,

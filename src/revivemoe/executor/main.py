@@ -14,13 +14,18 @@ import zmq
 from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.limits import RankLimits
+from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
 from revivemoe.executor.control import ControlThread
-from revivemoe.executor.loop import StepLoop
-from revivemoe.executor.progress import Progress
+from revivemoe.executor.driver import StepLoop
 from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
-from revivemoe.messages import Fatal, RankStats, Ready, Report
+from revivemoe.messages.reports import (
+    Fatal,
+    RankStats,
+    Ready,
+    Report,
+)
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import DenseSpec, ModelRunner
 

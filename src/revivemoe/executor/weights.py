@@ -15,7 +15,7 @@ import torch
 import zmq
 
 from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.placement import ExpertPlacement
+from revivemoe.membership.placement import ExpertPlacement
 
 Rows = dict[str, torch.Tensor]
 PEER_TIMEOUT_S = 2.0

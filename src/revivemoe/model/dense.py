@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from revivemoe.dense_groups import DenseGroups
 from revivemoe.ids import LayerId, RankId
+from revivemoe.membership.dense_groups import DenseGroups
+from revivemoe.membership.topology import Topology
 from revivemoe.model.load import CheckpointError, checkpoint_files
-from revivemoe.topology import Topology
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Weights = dict[str, torch.Tensor]

@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 
 from revivemoe.ids import ExpertId, LayerId, SlotId
-from revivemoe.messages import SlotLoad
+from revivemoe.membership.placement import EMPTY
+from revivemoe.messages.reports import SlotLoad
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.experts import MoeLayer
 from revivemoe.model.host_cache import HostCache
-from revivemoe.placement import EMPTY
 
 
 class ExpertSource(Protocol):

@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
-from revivemoe.messages import SlotLoad
+from revivemoe.membership.placement import (
+    EMPTY,
+    ExpertPlacement,
+)
+from revivemoe.messages.reports import SlotLoad
 from revivemoe.model.dense import DenseLayer
 from revivemoe.model.expert_loads import ExpertLoader, ExpertSource, LoadReport
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.experts import ExpertExchange, MoeLayer
 from revivemoe.model.host_cache import HostCache
-from revivemoe.placement import EMPTY, ExpertPlacement
 
 PORTION_BYTES = 64 << 20
 

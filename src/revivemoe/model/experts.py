@@ -11,12 +11,15 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
-from revivemoe.dense_groups import DenseGroups
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
+from revivemoe.membership.dense_groups import DenseGroups
+from revivemoe.membership.placement import (
+    EMPTY,
+    ExpertPlacement,
+)
+from revivemoe.membership.topology import Topology
 from revivemoe.model.dense import DenseLayer
 from revivemoe.model.finite import FiniteCheck, NonFinitePlace
-from revivemoe.placement import EMPTY, ExpertPlacement
-from revivemoe.topology import Topology
 
 EXPERTS_BACKEND = "grouped_mm"
 """The fastest of `transformers`' own implementations on CPU and CUDA (docs/decisions.md)."""

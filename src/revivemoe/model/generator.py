@@ -11,7 +11,8 @@ import torch
 
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
 from revivemoe.ids import ExpertId, LayerId
-from revivemoe.messages import TokenLogprobs
+from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.messages.reports import TokenLogprobs
 from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
 from revivemoe.model.load import LoadedModel
@@ -19,7 +20,6 @@ from revivemoe.model.paged import AttentionBatch, PagedCache, ProbeCache, plan_a
 from revivemoe.model.router import MaskableRouter
 from revivemoe.model.sampling import SamplingRow, sample, token_logprobs
 from revivemoe.model.turns import Turns
-from revivemoe.placement import ExpertPlacement
 
 
 class Generator:

@@ -24,7 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from revivemoe.ids import LayerId
-from revivemoe.placement import EMPTY
+from revivemoe.membership.placement import EMPTY
 
 ATTENTION = "revivemoe_paged"
 EXPERTS = "revivemoe_dispatch"

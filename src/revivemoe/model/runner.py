@@ -16,9 +16,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.microbatches import split
 from revivemoe.core.step import Batch, StepResult
-from revivemoe.dense_groups import DenseGroups
 from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.messages import SlotLoad
+from revivemoe.membership.dense_groups import DenseGroups
+from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.topology import Topology
+from revivemoe.messages.reports import SlotLoad
 from revivemoe.model import experts as experts_hook
 from revivemoe.model.dense import DenseLayer, DenseReader, replace_dense
 from revivemoe.model.expert_loads import ExpertSource, LoadReport
@@ -28,8 +30,6 @@ from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
 from revivemoe.model.generator import Generator
 from revivemoe.model.load import ATTENTION, EXPERTS, LoadedModel, load_experts_only, load_model
 from revivemoe.model.paged import paged_attention
-from revivemoe.placement import ExpertPlacement
-from revivemoe.topology import Topology
 
 
 def register_hooks() -> None:

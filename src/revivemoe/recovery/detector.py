@@ -18,7 +18,10 @@ The engine drains its inbox before it asks, and tells of every stall of its own.
 from dataclasses import dataclass, replace
 
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages import Activity, Heartbeat
+from revivemoe.messages.reports import (
+    Activity,
+    Heartbeat,
+)
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.policy import Policy
 

@@ -4,14 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from revivemoe.dense_groups import DenseGroups
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
-from revivemoe.placement import ExpertPlacement, missing_fraction
+from revivemoe.membership.dense_groups import DenseGroups
+from revivemoe.membership.placement import (
+    ExpertPlacement,
+    missing_fraction,
+)
+from revivemoe.membership.topology import (
+    Topology,
+    joined,
+    switched,
+    without,
+)
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.repair import Reload, assign_reloads, with_cleared, with_reloads
 from revivemoe.recovery.role_switch import RoleSwitch, asked_switch, choose_switches
-from revivemoe.topology import Topology, joined, switched, without
 
 DOMAIN_FAILURES = 3
 """So many domains in a row that did not come about: restart all ranks."""

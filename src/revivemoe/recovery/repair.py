@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
-from revivemoe.placement import EMPTY, ExpertPlacement
+from revivemoe.membership.placement import (
+    EMPTY,
+    ExpertPlacement,
+)
 
 Missing = list[tuple[LayerId, ExpertId]]
 

@@ -1,7 +1,7 @@
 """Faults that are redone in place once and laid to a rank when they come again."""
 
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages import NonFinite
+from revivemoe.messages.reports import NonFinite
 from revivemoe.recovery.faults import Fault
 
 PLACES = ("attention", "experts", "combine", "sample")

@@ -8,9 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
-from revivemoe.placement import EMPTY, ExpertPlacement
+from revivemoe.membership.placement import (
+    EMPTY,
+    ExpertPlacement,
+)
+from revivemoe.membership.topology import (
+    Topology,
+    donors,
+    switched,
+)
 from revivemoe.recovery.repair import Reload, assign_replicas
-from revivemoe.topology import Topology, donors, switched
 
 Table = tuple[tuple[int, ...], ...]
 """As `ExpertPlacement.slots` of one rank."""

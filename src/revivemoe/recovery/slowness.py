@@ -7,7 +7,7 @@ take twice as long as two. A rank without peers to compare with is held against 
 from statistics import median
 
 from revivemoe.ids import RankId
-from revivemoe.messages import Pace
+from revivemoe.messages.reports import Pace
 from revivemoe.recovery.policy import Policy
 
 MIN_CALLS = 16

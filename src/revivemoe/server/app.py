@@ -11,7 +11,7 @@ from revivemoe.server.errors import install_error_handlers
 from revivemoe.server.fault_tolerance import fault_tolerance_routes
 from revivemoe.server.lifetime import ClientGone, Lifetime
 from revivemoe.server.openai_routes import Generation, openai_routes
-from revivemoe.server.operations import operations_routes
+from revivemoe.server.probes import operations_routes
 from revivemoe.server.prompts import PromptEncoder
 from revivemoe.streams import ServingEngine
 

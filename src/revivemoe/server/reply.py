@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from revivemoe.messages import TokenLogprobs
+from revivemoe.messages.reports import TokenLogprobs
 from revivemoe.server.errors import ApiError
 from revivemoe.server.sse import event
 from revivemoe.streams import (

@@ -6,16 +6,21 @@ from random import Random
 
 from revivemoe.core.rank import Rank
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.messages import Command, Configure, DomainSpec, Report
+from revivemoe.messages.reports import (
+    Command,
+    Configure,
+    DomainSpec,
+    Report,
+)
 from revivemoe.sim.channel import Channel
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
+from revivemoe.sim.driver import StepLoop
 from revivemoe.sim.forward import Forward
 from revivemoe.sim.mishaps import Mishaps, NoMishaps
 from revivemoe.sim.process import Process
 from revivemoe.sim.requests import Request
 from revivemoe.sim.scenario import Scenario
-from revivemoe.sim.steploop import StepLoop
 
 START_S = 0.02
 LOAD_S = 0.1

@@ -3,11 +3,11 @@
 from collections.abc import Generator
 from random import Random
 
-from revivemoe.core.fake_kv import FakeKv
 from revivemoe.core.rank import Rank
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
-from revivemoe.messages import Pace
+from revivemoe.messages.reports import Pace
 from revivemoe.sim.answers import logprob_of, next_token
+from revivemoe.sim.fake_kv import FakeKv
 from revivemoe.sim.mishaps import Mishaps
 from revivemoe.sim.process import Process
 from revivemoe.sim.requests import (

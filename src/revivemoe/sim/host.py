@@ -5,11 +5,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, assert_never
 
-from revivemoe.engine import Engine
-from revivemoe.engine_state import FailedState, Paused, Recovering, Serving, Starting
+from revivemoe.engine.engine import Engine
+from revivemoe.epochs.coordinator import (
+    Fencing,
+    Resuming,
+)
+from revivemoe.epochs.state import (
+    FailedState,
+    Paused,
+    Recovering,
+    Serving,
+    Starting,
+)
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages import Report
-from revivemoe.recovery.coordinator import Fencing, Resuming
+from revivemoe.messages.reports import Report
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.staleness import take
 

@@ -11,7 +11,7 @@ from random import Random
 from typing import Protocol, assert_never
 
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.messages import (
+from revivemoe.messages.reports import (
     Activity,
     Command,
     ExpertsLoaded,

@@ -7,9 +7,9 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from revivemoe.engine import Engine
-from revivemoe.engine_state import FailedState
-from revivemoe.placement import place
+from revivemoe.engine.engine import Engine
+from revivemoe.epochs.state import FailedState
+from revivemoe.membership.placement import place
 from revivemoe.sim.client import Client
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.cluster import SimCluster

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from revivemoe.engine import Engine
-from revivemoe.messages import Report
+from revivemoe.engine.engine import Engine
+from revivemoe.messages.reports import Report
 
 
 def take(engine: Engine, report: Report, now: float, deliver: Callable[[], None]) -> None:

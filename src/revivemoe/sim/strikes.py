@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from revivemoe.core.step import Batch, ScheduledSequence
+from revivemoe.engine.operations import Operations
 from revivemoe.ids import RankId
-from revivemoe.messages import Fatal
-from revivemoe.operations import Operations
+from revivemoe.messages.reports import Fatal
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.sim.answers import POISON
 from revivemoe.sim.clock import Clock

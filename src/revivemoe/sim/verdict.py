@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from revivemoe.engine import Engine
-from revivemoe.engine_state import FailedState
+from revivemoe.engine.engine import Engine
+from revivemoe.epochs.state import FailedState
 from revivemoe.ids import RankId
-from revivemoe.placement import missing_fraction
+from revivemoe.membership.placement import missing_fraction
 from revivemoe.sim.client import Client
 from revivemoe.sim.cluster import SimCluster
 from revivemoe.sim.host import stage_of

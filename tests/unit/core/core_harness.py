@@ -5,15 +5,19 @@ from zlib import crc32
 
 import msgspec
 
-from revivemoe.core.fake_kv import FakeKv
 from revivemoe.core.journal import Allocated, Preempted
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, Run, ScheduledSequence, StepResult
 from revivemoe.ids import BlockId, Epoch, Incarnation, RankId, SeqId
-from revivemoe.messages import SequenceSpec, TokenLogprobs, Tokens
+from revivemoe.messages.reports import (
+    SequenceSpec,
+    TokenLogprobs,
+    Tokens,
+)
 from revivemoe.sampling_params import SamplingParams, finish_reason
+from revivemoe.sim.fake_kv import FakeKv
 
 VOCABULARY = 5
 EOS = 0

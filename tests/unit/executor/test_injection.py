@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from revivemoe.executor.injection import InjectedError, Injections
-from revivemoe.messages import Inject
+from revivemoe.messages.reports import Inject
 
 
 @pytest.fixture

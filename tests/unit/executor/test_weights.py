@@ -11,7 +11,7 @@ import torch
 from revivemoe.executor import weights
 from revivemoe.executor.weights import PeerSource, Rows, WeightServer, pack, unpack
 from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.placement import ExpertPlacement
+from revivemoe.membership.placement import ExpertPlacement
 
 ME, PEER, OTHER = RankId(0), RankId(1), RankId(2)
 LAYER = LayerId(3)

@@ -19,8 +19,16 @@ from revivemoe.comm.fence import FenceFlag
 from revivemoe.comm.transport import SoloTransport
 from revivemoe.comm.wait import Waiter
 from revivemoe.core.limits import RankLimits
-from revivemoe.dense_groups import DenseGroups, form_groups
 from revivemoe.ids import Epoch, LayerId, RankId
+from revivemoe.membership.dense_groups import (
+    DenseGroups,
+    form_groups,
+)
+from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.topology import (
+    collocated,
+    disaggregated,
+)
 from revivemoe.model import dense as dense_module
 from revivemoe.model.dense import (
     PROJECTIONS,
@@ -32,9 +40,7 @@ from revivemoe.model.dense import (
 )
 from revivemoe.model.load import CheckpointError, checkpoint_files
 from revivemoe.model.runner import DenseSpec, ModelRunner, register_hooks
-from revivemoe.placement import ExpertPlacement
 from revivemoe.sampling_params import SamplingParams
-from revivemoe.topology import collocated, disaggregated
 
 register_hooks()
 CPU = torch.device("cpu")

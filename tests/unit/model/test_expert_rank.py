@@ -23,14 +23,14 @@ from revivemoe.comm.wait import Waiter
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.step import Batch, StepResult
 from revivemoe.ids import ExpertId, LayerId, SlotId
-from revivemoe.messages import SlotLoad
+from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.topology import collocated
+from revivemoe.messages.reports import SlotLoad
 from revivemoe.model import load as load_module
 from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.load import load_model
 from revivemoe.model.runner import DenseSpec, ModelRunner, register_hooks
-from revivemoe.placement import ExpertPlacement
 from revivemoe.sampling_params import SamplingParams
-from revivemoe.topology import collocated
 
 register_hooks()
 CPU = torch.device("cpu")

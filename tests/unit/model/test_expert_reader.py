@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 from revivemoe.checkpoint import ARCHS
 from revivemoe.core.limits import RankLimits
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SlotId
-from revivemoe.messages import SlotLoad
+from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.topology import collocated
+from revivemoe.messages.reports import SlotLoad
 from revivemoe.model import expert_reader
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.load import CheckpointError, checkpoint_files, load_model
 from revivemoe.model.runner import register_hooks
-from revivemoe.placement import ExpertPlacement
 from revivemoe.sampling_params import SamplingParams
-from revivemoe.topology import collocated
 
 register_hooks()
 CPU = torch.device("cpu")

@@ -4,7 +4,11 @@ from typing import Any
 import pytest
 
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
-from revivemoe.placement import ExpertPlacement
+from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.topology import (
+    Topology,
+    collocated,
+)
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import (
     DOMAIN_FAILURES,
@@ -19,7 +23,6 @@ from revivemoe.recovery.planner import (
 )
 from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.repair import Reload
-from revivemoe.topology import Topology, collocated
 
 LAYERS = (LayerId(1), LayerId(2))
 

@@ -5,9 +5,15 @@ from typing import Any
 
 import pytest
 
-from revivemoe.dense_groups import form_groups
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
-from revivemoe.placement import ExpertPlacement
+from revivemoe.membership.dense_groups import form_groups
+from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.topology import (
+    Topology,
+    collocated,
+    disaggregated,
+    switched,
+)
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import (
     Continue,
@@ -24,7 +30,6 @@ from revivemoe.recovery.planner import (
 from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.repair import Reload
 from revivemoe.recovery.role_switch import RoleSwitch, Table, choose_switches
-from revivemoe.topology import Topology, collocated, disaggregated, switched
 
 LAYERS = (LayerId(1), LayerId(2))
 HOME = disaggregated(Epoch(1), 3, 3)

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.messages import TokenLogprobs
+from revivemoe.engine.token_log import TokenLog
+from revivemoe.messages.reports import TokenLogprobs
 from revivemoe.streams import (
     EngineUnavailable,
     ModelInfo,
@@ -17,7 +18,6 @@ from revivemoe.streams import (
     Submission,
     choice_indices,
 )
-from revivemoe.token_log import TokenLog
 
 Script = Callable[[Sequence[int], int], list[int]]
 

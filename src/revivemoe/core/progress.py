@@ -1,0 +1,121 @@
+"""What the step loop is doing right now, how long such work usually takes, and when it last got on.
+
+Written by the main thread, read by the control thread for the heartbeat.
+"""
+
+import time
+from dataclasses import dataclass
+
+from revivemoe.messages.reports import (
+    Activity,
+    Pace,
+)
+
+LOAD_BUDGET_S = 600.0
+"""What loading the model may take."""
+ALPHA = 0.1
+"""Weight of the newest call in a moving average."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    kind: str
+    name: str
+    layer: int
+    step: int
+    began: float
+    budget_s: float | None
+    size: int = 0
+
+
+class Progress:
+    """Counts every phase of every step, and times the rank's own work in it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.paces: dict[tuple[str, int], Pace] = {}
+        self._now = _Now("announced", "load", -1, 0, time.monotonic(), LOAD_BUDGET_S)
+        self._phase_began = self._now.began
+        self._waited_s = 0.0
+        """In the present phase."""
+        self._wait_began = 0.0
+        self.total_waited_s = 0.0
+        """Since the start."""
+
+    # ---- written by the step loop ------------------------------------------------------------
+
+    def work(self, name: str, layer: int, step: int, rows: int) -> None:
+        """A phase of the step begins, and with it the one before has ended."""
+        now = time.monotonic()
+        self._close(now)
+        size = rows.bit_length()
+        self._begin(_Now("working", name, layer, step, now, self._predict(name, size), size))
+
+    def idle(self) -> None:
+        """Waiting for commands."""
+        now = time.monotonic()
+        self._close(now)
+        self._begin(_Now("idle", "", -1, self._now.step, now, None))
+
+    def announce(self, name: str, budget_s: float) -> None:
+        """Something that is known to take long begins."""
+        now = time.monotonic()
+        self._close(now)
+        self._begin(_Now("announced", name, -1, self._now.step, now, budget_s))
+
+    def waits(self, waiting: bool) -> None:
+        """The transport begins, or ends, to wait for peers."""
+        now, was = time.monotonic(), self._now
+        if waiting:
+            self._wait_began = now
+        else:
+            self._waited_s += now - self._wait_began
+            self.total_waited_s += now - self._wait_began
+        kind = "waiting" if waiting else "working"
+        self.count += 1
+        self._now = _Now(kind, was.name, was.layer, was.step, now, was.budget_s, was.size)
+
+    @property
+    def phase(self) -> str:
+        """Name of the present phase."""
+        return self._now.name
+
+    @property
+    def own_s(self) -> float:
+        """Own work in the present phase so far, waits not counted."""
+        return time.monotonic() - self._phase_began - self._waited_s
+
+    def _begin(self, what: _Now) -> None:
+        self.count += 1
+        self._waited_s = 0.0
+        self._phase_began = what.began
+        self._now = what
+
+    def _close(self, now: float) -> None:
+        """Enter the phase that ends into the averages."""
+        ended = self._now
+        if ended.kind not in ("working", "waiting"):
+            return
+        seconds = now - self._phase_began - self._waited_s
+        key = (ended.name, ended.size)
+        known = self.paces.get(key)
+        if known is not None:
+            seconds = known.seconds + ALPHA * (seconds - known.seconds)
+        count = 1 if known is None else known.count + 1
+        self.paces[key] = Pace(ended.name, ended.size, seconds, count)
+
+    def _predict(self, name: str, size: int) -> float | None:
+        """Seconds for so much work of a kind, from what it took so far; None without experience."""
+        known = [p for (phase, _), p in self.paces.items() if phase == name]
+        if not known:
+            return None
+        nearest = min(known, key=lambda p: abs(p.size - size))
+        return nearest.seconds * float(2 ** max(0, size - nearest.size))
+
+    # ---- read by the control thread ----------------------------------------------------------
+
+    def activity(self) -> Activity:
+        """A snapshot."""
+        now = self._now
+        since_s = max(0.0, time.monotonic() - now.began)
+        return Activity(now.kind, now.name, now.layer, now.step, since_s, now.budget_s)

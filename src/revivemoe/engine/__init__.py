@@ -1,0 +1,1 @@
+"""Requests, and the wiring of one instance. Read `engine` first."""

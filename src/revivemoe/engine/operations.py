@@ -1,0 +1,179 @@
+"""What an operator may ask of the engine: `POST /v1/fault_tolerance/apply`.
+
+Instructions are asynchronous: taken here, carried out by the engine, and told of in the events and
+the status under the request id. A request id that was taken before changes nothing (idempotent).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from revivemoe.engine.engine import Engine
+from revivemoe.epochs.state import (
+    FailedState,
+    Paused,
+    Serving,
+    state_name,
+)
+from revivemoe.ids import RankId
+from revivemoe.recovery.faults import DeviceReport, Fault
+
+KEPT_IDS = 1000
+Handler = Callable[[dict[str, Any], str, float], Any]
+
+
+class Operations:
+    """Checks instructions and hands them to the engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._taken: OrderedDict[str, None] = OrderedDict()
+        self._handlers: dict[str, Handler] = {
+            "isolate": self._isolate,
+            "scale_down": self._scale_down,
+            "report": self._report,
+            "restore_experts": self._restore,
+            "rejoin": self._rejoin,
+            "retry": self._retry,
+            "pause": self._pause,
+            "resume": self._resume,
+            "role_switch": self._role_switch,
+            "whatif": self._what_if,
+        }
+
+    def apply(self, instruction: str, params: dict[str, Any], request_id: str, now: float) -> Any:
+        """Returns a document for `whatif`, None otherwise. Raises ValueError for wrong input."""
+        handler = self._handlers.get(instruction)
+        if handler is None:
+            known = ", ".join(sorted(self._handlers))
+            raise ValueError(f"instruction {instruction!r} is unknown: choose one of {known}")
+        if instruction == "whatif":
+            return handler(params, request_id, now)
+        if request_id in self._taken:
+            return None
+        handler(params, request_id, now)
+        self._taken[request_id] = None
+        while len(self._taken) > KEPT_IDS:
+            self._taken.popitem(last=False)
+        self._engine.last_ft_request_id = request_id
+        told = {"instruction": instruction, "params": params, "request_id": request_id}
+        self._engine.event("applied", told)
+        return None
+
+    # ---- instructions ------------------------------------------------------------------------
+
+    def _isolate(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        _only(params, "id")
+        self._take_out([self._member(params, "id")], request_id, now)
+
+    def _scale_down(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        """vLLM's: go on without these ranks (`ids`, or its own `exclude_dp_ranks`)."""
+        _only(params, "ids", "exclude_dp_ranks")
+        key = "exclude_dp_ranks" if "exclude_dp_ranks" in params else "ids"
+        self._take_out(self._members(params, key), request_id, now)
+
+    def _take_out(self, ranks: list[RankId], request_id: str, now: float) -> None:
+        self._need_serving()
+        faults = [Fault(rank, "isolate", "asked by an operator") for rank in ranks]
+        plan = self._engine.what_if(ranks)
+        if plan["outcome"] != "recovered":
+            raise ValueError(f"the instance cannot go on without {ranks}: {plan['reason']}")
+        for fault in faults:
+            self._engine.maintenance.drain(fault, now, request_id)
+
+    def _report(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        """An outside monitor tells of a device fault."""
+        _only(params, "id", "level", "code", "detail")
+        rank, level = self._rank(params, "id"), _int(params, "level")
+        if not 0 <= level <= 6:
+            raise ValueError(f"'level' {level} is out of range: 1 to 6, or 0 for healthy again")
+        code, detail = params.get("code", ""), params.get("detail", "")
+        if not isinstance(code, str) or not isinstance(detail, str):
+            raise ValueError("'code' and 'detail' must be strings")
+        if self._engine.ranks[rank].dead:
+            raise ValueError(f"rank {rank} is out already")
+        self._engine.on_health(DeviceReport(rank, level, code, detail, "report"), now)
+
+    def _restore(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        _only(params)
+        self._need_serving()
+        self._engine.maintenance.restore(now, request_id)
+
+    def _rejoin(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        _only(params, "id")
+        self._need_serving()
+        self._engine.maintenance.rejoin(self._rank(params, "id"), now, request_id)
+
+    def _retry(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        """vLLM's: the same ranks, a new domain, the interrupted step again."""
+        self._need_serving()
+        self._engine.redo("retry", now)
+
+    def _pause(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        if isinstance(self._engine.state, Paused):
+            raise ValueError("the instance is paused already")
+        self._need_alive()
+        self._engine.maintenance.pause(request_id)
+        self._engine.maintenance.tick(now)
+
+    def _resume(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        self._need_alive()
+        self._engine.maintenance.unpause()
+        self._engine.coordinator.release()
+        if isinstance(self._engine.state, Paused):
+            self._engine.release(now)
+
+    def _role_switch(self, params: dict[str, Any], request_id: str, now: float) -> None:
+        """An attention rank becomes an expert rank, in the background."""
+        _only(params, "id")
+        self._need_serving()
+        rank = self._member(params, "id")
+        self._engine.maintenance.switch_role(rank, now, request_id)
+
+    def _what_if(self, params: dict[str, Any], request_id: str, now: float) -> Any:
+        _only(params, "ids")
+        return self._engine.what_if(self._members(params, "ids"))
+
+    # ---- checks ------------------------------------------------------------------------------
+
+    def _need_serving(self) -> None:
+        state = self._engine.state
+        if not isinstance(state, Serving):
+            raise ValueError(f"the instance is {state_name(state)}: this can be done while serving")
+
+    def _need_alive(self) -> None:
+        if isinstance(self._engine.state, FailedState):
+            raise ValueError("the instance has failed")
+
+    def _rank(self, params: dict[str, Any], key: str) -> RankId:
+        rank = RankId(_int(params, key))
+        if rank not in self._engine.ranks:
+            raise ValueError(f"{key!r} {rank} is not a rank of this instance")
+        return rank
+
+    def _member(self, params: dict[str, Any], key: str) -> RankId:
+        rank = self._rank(params, key)
+        if rank not in self._engine.topology.members:
+            raise ValueError(f"rank {rank} is not a member of the present epoch")
+        return rank
+
+    def _members(self, params: dict[str, Any], key: str) -> list[RankId]:
+        ids = params.get(key)
+        if not isinstance(ids, list) or not ids:
+            raise ValueError(f"{key!r} must be a list of rank ids")
+        return [self._member({key: one}, key) for one in ids]
+
+
+def _only(params: dict[str, Any], *known: str) -> None:
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise ValueError(
+            f"unknown parameter {unknown[0]!r}: this instruction takes {', '.join(known) or 'none'}"
+        )
+
+
+def _int(document: dict[str, Any], key: str) -> int:
+    value = document.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key!r} must be an integer")
+    return value

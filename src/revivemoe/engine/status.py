@@ -1,0 +1,121 @@
+"""The status document of the public contract, built from the engine in one go."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from revivemoe.engine.engine import Engine
+from revivemoe.epochs.rank_life import RankView
+from revivemoe.epochs.record import RecoveryRecord
+from revivemoe.epochs.state import (
+    FailedState,
+    Starting,
+    state_name,
+)
+from revivemoe.recovery.faults import Fault
+
+
+def status_document(engine: Engine, now: float, wall: float) -> dict[str, Any]:
+    """`GET /v1/fault_tolerance/status`. `now` is monotonic, `wall` seconds since 1970; all times
+    in the document are seconds. One snapshot: the engine does not run while it is built.
+    """
+    views = [engine.ranks[rank] for rank in sorted(engine.ranks)]
+    state = engine.state
+    return {
+        "schema_version": 1,
+        "state": state_name(state),
+        "reason": state.reason if isinstance(state, FailedState) else None,
+        "epoch": engine.topology.epoch,
+        "quality": "degraded" if engine.degraded else "full",
+        "total_engines": len(views),
+        "last_ft_request_id": engine.last_ft_request_id,
+        "engines": [_engine(engine, view, now) for view in views],
+        "experts": _experts(engine),
+        "dense_ffn_groups": _dense_groups(engine),
+        "recoveries": [_recovery(record, now, wall) for record in engine.records],
+    }
+
+
+def _engine(engine: Engine, view: RankView, now: float) -> dict[str, Any]:
+    member = view.rank in engine.topology.members and not (view.dead or engine.fleet.is_new(view))
+    age_s = engine.detector.age_s(view.rank, now)
+    stats = view.stats
+    return {
+        "id": view.rank,
+        "status": _status(engine, view, now),
+        "roles": engine.topology.roles(view.rank) if member else [],
+        "logical_rank": engine.topology.logical_rank(view.rank) if member else None,
+        "incarnation": view.incarnation,
+        "pid": view.pid,
+        "host": view.host,
+        "device": view.device,
+        "running": 0 if view.dead else stats.running,
+        "waiting": 0 if view.dead else stats.waiting,
+        "kv_blocks_used": 0 if view.dead else stats.kv_blocks_used,
+        "kv_blocks_total": stats.kv_blocks_total,
+        "last_step": stats.last_step,
+        "heartbeat_age_s": None if age_s is None else round(age_s, 4),
+        "fault_info": None if view.fault is None else _fault(view.fault),
+    }
+
+
+def _status(engine: Engine, view: RankView, now: float) -> str:
+    if view.dead:
+        return "dead"
+    if not view.ready or isinstance(engine.state, Starting) or engine.fleet.is_new(view):
+        return "joining"
+    if view.draining:
+        return "draining"
+    if view.fault is not None:
+        return "unhealthy"
+    suspect = view.slow is not None or engine.detector.suspect(view.rank, now)
+    return "suspect" if suspect else "healthy"
+
+
+def _experts(engine: Engine) -> dict[str, Any]:
+    placement = engine.placement
+    sole = placement.sole_holders()
+    slots = sum(len(table[0]) for table in placement.slots.values() if table)
+    return {
+        "layers": len(placement.layers),
+        "experts_per_layer": placement.num_experts,
+        "slots_per_layer": slots,
+        "missing": [[layer, expert] for layer, expert in placement.missing()],
+        "uncovered_by_one_more_fault": max((len(held) for held in sole.values()), default=0),
+    }
+
+
+def _dense_groups(engine: Engine) -> list[dict[str, Any]]:
+    if engine.dense is None:
+        return []
+    healthy = engine.dense.healthy(engine.topology.attention)
+    groups = (*engine.dense.home, *engine.dense.extra)
+    return [{"ranks": list(group), "healthy": group in healthy} for group in groups]
+
+
+def _fault(fault: Fault) -> dict[str, Any]:
+    return {"id": fault.rank, "kind": fault.kind, "level": fault.level, "detail": fault.detail}
+
+
+def _recovery(record: RecoveryRecord, now: float, wall: float) -> dict[str, Any]:
+    started = datetime.fromtimestamp(wall - (now - record.started), UTC)
+    return {
+        "epoch": record.epoch,
+        "cause": record.cause,
+        "faults": [_fault(fault) for fault in record.faults],
+        "reason": record.reason,
+        "started_at": started.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "outcome": record.outcome,
+        "detect_s": record.detect_s,
+        "stall_s": record.stall_s,
+        "phases": dict(record.phases),
+        "migrated": record.migrated,
+        "recomputed_tokens": record.recomputed_tokens,
+        "experts_dropped": record.experts_dropped,
+        "experts_reloaded": record.experts_reloaded,
+        "experts_masked": record.experts_masked,
+        "role_switched": record.role_switched,
+        "recompiled": record.recompiled,
+        "restarted": list(record.restarted),
+        "rolled_back": record.rolled_back,
+        "request_id": record.request_id,
+    }

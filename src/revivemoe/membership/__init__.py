@@ -1,0 +1,1 @@
+"""Who is in, and which expert lies where: values of one epoch."""

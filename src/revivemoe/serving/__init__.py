@@ -1,0 +1,1 @@
+"""The engine under asyncio with real processes."""
