@@ -7,15 +7,8 @@ from pathlib import Path
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.ids import Epoch
-from revivemoe.membership.dense_groups import (
-    DenseGroups,
-    form_groups,
-)
-from revivemoe.membership.topology import (
-    Topology,
-    default_microbatches,
-    deployment,
-)
+from revivemoe.membership.dense_groups import DenseGroups, form_groups
+from revivemoe.membership.topology import Topology, default_microbatches, deployment
 from revivemoe.recovery.policy import Policy
 
 FIRST_EPOCH = Epoch(1)

@@ -2,10 +2,13 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.sampling_params import FinishReason, SamplingParams
+
+Document = dict[str, object]
+"""A JSON object."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class ServingEngine(Protocol):
         """
         ...
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Document:
         """The document of `GET /v1/fault_tolerance/status`: one consistent snapshot."""
         ...
 
@@ -125,18 +128,18 @@ class ServingEngine(Protocol):
         """True while `serving`."""
         ...
 
-    async def apply(self, instruction: str, params: dict[str, Any], request_id: str) -> Any:
+    async def apply(self, instruction: str, params: Document, request_id: str) -> Document | None:
         """Fault-tolerance instruction. Raises ValueError with the reason for wrong input.
 
         Returns a document for `whatif`, None otherwise.
         """
         ...
 
-    async def inject(self, fault: dict[str, Any]) -> str:
+    async def inject(self, fault: Document) -> str:
         """Inject a fault; returns the injection id. Raises ValueError, PermissionError."""
         ...
 
-    def events(self) -> AsyncIterator[dict[str, Any]]:
+    def events(self) -> AsyncIterator[Document]:
         """Signals, decisions and stages as they happen (server-sent events)."""
         ...
 

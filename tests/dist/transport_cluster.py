@@ -25,7 +25,7 @@ from revivemoe.comm.fence import CommunicationFailed, DomainLeft, FenceFlag
 from revivemoe.comm.shm import HandedFd, create_segment
 from revivemoe.comm.transport import Transport
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages.reports import DomainSpec
+from revivemoe.messages.commands import DomainSpec
 
 MAX_TOKENS, HIDDEN, TOP_K, SLOTS = 64, 96, 4, 3
 REPLY_S = 20.0

@@ -10,10 +10,7 @@ from support.screen import Screened, screen
 from transformers import AutoModelForCausalLM
 
 from revivemoe.bench.faultrun import run_with_kill
-from revivemoe.bench.loadgen import (
-    StreamResult,
-    stream_all,
-)
+from revivemoe.bench.loadgen import StreamResult, stream_all
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.checkpoint import ARCHS, make_model
 from revivemoe.sampling_params import SamplingParams

@@ -21,22 +21,13 @@ from revivemoe.core.state import InDomain
 from revivemoe.engine.engine import Engine
 from revivemoe.engine.ledger import Ledger
 from revivemoe.engine.token_log import TokenLog
-from revivemoe.epochs.coordinator import (
-    Coordinator,
-    Fencing,
-)
+from revivemoe.epochs.coordinator import Coordinator, Fencing
 from revivemoe.epochs.fleet import Fleet
 from revivemoe.ids import BlockId, RankId, SeqId
 from revivemoe.membership.dense_groups import DenseGroups
 from revivemoe.membership.topology import Topology
-from revivemoe.messages.reports import (
-    FenceAck,
-    Heartbeat,
-    Report,
-    StepAborted,
-    Tokens,
-    Wake,
-)
+from revivemoe.messages.commands import Wake
+from revivemoe.messages.reports import FenceAck, Heartbeat, Report, StepAborted, Tokens
 from revivemoe.recovery import role_switch
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import Fault

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model.sampling import SamplingRow, sample, token_logprobs
 from revivemoe.sampling_params import SamplingParams, finish_reason
 

@@ -20,7 +20,7 @@ from support import reference as reference_module
 from support.reference import NOTHING, Masked, choice, generate_batch, masked_experts, routers
 from torch import Tensor
 
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model import sampling
 from revivemoe.model.sampling import SamplingRow, draw_margins, sample
 from revivemoe.sampling_params import SamplingParams

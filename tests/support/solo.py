@@ -15,12 +15,9 @@ from revivemoe.core.limits import RankLimits
 from revivemoe.core.rank import Rank
 from revivemoe.core.step import Run, StepHeader
 from revivemoe.ids import Epoch, Incarnation, LayerId, RankId, SeqId
-from revivemoe.membership.placement import (
-    EMPTY,
-    ExpertPlacement,
-)
+from revivemoe.membership.placement import EMPTY, ExpertPlacement
 from revivemoe.membership.topology import collocated
-from revivemoe.messages.reports import SequenceSpec
+from revivemoe.messages.tokens import SequenceSpec
 from revivemoe.model.runner import ModelRunner
 from revivemoe.sampling_params import SamplingParams
 

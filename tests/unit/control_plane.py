@@ -18,15 +18,9 @@ from revivemoe.engine.ledger import LiveRequest
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.membership.placement import place
 from revivemoe.membership.topology import collocated
+from revivemoe.messages.commands import Abort, Add, Command, Configure, DomainSpec, Fence
 from revivemoe.messages.reports import (
-    Abort,
     Activity,
-    Add,
-    Command,
-    CommittedToken,
-    Configure,
-    DomainSpec,
-    Fence,
     FenceAck,
     Heartbeat,
     Hello,
@@ -35,9 +29,9 @@ from revivemoe.messages.reports import (
     Report,
     Resumed,
     StepAborted,
-    TokenLogprobs,
     Tokens,
 )
+from revivemoe.messages.tokens import CommittedToken, TokenLogprobs
 from revivemoe.recovery.policy import Policy
 from revivemoe.sampling_params import SamplingParams
 from revivemoe.streams import Delta, StopStrings, StreamEvent, StreamFailed, Submission

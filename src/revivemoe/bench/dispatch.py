@@ -17,7 +17,7 @@ from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import FenceFlag
 from revivemoe.comm.shm import HandedFd, create_segment
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages.reports import DomainSpec
+from revivemoe.messages.commands import DomainSpec
 
 _SLOTS = 8
 WARM_UP = 20

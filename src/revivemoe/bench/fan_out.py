@@ -18,7 +18,7 @@ from revivemoe.comm.fence import FenceFlag
 from revivemoe.comm.shm import HandedFd
 from revivemoe.comm.transport import Transport
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages.reports import DomainSpec
+from revivemoe.messages.commands import DomainSpec
 
 EXPERT_RANKS = 5
 SLOTS = 8

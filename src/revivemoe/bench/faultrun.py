@@ -11,10 +11,7 @@ from typing import Any
 
 import httpx
 
-from revivemoe.bench.loadgen import (
-    StreamResult,
-    stream_all,
-)
+from revivemoe.bench.loadgen import StreamResult, stream_all
 from revivemoe.bench.server_process import ServerProcess
 
 JUST_AFTER_S = 0.1

@@ -29,11 +29,8 @@ from revivemoe.core.progress import Progress
 from revivemoe.core.queues import Queues
 from revivemoe.core.sequence import Sequence
 from revivemoe.ids import Incarnation, LayerId, RankId, SeqId
-from revivemoe.messages.reports import (
-    Heartbeat,
-    RankStats,
-    SequenceSpec,
-)
+from revivemoe.messages.reports import Heartbeat, RankStats
+from revivemoe.messages.tokens import SequenceSpec
 from revivemoe.model.finite import STAGES, FiniteCheck
 from revivemoe.sampling_params import SamplingParams
 
@@ -146,7 +143,7 @@ def _heartbeat_s() -> float:
 
 
 def _experienced() -> Progress:
-    progress = Progress()
+    progress = Progress(time.monotonic)
     for phase in ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit"):
         for rows in (1, 4, 16, 64):
             progress.work(phase, 0, 0, rows)

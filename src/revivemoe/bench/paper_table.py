@@ -21,14 +21,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from revivemoe.bench.faultrun import (
-    FaultRun,
-    run_with_fault,
-)
-from revivemoe.bench.loadgen import (
-    StreamResult,
-    stream_all,
-)
+from revivemoe.bench.faultrun import FaultRun, run_with_fault
+from revivemoe.bench.loadgen import StreamResult, stream_all
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.epochs.record import PHASES
 

@@ -23,14 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from revivemoe.bench import paper_table
-from revivemoe.bench.faultrun import (
-    FaultRun,
-    run_with_fault,
-)
-from revivemoe.bench.loadgen import (
-    StreamResult,
-    stream_all,
-)
+from revivemoe.bench.faultrun import FaultRun, run_with_fault
+from revivemoe.bench.loadgen import StreamResult, stream_all
 from revivemoe.bench.models import bench_model
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.epochs.record import PHASES

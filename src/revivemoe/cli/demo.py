@@ -10,14 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from revivemoe.bench.faultrun import (
-    FaultRun,
-    run_with_kill,
-)
-from revivemoe.bench.loadgen import (
-    StreamResult,
-    stream_all,
-)
+from revivemoe.bench.faultrun import FaultRun, run_with_kill
+from revivemoe.bench.loadgen import StreamResult, stream_all
 from revivemoe.bench.server_process import ServerProcess
 
 RANKS, STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, VICTIM = 4, 16, 32, 96, 2

@@ -23,11 +23,8 @@ from revivemoe.cluster.launcher import LaunchedProcess, Launcher
 from revivemoe.cluster.store import GroupStore
 from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages.reports import (
-    Command,
-    DomainSpec,
-    Report,
-)
+from revivemoe.messages.commands import Command, DomainSpec
+from revivemoe.messages.reports import Report
 
 log = logging.getLogger("revivemoe.cluster")
 

@@ -14,7 +14,7 @@ from revivemoe.comm.shm import Segment, ShmTransport
 from revivemoe.comm.transport import SoloTransport, Transport
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages.reports import DomainSpec
+from revivemoe.messages.commands import DomainSpec
 
 
 class Domains:

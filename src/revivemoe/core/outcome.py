@@ -6,10 +6,7 @@ from revivemoe.core.digest import Digest
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.step import ScheduledSequence, StepResult
 from revivemoe.ids import BlockId
-from revivemoe.messages.reports import (
-    CommittedToken,
-    PromptLogprobs,
-)
+from revivemoe.messages.tokens import CommittedToken, PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)

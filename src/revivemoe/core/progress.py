@@ -1,15 +1,12 @@
 """What the step loop is doing right now, how long such work usually takes, and when it last got on.
 
-Written by the main thread, read by the control thread for the heartbeat.
+Written by the step loop, read by whoever sends the heartbeat (another thread). The clock is given.
 """
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from revivemoe.messages.reports import (
-    Activity,
-    Pace,
-)
+from revivemoe.messages.reports import Activity, Pace
 
 LOAD_BUDGET_S = 600.0
 """What loading the model may take."""
@@ -31,10 +28,12 @@ class _Now:
 class Progress:
     """Counts every phase of every step, and times the rank's own work in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock`: monotonic, seconds."""
+        self._clock = clock
         self.count = 0
         self.paces: dict[tuple[str, int], Pace] = {}
-        self._now = _Now("announced", "load", -1, 0, time.monotonic(), LOAD_BUDGET_S)
+        self._now = _Now("announced", "load", -1, 0, self._clock(), LOAD_BUDGET_S)
         self._phase_began = self._now.began
         self._waited_s = 0.0
         """In the present phase."""
@@ -46,26 +45,26 @@ class Progress:
 
     def work(self, name: str, layer: int, step: int, rows: int) -> None:
         """A phase of the step begins, and with it the one before has ended."""
-        now = time.monotonic()
+        now = self._clock()
         self._close(now)
         size = rows.bit_length()
         self._begin(_Now("working", name, layer, step, now, self._predict(name, size), size))
 
     def idle(self) -> None:
         """Waiting for commands."""
-        now = time.monotonic()
+        now = self._clock()
         self._close(now)
         self._begin(_Now("idle", "", -1, self._now.step, now, None))
 
     def announce(self, name: str, budget_s: float) -> None:
         """Something that is known to take long begins."""
-        now = time.monotonic()
+        now = self._clock()
         self._close(now)
         self._begin(_Now("announced", name, -1, self._now.step, now, budget_s))
 
     def waits(self, waiting: bool) -> None:
         """The transport begins, or ends, to wait for peers."""
-        now, was = time.monotonic(), self._now
+        now, was = self._clock(), self._now
         if waiting:
             self._wait_began = now
         else:
@@ -83,7 +82,7 @@ class Progress:
     @property
     def own_s(self) -> float:
         """Own work in the present phase so far, waits not counted."""
-        return time.monotonic() - self._phase_began - self._waited_s
+        return self._clock() - self._phase_began - self._waited_s
 
     def _begin(self, what: _Now) -> None:
         self.count += 1
@@ -117,5 +116,5 @@ class Progress:
     def activity(self) -> Activity:
         """A snapshot."""
         now = self._now
-        since_s = max(0.0, time.monotonic() - now.began)
+        since_s = max(0.0, self._clock() - now.began)
         return Activity(now.kind, now.name, now.layer, now.step, since_s, now.budget_s)

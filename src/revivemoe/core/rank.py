@@ -25,12 +25,8 @@ from revivemoe.core.sequence import Sequence
 from revivemoe.core.state import Fenced, InDomain, OpenStep, Parked, RankState, Unconfigured
 from revivemoe.core.step import Agreement, Batch, Leave, Park, Run, StepHeader, StepResult
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
-from revivemoe.messages.reports import (
-    FenceAck,
-    RankStats,
-    SequenceSpec,
-    Tokens,
-)
+from revivemoe.messages.reports import FenceAck, RankStats, Tokens
+from revivemoe.messages.tokens import SequenceSpec
 
 
 class Rank:

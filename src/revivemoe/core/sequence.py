@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from revivemoe.core.digest import Digest, extend_chain
 from revivemoe.ids import BlockId, SeqId
-from revivemoe.messages.reports import SequenceSpec
+from revivemoe.messages.tokens import SequenceSpec
 from revivemoe.sampling_params import FinishReason, SamplingParams, finish_reason
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from revivemoe.core.sequence import Sequence
 from revivemoe.ids import BlockId, Epoch
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 
 
 class StepHeader(NamedTuple):

@@ -1,36 +1,30 @@
 """What monitors say of the ranks' devices, and what the policy makes of it."""
 
-from typing import TYPE_CHECKING
-
-from revivemoe.epochs.state import (
-    FailedState,
-    Serving,
-    Starting,
-)
+from revivemoe.engine.maintenance import Maintenance
+from revivemoe.epochs.epochs import Epochs
+from revivemoe.epochs.state import FailedState, Starting
+from revivemoe.messages.events import DeviceReported, Tell
 from revivemoe.recovery.faults import DeviceReport, Fault
-
-if TYPE_CHECKING:
-    from revivemoe.engine.engine import Engine
 
 
 class DeviceWatch:
     """Turns levels into actions."""
 
-    def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
+    def __init__(self, epochs: Epochs, maintenance: Maintenance, tell: Tell) -> None:
+        self._epochs, self._maintenance, self._tell = epochs, maintenance, tell
         self._due: list[tuple[int, DeviceReport]] = []
         """Injected: to come when the instance has reached a step."""
 
     def on_report(self, report: DeviceReport, now: float) -> None:
         """A monitor tells of a device."""
-        engine = self._engine
-        view = engine.ranks.get(report.rank)
-        if view is None or isinstance(engine.state, FailedState | Starting):
+        epochs = self._epochs
+        view = epochs.fleet.views.get(report.rank)
+        if view is None or isinstance(epochs.state, FailedState | Starting):
             return
         level = report.level
-        action = "clear" if level == 0 else engine.config.policy.action_of(level)
-        said = {"id": report.rank, "level": level, "code": report.code, "action": action}
-        engine.event("device", {**said, "detail": report.detail, "source": report.source})
+        action = "clear" if level == 0 else epochs.policy.action_of(level)
+        told = (report.rank, level, report.code, action, report.detail, report.source)
+        self._tell(DeviceReported(*told))
         if view.dead:
             return
         detail = f"{report.code}: {report.detail}" if report.detail else report.code
@@ -40,30 +34,31 @@ class DeviceWatch:
                 view.fault = None
             case "watch":
                 view.fault = fault
-            case "retry" if isinstance(engine.state, Serving):
-                engine.redo("device_fault", now)
+            case "retry" if epochs.serving:
+                epochs.redo("device_fault", now)
             case "drain":
-                engine.maintenance.drain(fault, now)
+                self._maintenance.drain(fault, now)
             case "isolate":
-                engine.accuse([fault], now)
+                epochs.accuse([fault], now)
             case _:
                 pass
 
-    def report_at(self, report: DeviceReport, step: int | None, now: float) -> None:
+    def report_at(self, report: DeviceReport, step: int | None, last_step: int, now: float) -> None:
         """A report that shall come at a step; now, without one. Raises ValueError if it is past."""
-        engine = self._engine
-        view = engine.ranks.get(report.rank)
+        view = self._epochs.fleet.views.get(report.rank)
         if view is None or view.dead:
             raise ValueError(f"id {report.rank} is not a living rank")
         if step is None:
             self.on_report(report, now)
-        elif step <= engine.last_step:
-            raise ValueError(f"step {step} is past: the instance is at {engine.last_step}")
+        elif step <= last_step:
+            raise ValueError(f"step {step} is past: the instance is at {last_step}")
         else:
             self._due.append((step, report))
 
     def reached(self, step: int, now: float) -> None:
         """The instance is at a step."""
+        if not self._due:
+            return
         due = [report for at, report in self._due if at <= step]
         self._due = [pair for pair in self._due if pair[0] > step]
         for report in due:

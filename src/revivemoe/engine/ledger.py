@@ -5,137 +5,22 @@ lost with a rank is handed to another one from here, under the same stream.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.engine.token_log import (
-    TokenGap,
-    TokenLog,
-)
+from revivemoe.engine.requests import Arrival, Assigned, LiveRequest, LiveSequence, Sink
+from revivemoe.engine.suspects import Suspects, Victim
+from revivemoe.engine.token_log import TokenGap, TokenLog
 from revivemoe.ids import Incarnation, RankId, SeqId
-from revivemoe.messages.reports import (
-    Abort,
-    Add,
-    Command,
-    SequenceSpec,
-    TokenLogprobs,
-    Tokens,
-)
-from revivemoe.recovery.planner import SequenceView
+from revivemoe.messages.commands import Abort, Add, Command
+from revivemoe.messages.reports import Tokens
+from revivemoe.messages.tokens import CommittedToken, SequenceSpec, TokenLogprobs
+from revivemoe.recovery.world import SequenceView
 from revivemoe.sampling_params import SamplingParams
-from revivemoe.streams import (
-    Delta,
-    PromptLogprobsReady,
-    StreamEvent,
-    StreamFailed,
-    Submission,
-    choice_indices,
-)
+from revivemoe.streams import Delta, StreamFailed, Submission, choice_indices
 
-
-@dataclass
-class Suspicion:
-    """Of a request that was running when a rank failed in a way that a request may bring about."""
-
-    strikes: int
-    signature: str
-    """Kind and place of the last fault."""
-    trial: RankId | None = None
-    """The rank that runs it, and no other suspect, until it has got on by a token."""
-    unproven: set[SeqId] = field(default_factory=set)
-    """Its sequences that have not, yet."""
-
-
-class Sink(Protocol):
-    """Where a request's events go."""
-
-    def push(self, event: StreamEvent) -> None: ...
-
-    def end(self) -> None:
-        """No event follows."""
-        ...
-
-
-@dataclass
-class LiveSequence:
-    """One unfinished choice."""
-
-    seq_id: SeqId
-    log: TokenLog
-    request: "LiveRequest"
-    arrival: int
-    owner: tuple[RankId, Incarnation] | None = None
-    """The process that may report tokens for it; None while it waits for a rank."""
-    orphan: bool = False
-    """It has lost its rank."""
-    proven: bool = False
-    """It has got on by a token on its present rank."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.log.prompt_ids) + len(self.log.output_ids)
-
-
-@dataclass
-class LiveRequest:
-    """One submission with some choice unfinished."""
-
-    submission: Submission
-    sink: Sink
-    unfinished: set[SeqId] = field(default_factory=set)
-    held: dict[int, list[Delta]] = field(default_factory=dict)
-    """By prompt index: deltas that wait for the prompt's log-probabilities, which come first."""
-    suspicion: Suspicion | None = None
-    """It was running when a rank failed in a way that a request may bring about."""
-
-    def emit(self, delta: Delta) -> None:
-        """Pass a delta on, or hold it back."""
-        waiting = self.held.get(delta.index // self.submission.n)
-        if waiting is None:
-            self.sink.push(delta)
-        else:
-            waiting.append(delta)
-
-    def release(self, prompt_index: int, entries: tuple[TokenLogprobs, ...]) -> None:
-        """The prompt's log-probabilities are complete: they, then what waited for them."""
-        self.sink.push(PromptLogprobsReady(prompt_index, entries))
-        for delta in self.held.pop(prompt_index, []):
-            self.sink.push(delta)
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What one `Tokens` report brought, for the metrics."""
-
-    new_tokens: int
-    first_tokens: int
-    finished: tuple[str, ...]
-    """Finish reasons of the sequences that ended."""
-    released: bool = False
-    """Some sequence has got on by its first token on its rank: a suspect may wait for that."""
-
-
-@dataclass(frozen=True)
-class Victim:
-    """A request that was on a rank that failed."""
-
-    request: LiveRequest
-    proven: bool
-    """All its sequences there had got on by a token since they came."""
-    on_trial: bool
-
-
-@dataclass(frozen=True)
-class Assigned:
-    """One sequence that was given to a rank."""
-
-    seq_id: SeqId
-    num_tokens: int
-    orphan: bool
-    """It had lost its rank before."""
+Owner = tuple[RankId, Incarnation]
 
 
 class Ledger:
@@ -151,9 +36,10 @@ class Ledger:
         self._vocabulary, self._max_model_len = vocabulary, max_model_len
         self._send, self._incarnation_of = send, incarnation_of
         self._sequences: dict[SeqId, LiveSequence] = {}
+        self.suspects = Suspects()
         self._next_seq_id = 0
         self._next_arrival = 0
-        self._shadows: dict[SeqId, tuple[RankId, Incarnation]] = {}
+        self._shadows: dict[SeqId, Owner] = {}
         """Copies that only warm a prefix cache, and the process that runs each."""
         self.gaps = 0
         """Reports that skipped a position; each was mended by handing the sequence over anew."""
@@ -162,21 +48,14 @@ class Ledger:
 
     def admit(self, submission: Submission, sink: Sink, degraded: bool) -> LiveRequest:
         """Open the logs of a submission. Its sequences wait for a rank."""
-        request = LiveRequest(submission, sink)
-        arrival = self._next_arrival
+        request = LiveRequest(submission, sink, self._next_arrival)
         self._next_arrival += 1
         for index, (prompt, choice) in enumerate(choice_indices(submission.prompts, submission.n)):
-            self._open(request, index, prompt, choice, arrival, degraded)
+            self._open(request, index, prompt, choice, degraded)
         return request
 
     def _open(
-        self,
-        request: LiveRequest,
-        index: int,
-        prompt: int,
-        choice: int,
-        arrival: int,
-        degraded: bool,
+        self, request: LiveRequest, index: int, prompt: int, choice: int, degraded: bool
     ) -> None:
         submission = request.submission
         params = submission.params
@@ -195,7 +74,7 @@ class Ledger:
         )
         seq_id = SeqId(self._next_seq_id)
         self._next_seq_id += 1
-        self._sequences[seq_id] = LiveSequence(seq_id, log, request, arrival)
+        self._sequences[seq_id] = LiveSequence(seq_id, log, request)
         request.unfinished.add(seq_id)
         if scored is not None and len(prompt_ids) > 1:
             request.held[prompt] = []
@@ -209,87 +88,45 @@ class Ledger:
 
         Of suspects, each rank is given one request at a time.
         """
-        load = dict.fromkeys(ranks, 0)
+        load, unproven = dict.fromkeys(ranks, 0), set[RankId]()
         waiting = []
         for sequence in self._sequences.values():
             if sequence.owner is None:
                 waiting.append(sequence)
-            elif sequence.owner[0] in load:
-                load[sequence.owner[0]] += sequence.num_tokens
+                continue
+            rank = sequence.owner[0]
+            if not sequence.proven:
+                unproven.add(rank)
+            if rank in load:
+                load[rank] += sequence.num_tokens
         assigned = []
-        for sequence in sorted(waiting, key=lambda s: (s.arrival, s.seq_id)):
-            target = self._target(sequence.request, load)
+        for sequence in sorted(waiting, key=lambda s: s.age):
+            target = self.suspects.target(sequence.request, load, unproven)
             if target is None:
                 continue
             load[target] += sequence.num_tokens
+            unproven.add(target)
             assigned.append(Assigned(sequence.seq_id, sequence.num_tokens, sequence.orphan))
             self.hand_over(sequence.seq_id, target)
         return assigned
-
-    def _target(self, request: LiveRequest, load: dict[RankId, int]) -> RankId | None:
-        """The rank for a request's next sequence; None if it has to wait.
-
-        A suspect is tried where nothing else is new, and nothing new goes where one is tried.
-        """
-        suspicion = request.suspicion
-        if suspicion is not None and suspicion.trial in load:
-            return suspicion.trial
-        shut = self.trials()
-        if suspicion is not None:
-            shut = shut | self._with_unproven()
-        free = {rank: tokens for rank, tokens in load.items() if rank not in shut}
-        if not free:
-            return None
-        target = min(free, key=lambda rank: (free[rank], rank))
-        if suspicion is not None:
-            suspicion.trial, suspicion.unproven = target, set(request.unfinished)
-        return target
-
-    def trials(self) -> frozenset[RankId]:
-        """Ranks on which a suspect is being tried."""
-        suspicions = (r.suspicion for r in self.unfinished_requests())
-        return frozenset(s.trial for s in suspicions if s is not None and s.trial is not None)
-
-    def _with_unproven(self) -> frozenset[RankId]:
-        """Ranks with a sequence that has not got on by a token there."""
-        owned = (s for s in self._sequences.values() if s.owner is not None and not s.proven)
-        return frozenset(s.owner[0] for s in owned if s.owner is not None)
-
-    def unfinished_requests(self) -> list[LiveRequest]:
-        """Every request with some choice unfinished."""
-        return list({id(s.request): s.request for s in self._sequences.values()}.values())
 
     # ---- loss of a rank ----------------------------------------------------------------------
 
     def orphan(self, rank: RankId) -> list[Victim]:
         """The rank is lost: its sequences have none any more. Returns the requests it ran."""
-        proven: dict[int, bool] = {}
-        requests: dict[int, LiveRequest] = {}
+        victims: dict[int, Victim] = {}
         for sequence in self._sequences.values():
             if sequence.owner is not None and sequence.owner[0] == rank:
                 sequence.owner, sequence.orphan = None, True
-                key = id(sequence.request)
-                requests[key] = sequence.request
-                proven[key] = proven.get(key, True) and sequence.proven
-        victims = []
-        for key, request in requests.items():
-            suspicion = request.suspicion
-            on_trial = suspicion is not None and suspicion.trial == rank
-            if suspicion is not None and on_trial:
-                suspicion.trial = None
-            victims.append(Victim(request, proven[key], on_trial))
+                key, request = sequence.request.arrival, sequence.request
+                proven = sequence.proven and (key not in victims or victims[key].proven)
+                victims[key] = Victim(request, proven)
         self._shadows = {s: owner for s, owner in self._shadows.items() if owner[0] != rank}
-        return victims
+        return list(victims.values())
 
     def convict(self, request: LiveRequest, message: str) -> None:
-        """End one request with an error event: it brings down whoever runs it.
-
-        That explains the faults which made suspects of others.
-        """
-        signature = request.suspicion.signature if request.suspicion is not None else None
-        for other in self.unfinished_requests():
-            if other.suspicion is not None and other.suspicion.signature == signature:
-                other.suspicion = None
+        """End one request with an error event: it brings down whoever runs it."""
+        self.suspects.convicted(request)
         request.sink.push(StreamFailed(message, 500))
         self.abort(request)
 
@@ -298,7 +135,7 @@ class Ledger:
     def owned_by(self, rank: RankId) -> list[SeqId]:
         """Sequences of a rank, oldest first."""
         owned = [s for s in self._sequences.values() if s.owner is not None and s.owner[0] == rank]
-        return [s.seq_id for s in sorted(owned, key=lambda s: (s.arrival, s.seq_id))]
+        return [s.seq_id for s in sorted(owned, key=lambda s: s.age)]
 
     def num_output(self, seq_id: SeqId) -> int | None:
         """Tokens committed so far; None once the sequence is finished."""
@@ -316,7 +153,7 @@ class Ledger:
             prompt_ids=[*sequence.log.prompt_ids, *sequence.log.output_ids],
             output_ids=[],
             params=SamplingParams(seed=0, temperature=0.0, max_tokens=1),
-            arrival=sequence.arrival,
+            arrival=sequence.request.arrival,
         )
         self._send(to, Add(spec))
         return shadow
@@ -339,25 +176,26 @@ class Ledger:
             if self._shadows.get(token.seq_id) == owner:
                 del self._shadows[token.seq_id]
             sequence = self._owned(token.seq_id, owner)
-            if sequence is None:
-                continue
-            try:
-                delta = sequence.log.append(token.position, token.token_id, token.logprobs)
-            except TokenGap:
-                self._refill(sequence)
-                continue
-            if delta is None:
+            delta = self._append(sequence, token) if sequence is not None else None
+            if sequence is None or delta is None:
                 continue
             new_tokens += 1
             first_tokens += token.position == 0
             if not sequence.proven:
-                _prove(sequence)
-                released = True
+                sequence.proven = released = True
+                self.suspects.got_on(sequence.request, sequence.seq_id)
             sequence.request.emit(delta)
             if delta.finish_reason is not None:
                 finished.append(delta.finish_reason)
                 self._close(sequence, ended_by_engine=isinstance(delta.stop_reason, str))
         return Arrival(new_tokens, first_tokens, tuple(finished), released)
+
+    def _append(self, sequence: LiveSequence, token: CommittedToken) -> Delta | None:
+        try:
+            return sequence.log.append(token.position, token.token_id, token.logprobs)
+        except TokenGap:
+            self._refill(sequence)
+            return None
 
     def _append_prompt_logprobs(
         self, sequence: LiveSequence, start: int, entries: list[TokenLogprobs]
@@ -371,7 +209,7 @@ class Ledger:
             prompt_index = sequence.log.index // sequence.request.submission.n
             sequence.request.release(prompt_index, complete)
 
-    def _owned(self, seq_id: SeqId, owner: tuple[RankId, Incarnation]) -> LiveSequence | None:
+    def _owned(self, seq_id: SeqId, owner: Owner) -> LiveSequence | None:
         sequence = self._sequences.get(seq_id)
         return sequence if sequence is not None and sequence.owner == owner else None
 
@@ -389,8 +227,7 @@ class Ledger:
             self._send(sequence.owner[0], Abort(sequence.seq_id))
         request = sequence.request
         request.unfinished.discard(sequence.seq_id)
-        if request.suspicion is not None:
-            request.suspicion.unproven.discard(sequence.seq_id)
+        self.suspects.closed(request, sequence.seq_id)
         if not request.unfinished:
             request.sink.end()
 
@@ -403,7 +240,7 @@ class Ledger:
 
     def fail_all(self, message: str, status: int) -> int:
         """End every stream with an error event; returns how many requests that were."""
-        requests = {id(s.request): s.request for s in self._sequences.values()}
+        requests = {s.request.arrival: s.request for s in self._sequences.values()}
         for request in requests.values():
             request.sink.push(StreamFailed(message, status))
             self.abort(request)
@@ -422,9 +259,9 @@ class Ledger:
                 s.seq_id,
                 s.owner[0] if s.owner else None,
                 s.num_tokens,
-                s.arrival,
+                s.request.arrival,
                 orphan=s.orphan,
-                held=s.request.suspicion is not None,
+                held=s.request in self.suspects,
             )
             for s in self._sequences.values()
         )
@@ -460,7 +297,7 @@ class Ledger:
             prompt_ids=list(log.prompt_ids),
             output_ids=list(log.output_ids),
             params=log.params,
-            arrival=sequence.arrival,
+            arrival=sequence.request.arrival,
             prompt_logprobs_done=log.num_prompt_logprobs,
         )
         self._send(to, Add(spec))
@@ -473,14 +310,3 @@ class Ledger:
     @property
     def num_unfinished(self) -> int:
         return len(self._sequences)
-
-
-def _prove(sequence: LiveSequence) -> None:
-    """Its first token on its present rank has been committed."""
-    sequence.proven = True
-    suspicion = sequence.request.suspicion
-    if suspicion is None or suspicion.trial is None:
-        return
-    suspicion.unproven.discard(sequence.seq_id)
-    if not suspicion.unproven:
-        sequence.request.suspicion = None

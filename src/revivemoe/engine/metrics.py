@@ -6,11 +6,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from revivemoe.engine.engine import (
-    Engine,
-    state_name,
-)
+from revivemoe.engine.engine import Engine
 from revivemoe.epochs.record import PHASES
+from revivemoe.epochs.state import state_name
 
 STATES = ("starting", "serving", "recovering", "paused", "failed")
 
@@ -32,11 +30,11 @@ class EngineCollector:
         for name in STATES:
             state.add_metric([name], float(name == state_name(engine.state)))
         yield state
-        yield GaugeMetricFamily("revivemoe_epoch", "Membership epoch", engine.topology.epoch)
+        yield GaugeMetricFamily("revivemoe_epoch", "Membership epoch", engine.membership.epoch)
         yield GaugeMetricFamily(
             "revivemoe_experts_missing",
             "Experts without a live replica, over all layers",
-            len(engine.placement.missing()),
+            len(engine.membership.missing),
         )
         yield GaugeMetricFamily(
             "revivemoe_ranks_alive",
@@ -75,14 +73,15 @@ class EngineCollector:
             yield counter
 
     def _recoveries(self) -> Iterable[Metric]:
-        engine, totals = self._engine, self._engine.totals
+        engine, totals = self._engine, self._engine.traffic.totals
+        gaps, symptoms = engine.traffic.ledger.gaps, engine.signals.symptoms
         for name, text, value in (
             ("generation_tokens", "Tokens appended to the logs", totals.generation_tokens),
             ("prompt_tokens", "Prompt tokens admitted", totals.prompt_tokens),
             ("migrated_sequences", "Sequences moved off lost ranks", totals.migrated),
             ("recomputed_tokens", "Tokens migrations computed again", totals.recomputed_tokens),
-            ("communication_symptoms", "Steps aborted by communication", totals.symptoms),
-            ("token_log_gaps", "Reports that skipped a position; mended", engine.ledger.gaps),
+            ("communication_symptoms", "Steps aborted by communication", symptoms),
+            ("token_log_gaps", "Reports that skipped a position; mended", gaps),
         ):
             yield CounterMetricFamily(f"revivemoe_{name}", text, value)
         finished = CounterMetricFamily(
@@ -94,15 +93,15 @@ class EngineCollector:
         recoveries = CounterMetricFamily(
             "revivemoe_recoveries", "Recoveries by cause and outcome", labels=["cause", "outcome"]
         )
-        for labels, count in sorted(totals.recoveries.items()):
+        for labels, count in sorted(engine.epochs.outcomes.items()):
             recoveries.add_metric(list(labels), count)
         yield recoveries
         yield from self._last_recovery()
 
     def _last_recovery(self) -> Iterable[Metric]:
-        if not self._engine.records:
+        if not self._engine.epochs.records:
             return
-        record = self._engine.records[-1]
+        record = self._engine.epochs.records[-1]
         phases = GaugeMetricFamily(
             "revivemoe_last_recovery_phase_seconds", "Phases of the last recovery", labels=["phase"]
         )

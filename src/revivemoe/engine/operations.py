@@ -6,20 +6,18 @@ the status under the request id. A request id that was taken before changes noth
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 from revivemoe.engine.engine import Engine
-from revivemoe.epochs.state import (
-    FailedState,
-    Paused,
-    Serving,
-    state_name,
-)
+from revivemoe.epochs.state import FailedState, Paused, Serving, state_name
 from revivemoe.ids import RankId
+from revivemoe.messages.commands import Inject
+from revivemoe.messages.events import Applied
 from revivemoe.recovery.faults import DeviceReport, Fault
+from revivemoe.recovery.plan import Continue, RecoveryPlan, describe_plan
+from revivemoe.streams import Document
 
 KEPT_IDS = 1000
-Handler = Callable[[dict[str, Any], str, float], Any]
+Handler = Callable[[Document, str, float], Document | None]
 
 
 class Operations:
@@ -41,7 +39,9 @@ class Operations:
             "whatif": self._what_if,
         }
 
-    def apply(self, instruction: str, params: dict[str, Any], request_id: str, now: float) -> Any:
+    def apply(
+        self, instruction: str, params: Document, request_id: str, now: float
+    ) -> Document | None:
         """Returns a document for `whatif`, None otherwise. Raises ValueError for wrong input."""
         handler = self._handlers.get(instruction)
         if handler is None:
@@ -56,17 +56,16 @@ class Operations:
         while len(self._taken) > KEPT_IDS:
             self._taken.popitem(last=False)
         self._engine.last_ft_request_id = request_id
-        told = {"instruction": instruction, "params": params, "request_id": request_id}
-        self._engine.event("applied", told)
+        self._engine.tell(Applied(instruction, params, request_id))
         return None
 
     # ---- instructions ------------------------------------------------------------------------
 
-    def _isolate(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _isolate(self, params: Document, request_id: str, now: float) -> None:
         _only(params, "id")
         self._take_out([self._member(params, "id")], request_id, now)
 
-    def _scale_down(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _scale_down(self, params: Document, request_id: str, now: float) -> None:
         """vLLM's: go on without these ranks (`ids`, or its own `exclude_dp_ranks`)."""
         _only(params, "ids", "exclude_dp_ranks")
         key = "exclude_dp_ranks" if "exclude_dp_ranks" in params else "ids"
@@ -75,13 +74,13 @@ class Operations:
     def _take_out(self, ranks: list[RankId], request_id: str, now: float) -> None:
         self._need_serving()
         faults = [Fault(rank, "isolate", "asked by an operator") for rank in ranks]
-        plan = self._engine.what_if(ranks)
-        if plan["outcome"] != "recovered":
-            raise ValueError(f"the instance cannot go on without {ranks}: {plan['reason']}")
+        plan = self._plan_without(ranks)
+        if not isinstance(plan, Continue):
+            raise ValueError(f"the instance cannot go on without {ranks}: {plan.reason}")
         for fault in faults:
             self._engine.maintenance.drain(fault, now, request_id)
 
-    def _report(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _report(self, params: Document, request_id: str, now: float) -> None:
         """An outside monitor tells of a device fault."""
         _only(params, "id", "level", "code", "detail")
         rank, level = self._rank(params, "id"), _int(params, "level")
@@ -94,45 +93,55 @@ class Operations:
             raise ValueError(f"rank {rank} is out already")
         self._engine.on_health(DeviceReport(rank, level, code, detail, "report"), now)
 
-    def _restore(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _restore(self, params: Document, request_id: str, now: float) -> None:
         _only(params)
         self._need_serving()
-        self._engine.maintenance.restore(now, request_id)
+        self._engine.maintenance.restore(request_id)
 
-    def _rejoin(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _rejoin(self, params: Document, request_id: str, now: float) -> None:
         _only(params, "id")
         self._need_serving()
         self._engine.maintenance.rejoin(self._rank(params, "id"), now, request_id)
 
-    def _retry(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _retry(self, params: Document, request_id: str, now: float) -> None:
         """vLLM's: the same ranks, a new domain, the interrupted step again."""
         self._need_serving()
-        self._engine.redo("retry", now)
+        self._engine.epochs.redo("retry", now)
 
-    def _pause(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _pause(self, params: Document, request_id: str, now: float) -> None:
         if isinstance(self._engine.state, Paused):
             raise ValueError("the instance is paused already")
         self._need_alive()
-        self._engine.maintenance.pause(request_id)
-        self._engine.maintenance.tick(now)
+        self._engine.maintenance.pause(request_id, now)
 
-    def _resume(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _resume(self, params: Document, request_id: str, now: float) -> None:
         self._need_alive()
-        self._engine.maintenance.unpause()
-        self._engine.coordinator.release()
-        if isinstance(self._engine.state, Paused):
-            self._engine.release(now)
+        self._engine.maintenance.resume(now)
 
-    def _role_switch(self, params: dict[str, Any], request_id: str, now: float) -> None:
+    def _role_switch(self, params: Document, request_id: str, now: float) -> None:
         """An attention rank becomes an expert rank, in the background."""
         _only(params, "id")
         self._need_serving()
         rank = self._member(params, "id")
         self._engine.maintenance.switch_role(rank, now, request_id)
 
-    def _what_if(self, params: dict[str, Any], request_id: str, now: float) -> Any:
+    def _what_if(self, params: Document, request_id: str, now: float) -> Document:
+        """The plan for the loss of these ranks now; does nothing."""
         _only(params, "ids")
-        return self._engine.what_if(self._members(params, "ids"))
+        return describe_plan(self._plan_without(self._members(params, "ids")))
+
+    def _plan_without(self, ranks: list[RankId]) -> RecoveryPlan:
+        faults = [Fault(rank, "whatif", "asked by an operator") for rank in ranks]
+        return self._engine.epochs.plan_for(faults)
+
+    def inject(self, fault: Inject, rank: RankId) -> None:
+        """Hand a fault to a living rank. Raises ValueError if there is none of that id."""
+        view, last_step = self._engine.ranks.get(rank), self._engine.signals.last_step
+        if view is None or view.dead:
+            raise ValueError(f"id {rank} is not a living rank")
+        if fault.step is not None and fault.step <= last_step:
+            raise ValueError(f"step {fault.step} is past: the instance is at {last_step}")
+        self._engine.epochs.fleet.send(rank, fault)
 
     # ---- checks ------------------------------------------------------------------------------
 
@@ -145,26 +154,26 @@ class Operations:
         if isinstance(self._engine.state, FailedState):
             raise ValueError("the instance has failed")
 
-    def _rank(self, params: dict[str, Any], key: str) -> RankId:
+    def _rank(self, params: Document, key: str) -> RankId:
         rank = RankId(_int(params, key))
         if rank not in self._engine.ranks:
             raise ValueError(f"{key!r} {rank} is not a rank of this instance")
         return rank
 
-    def _member(self, params: dict[str, Any], key: str) -> RankId:
+    def _member(self, params: Document, key: str) -> RankId:
         rank = self._rank(params, key)
-        if rank not in self._engine.topology.members:
+        if rank not in self._engine.membership.members:
             raise ValueError(f"rank {rank} is not a member of the present epoch")
         return rank
 
-    def _members(self, params: dict[str, Any], key: str) -> list[RankId]:
+    def _members(self, params: Document, key: str) -> list[RankId]:
         ids = params.get(key)
         if not isinstance(ids, list) or not ids:
             raise ValueError(f"{key!r} must be a list of rank ids")
         return [self._member({key: one}, key) for one in ids]
 
 
-def _only(params: dict[str, Any], *known: str) -> None:
+def _only(params: Document, *known: str) -> None:
     unknown = sorted(set(params) - set(known))
     if unknown:
         raise ValueError(
@@ -172,7 +181,7 @@ def _only(params: dict[str, Any], *known: str) -> None:
         )
 
 
-def _int(document: dict[str, Any], key: str) -> int:
+def _int(document: Document, key: str) -> int:
     value = document.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{key!r} must be an integer")

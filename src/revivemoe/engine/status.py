@@ -1,20 +1,16 @@
 """The status document of the public contract, built from the engine in one go."""
 
 from datetime import UTC, datetime
-from typing import Any
 
 from revivemoe.engine.engine import Engine
 from revivemoe.epochs.rank_life import RankView
 from revivemoe.epochs.record import RecoveryRecord
-from revivemoe.epochs.state import (
-    FailedState,
-    Starting,
-    state_name,
-)
+from revivemoe.epochs.state import FailedState, Starting, state_name
 from revivemoe.recovery.faults import Fault
+from revivemoe.streams import Document
 
 
-def status_document(engine: Engine, now: float, wall: float) -> dict[str, Any]:
+def status_document(engine: Engine, now: float, wall: float) -> Document:
     """`GET /v1/fault_tolerance/status`. `now` is monotonic, `wall` seconds since 1970; all times
     in the document are seconds. One snapshot: the engine does not run while it is built.
     """
@@ -24,26 +20,27 @@ def status_document(engine: Engine, now: float, wall: float) -> dict[str, Any]:
         "schema_version": 1,
         "state": state_name(state),
         "reason": state.reason if isinstance(state, FailedState) else None,
-        "epoch": engine.topology.epoch,
+        "epoch": engine.membership.epoch,
         "quality": "degraded" if engine.degraded else "full",
         "total_engines": len(views),
         "last_ft_request_id": engine.last_ft_request_id,
         "engines": [_engine(engine, view, now) for view in views],
         "experts": _experts(engine),
         "dense_ffn_groups": _dense_groups(engine),
-        "recoveries": [_recovery(record, now, wall) for record in engine.records],
+        "recoveries": [_recovery(record, now, wall) for record in engine.epochs.records],
     }
 
 
-def _engine(engine: Engine, view: RankView, now: float) -> dict[str, Any]:
-    member = view.rank in engine.topology.members and not (view.dead or engine.fleet.is_new(view))
-    age_s = engine.detector.age_s(view.rank, now)
+def _engine(engine: Engine, view: RankView, now: float) -> Document:
+    fleet, topology = engine.epochs.fleet, engine.membership.topology
+    member = view.rank in topology.members and not (view.dead or fleet.is_new(view))
+    age_s = fleet.detector.age_s(view.rank, now)
     stats = view.stats
     return {
         "id": view.rank,
         "status": _status(engine, view, now),
-        "roles": engine.topology.roles(view.rank) if member else [],
-        "logical_rank": engine.topology.logical_rank(view.rank) if member else None,
+        "roles": topology.roles(view.rank) if member else [],
+        "logical_rank": topology.logical_rank(view.rank) if member else None,
         "incarnation": view.incarnation,
         "pid": view.pid,
         "host": view.host,
@@ -61,42 +58,40 @@ def _engine(engine: Engine, view: RankView, now: float) -> dict[str, Any]:
 def _status(engine: Engine, view: RankView, now: float) -> str:
     if view.dead:
         return "dead"
-    if not view.ready or isinstance(engine.state, Starting) or engine.fleet.is_new(view):
+    if not view.ready or isinstance(engine.state, Starting) or engine.epochs.fleet.is_new(view):
         return "joining"
     if view.draining:
         return "draining"
     if view.fault is not None:
         return "unhealthy"
-    suspect = view.slow is not None or engine.detector.suspect(view.rank, now)
+    suspect = view.slow is not None or engine.epochs.fleet.detector.suspect(view.rank, now)
     return "suspect" if suspect else "healthy"
 
 
-def _experts(engine: Engine) -> dict[str, Any]:
-    placement = engine.placement
-    sole = placement.sole_holders()
-    slots = sum(len(table[0]) for table in placement.slots.values() if table)
+def _experts(engine: Engine) -> Document:
+    membership, placement = engine.membership, engine.membership.placement
     return {
         "layers": len(placement.layers),
         "experts_per_layer": placement.num_experts,
-        "slots_per_layer": slots,
-        "missing": [[layer, expert] for layer, expert in placement.missing()],
-        "uncovered_by_one_more_fault": max((len(held) for held in sole.values()), default=0),
+        "slots_per_layer": sum(len(table[0]) for table in placement.slots.values() if table),
+        "missing": [[layer, expert] for layer, expert in membership.missing],
+        "uncovered_by_one_more_fault": max(map(len, membership.sole_holders.values()), default=0),
     }
 
 
-def _dense_groups(engine: Engine) -> list[dict[str, Any]]:
-    if engine.dense is None:
+def _dense_groups(engine: Engine) -> list[Document]:
+    dense = engine.membership.dense
+    if dense is None:
         return []
-    healthy = engine.dense.healthy(engine.topology.attention)
-    groups = (*engine.dense.home, *engine.dense.extra)
-    return [{"ranks": list(group), "healthy": group in healthy} for group in groups]
+    healthy = dense.healthy(engine.membership.attention)
+    return [{"ranks": list(g), "healthy": g in healthy} for g in (*dense.home, *dense.extra)]
 
 
-def _fault(fault: Fault) -> dict[str, Any]:
+def _fault(fault: Fault) -> Document:
     return {"id": fault.rank, "kind": fault.kind, "level": fault.level, "detail": fault.detail}
 
 
-def _recovery(record: RecoveryRecord, now: float, wall: float) -> dict[str, Any]:
+def _recovery(record: RecoveryRecord, now: float, wall: float) -> Document:
     started = datetime.fromtimestamp(wall - (now - record.started), UTC)
     return {
         "epoch": record.epoch,

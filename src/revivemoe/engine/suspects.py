@@ -6,31 +6,126 @@ until it has got on by a token. If the rank of a suspect on trial fails in the s
 else there was new, that one is convicted: two ranks, no more, and no other request ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
-from revivemoe.engine.ledger import (
-    LiveRequest,
-    Suspicion,
-    Victim,
-)
+from revivemoe.engine.requests import LiveRequest
+from revivemoe.ids import RankId, SeqId
 
 MAX_STRIKES = 3
 """Convicted on trial after so many faults, alike or not."""
 
 
-def strike(victims: Sequence[Victim], signature: str) -> LiveRequest | None:
-    """A rank that ran `victims` has failed. Returns the one to be convicted, if it is proven."""
-    unproven = [v for v in victims if not v.proven]
-    tried = next((v.request for v in unproven if v.on_trial), None)
-    if tried is not None and tried.suspicion is not None and len(unproven) == 1:
-        suspicion = tried.suspicion
+@dataclass(frozen=True)
+class Victim:
+    """A request that was on a rank that failed."""
+
+    request: LiveRequest
+    proven: bool
+    """All its sequences there had got on by a token since they came."""
+
+
+@dataclass
+class Suspicion:
+    """Of a request that was running when a rank failed in a way that a request may bring about."""
+
+    strikes: int
+    signature: str
+    """Kind and place of the last fault."""
+    trial: RankId | None = None
+    """The rank that runs it, and no other suspect, until it has got on by a token."""
+    unproven: set[SeqId] = field(default_factory=set)
+    """Its sequences that have not, yet."""
+
+
+class Suspects:
+    """Every suspicion there is, by the request's order of admission."""
+
+    def __init__(self) -> None:
+        self._suspicions: dict[int, Suspicion] = {}
+
+    def __contains__(self, request: LiveRequest) -> bool:
+        return request.arrival in self._suspicions
+
+    @property
+    def trials(self) -> frozenset[RankId]:
+        """Ranks on which a suspect is being tried: nothing new goes there."""
+        return frozenset(s.trial for s in self._suspicions.values() if s.trial is not None)
+
+    # ---- trials ------------------------------------------------------------------------------
+
+    def target(
+        self, request: LiveRequest, load: Mapping[RankId, int], unproven: Set[RankId]
+    ) -> RankId | None:
+        """The rank for a request's next sequence, the one with the least load; None: it waits.
+
+        A suspect is tried where nothing else is new, and nothing new goes where one is tried.
+        `unproven`: ranks with a sequence that has not got on by a token there.
+        """
+        suspicion = self._suspicions.get(request.arrival)
+        if suspicion is not None and suspicion.trial in load:
+            return suspicion.trial
+        shut = self.trials | (unproven if suspicion is not None else frozenset())
+        free = [rank for rank in load if rank not in shut]
+        target = min(free, key=lambda rank: (load[rank], rank), default=None)
+        if suspicion is not None and target is not None:
+            suspicion.trial, suspicion.unproven = target, set(request.unfinished)
+        return target
+
+    def got_on(self, request: LiveRequest, seq_id: SeqId) -> None:
+        """A sequence has committed its first token on its present rank."""
+        suspicion = self._suspicions.get(request.arrival)
+        if suspicion is None or suspicion.trial is None:
+            return
+        suspicion.unproven.discard(seq_id)
+        if not suspicion.unproven:
+            del self._suspicions[request.arrival]
+
+    def closed(self, request: LiveRequest, seq_id: SeqId) -> None:
+        """A sequence is finished."""
+        if not request.unfinished:
+            self._suspicions.pop(request.arrival, None)
+        elif suspicion := self._suspicions.get(request.arrival):
+            suspicion.unproven.discard(seq_id)
+
+    # ---- faults ------------------------------------------------------------------------------
+
+    def lost(self, rank: RankId, victims: Sequence[Victim], signature: str) -> LiveRequest | None:
+        """A rank is out that ran `victims`. Returns the one to be convicted, if it is proven.
+
+        `signature`: kind and place of a fault that a request may have brought about; "" for others.
+        """
+        tried = self._end_trials(rank)
+        if not signature:
+            return None
+        unproven = [v.request for v in victims if not v.proven]
+        on_trial = next((r for r in unproven if r.arrival in tried), None)
+        if on_trial is not None and len(unproven) == 1:
+            return self._strike_again(on_trial, signature)
+        for victim in victims:
+            before = self._suspicions.get(victim.request.arrival)
+            strikes = 0 if before is None else before.strikes
+            self._suspicions[victim.request.arrival] = Suspicion(strikes + 1, signature)
+        return None
+
+    def _end_trials(self, rank: RankId) -> set[int]:
+        tried = {key for key, s in self._suspicions.items() if s.trial == rank}
+        for key in tried:
+            self._suspicions[key].trial = None
+        return tried
+
+    def _strike_again(self, request: LiveRequest, signature: str) -> LiveRequest | None:
+        suspicion = self._suspicions[request.arrival]
         suspicion.strikes += 1
         if suspicion.signature == signature or suspicion.strikes >= MAX_STRIKES:
-            return tried
+            return request
         suspicion.signature = signature
         return None
-    for victim in victims:
-        before = victim.request.suspicion
-        strikes = 0 if before is None else before.strikes
-        victim.request.suspicion = Suspicion(strikes + 1, signature)
-    return None
+
+    def convicted(self, request: LiveRequest) -> None:
+        """It brings down whoever runs it. So the faults that made others suspects are explained."""
+        suspicion = self._suspicions.get(request.arrival)
+        if suspicion is None:
+            return
+        signature = suspicion.signature
+        self._suspicions = {k: s for k, s in self._suspicions.items() if s.signature != signature}

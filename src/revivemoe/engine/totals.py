@@ -3,8 +3,7 @@
 from collections import deque
 from dataclasses import dataclass, field
 
-from revivemoe.engine.ledger import Arrival
-from revivemoe.epochs.record import RecoveryRecord
+from revivemoe.engine.requests import Arrival
 
 
 @dataclass
@@ -12,10 +11,8 @@ class Totals:
     generation_tokens: int = 0
     prompt_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
-    recoveries: dict[tuple[str, str], int] = field(default_factory=dict)
     migrated: int = 0
     recomputed_tokens: int = 0
-    symptoms: int = 0
     convicted: int = 0
     """Requests ended because they brought ranks down."""
     step_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
@@ -25,9 +22,3 @@ class Totals:
         self.step_s.append(step_s)
         for reason in arrival.finished:
             self.finished[reason] = self.finished.get(reason, 0) + 1
-
-    def count_recovery(self, record: RecoveryRecord) -> None:
-        key = (record.cause, record.outcome or "failed")
-        self.recoveries[key] = self.recoveries.get(key, 0) + 1
-        self.migrated += record.migrated
-        self.recomputed_tokens += record.recomputed_tokens

@@ -10,93 +10,31 @@ a stage's deadline becomes a fault itself, so every recovery ends.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import msgspec
-
-from revivemoe.epochs.ports import (
-    RankPort,
-    SequenceOwner,
-)
+from revivemoe.epochs.ports import RankPort, SequenceOwner
 from revivemoe.epochs.record import RecoveryRecord
-from revivemoe.ids import Epoch, RankId
-from revivemoe.membership.topology import Topology
-from revivemoe.messages.reports import (
-    Configure,
-    DomainSpec,
-    Fence,
-    FenceAck,
-    Resumed,
-    Stop,
-    SwitchRole,
+from revivemoe.epochs.stages import (
+    Failed,
+    Fencing,
+    Finished,
+    Idle,
+    Recovered,
+    Restarting,
+    Resuming,
+    Stage,
 )
+from revivemoe.ids import Epoch, RankId
+from revivemoe.membership.membership import Membership
+from revivemoe.membership.placement import EMPTY
+from revivemoe.messages.commands import Configure, DomainSpec, Fence, Stop, SwitchRole
+from revivemoe.messages.events import Configured, Fenced, RestartPlanned, Tell
+from revivemoe.messages.reports import FenceAck, Resumed
 from revivemoe.recovery.faults import Fault
-from revivemoe.recovery.planner import Continue, GiveUp, Restart, World, plan_recovery
+from revivemoe.recovery.plan import Continue, GiveUp, Restart
+from revivemoe.recovery.planner import plan_recovery
 from revivemoe.recovery.policy import Policy
-
-
-@dataclass(frozen=True)
-class Idle:
-    """No change under way."""
-
-
-@dataclass
-class Fencing:
-    """Waiting for every member that is not accused to have rolled back."""
-
-    epoch: Epoch
-    deadline: float
-    record: RecoveryRecord
-    waiting: set[RankId]
-    acks: dict[RankId, FenceAck] = field(default_factory=dict)
-    at_boundary: bool = False
-    """All stop together before a step; nothing is rolled back."""
-    hold: bool = False
-    """Stay fenced until told to go on (pause)."""
-
-
-@dataclass
-class Restarting:
-    """Waiting for ranks that are started anew; the survivors stay fenced."""
-
-    epoch: Epoch
-    deadline: float
-    record: RecoveryRecord
-    fenced: set[RankId]
-    """Ranks that have acknowledged the fence."""
-
-
-@dataclass
-class Resuming:
-    """Waiting for every member to have agreed on the first step of the new epoch."""
-
-    plan: Continue
-    deadline: float
-    configured: float
-    record: RecoveryRecord
-    waiting: set[RankId]
-    domain_s: float = 0.0
-    experts_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """The new epoch runs."""
-
-    plan: Continue
-    record: RecoveryRecord
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Recovery does not cover what happened."""
-
-    reason: str
-    record: RecoveryRecord
-
-
-Finished = Recovered | Failed
-Events = Callable[[str, dict[str, object]], None]
+from revivemoe.recovery.world import World
 
 
 class Coordinator:
@@ -105,15 +43,19 @@ class Coordinator:
     def __init__(
         self,
         ranks: RankPort,
+        restart: Callable[[RankId], None],
         sequences: SequenceOwner,
         policy: Policy,
         clock: Callable[[], float],
-        events: Events,
+        tell: Tell,
     ) -> None:
-        """`clock` only times the stages; every decision takes its time as an argument."""
-        self._ranks, self._sequences, self._policy = ranks, sequences, policy
-        self._clock, self._events = clock, events
-        self.state: Idle | Fencing | Restarting | Resuming = Idle()
+        """`restart`: start a new process for a rank, once the present one, if any, is gone.
+        `clock` only times the stages; every decision takes its time as an argument.
+        """
+        self._ranks, self._start_anew = ranks, restart
+        self._sequences, self._policy = sequences, policy
+        self._clock, self._tell = clock, tell
+        self.state: Stage = Idle()
         self._step = 0
         self._highest_epoch = Epoch(0)
         self._current: list[Fault] = []
@@ -150,7 +92,7 @@ class Coordinator:
 
     def begin(
         self,
-        topology: Topology,
+        present: Membership,
         faults: Sequence[Fault],
         now: float,
         *,
@@ -161,26 +103,26 @@ class Coordinator:
 
         `absent`: members that are being started anew, and so have no part in any domain.
         """
-        configured = self.plan.topology.members if self.plan is not None else ()
+        configured = self.plan.membership.members if self.plan is not None else ()
         if self._planned:  # Who was to leave in good order is not accused by another's fault.
             self._current, self._planned = [], False
-        record = self._open_record(topology, faults, now, cause)
+        record = self._open_record(present, faults, now, cause)
         accused = {f.rank for f in self._current}
-        members = {*topology.members, *configured} - accused - set(absent)
+        members = {*present.members, *configured} - accused - set(absent)
         self._fence(record, members, now, at_boundary=False)
         for rank in accused:
             self._ranks.kill(rank)
 
     def begin_at_boundary(
-        self, topology: Topology, faults: Sequence[Fault], now: float, cause: str, hold: bool
+        self, present: Membership, faults: Sequence[Fault], now: float, cause: str, hold: bool
     ) -> None:
         """Change the epoch where all stop together before a step. Nobody is accused: ranks of
         `faults` take part, and are told to stop once they are out. `hold`: then wait for `resume`.
         """
         assert not self.active, "another change of epoch is under way"
         self._planned = True
-        record = self._open_record(topology, faults, now, cause)
-        self._fence(record, set(topology.members), now, at_boundary=True, hold=hold)
+        record = self._open_record(present, faults, now, cause)
+        self._fence(record, set(present.members), now, at_boundary=True, hold=hold)
 
     def _fence(
         self,
@@ -206,22 +148,13 @@ class Coordinator:
         for rank in sorted(members):
             self._ranks.send(rank, Fence(record.epoch, at_boundary))
         lost = sorted({f.rank for f in record.faults})
-        self._events(
-            "fence",
-            {
-                "epoch": record.epoch,
-                "cause": record.cause,
-                "lost": lost,
-                "survivors": len(members),
-                "at_boundary": at_boundary,
-            },
-        )
+        self._tell(Fenced(record.epoch, record.cause, lost, len(members), at_boundary))
 
     def _open_record(
-        self, topology: Topology, faults: Sequence[Fault], now: float, cause: str | None
+        self, present: Membership, faults: Sequence[Fault], now: float, cause: str | None
     ) -> RecoveryRecord:
         """A new one; if a recovery is under way it goes on, with the union of the faults."""
-        epoch = Epoch(max(self._highest_epoch, topology.epoch) + 1)
+        epoch = Epoch(max(self._highest_epoch, present.epoch) + 1)
         self._highest_epoch = epoch
         if isinstance(self.state, Idle):
             first = faults[0].kind if faults else "communication"
@@ -316,11 +249,11 @@ class Coordinator:
         if plan.ranks:
             record.reason = plan.reason
             record.restarted = tuple(sorted({*record.restarted, *plan.ranks}))
-            self._events("restart", {"ranks": list(plan.ranks), "reason": plan.reason})
+            self._tell(RestartPlanned(list(plan.ranks), plan.reason))
         self._current = [f for f in self._current if f.rank not in plan.ranks]
         fenced -= set(plan.ranks)
         for rank in plan.ranks:
-            self._ranks.restart(rank)
+            self._start_anew(rank)
 
     def _execute(
         self,
@@ -331,7 +264,8 @@ class Coordinator:
         wake: int,
     ) -> None:
         began, record = self._clock(), state.record
-        plan = _at_epoch(plan, state.epoch)
+        # Compound faults raise the epoch more than once before a plan is carried out.
+        plan = replace(plan, membership=plan.membership.at(state.epoch))
         record.experts_dropped, record.experts_masked = plan.experts_dropped, len(plan.masked)
         record.experts_reloaded = len(plan.reloads) + len(world.loaded) + _brought_in(plan, world)
         if plan.role_switched is not None:
@@ -340,40 +274,35 @@ class Coordinator:
             self._sequences.hand_over(move.seq_id, move.to)
             record.migrated += 1
             record.recomputed_tokens += move.num_tokens
-        configure = Configure(
-            epoch=state.epoch,
-            step=self._step,
-            topology=plan.topology,
-            placement=plan.placement,
-            domain=domain,
-            wake=wake,
-            dense=plan.dense,
-        )
-        for rank in plan.topology.members:
-            self._ranks.send(rank, configure)
-        aside = {s.rank: s.table for s in plan.switches if plan.switch_aside}
-        for rank, table in aside.items():  # some of them may have had no part in any epoch yet
-            placement = plan.placement.with_rank(rank, table)
-            self._ranks.send(rank, SwitchRole(state.epoch, placement, domain))
-        for rank in sorted(self._fenced(state) - set(plan.topology.members) - aside.keys()):
-            self._ranks.send(rank, Stop())
-        self._events(
-            "configure",
-            {"epoch": state.epoch, "reason": plan.reason, "migrated": len(plan.migrations)},
-        )
+        self._configure(plan, state, domain, wake)
         now = self._clock()
         record.phases["migrate"] += now - began
         patience_s = self._policy.resume_timeout_s
-        if plan.reloads or plan.dense != world.dense:
+        if plan.reloads or plan.membership.dense != world.membership.dense:
             patience_s += self._policy.reload_timeout_s
-        self.state = Resuming(plan, now + patience_s, now, record, set(plan.topology.members))
+        self.state = Resuming(plan, now + patience_s, now, record, set(plan.membership.members))
+
+    def _configure(
+        self, plan: Continue, state: "Fencing | Restarting", domain: DomainSpec, wake: int
+    ) -> None:
+        """Tell everybody who has left the old epoch what becomes of it."""
+        present, fenced = plan.membership, self._fenced(state)
+        configure = Configure(self._step, present, domain, wake)
+        for rank in present.members:
+            self._ranks.send(rank, configure)
+        aside = {s.rank: s.table for s in plan.switches if plan.switch_aside}
+        for rank, table in aside.items():  # some of them may have had no part in any epoch yet
+            self._ranks.send(rank, SwitchRole(present, table, domain))
+        for rank in sorted(fenced - set(present.members) - aside.keys()):
+            self._ranks.send(rank, Stop())
+        self._tell(Configured(state.epoch, plan.reason, len(plan.migrations)))
 
     # ---- resume ------------------------------------------------------------------------------
 
     def on_resumed(self, resumed: Resumed, now: float) -> Finished | None:
         """A member has met all others in the new domain."""
         state = self.state
-        if not isinstance(state, Resuming) or resumed.epoch != state.plan.topology.epoch:
+        if not isinstance(state, Resuming) or resumed.epoch != state.plan.membership.epoch:
             return None
         state.waiting.discard(resumed.rank)
         state.domain_s = max(state.domain_s, resumed.domain_s)
@@ -416,10 +345,5 @@ class Coordinator:
 
 def _brought_in(plan: Continue, world: World) -> int:
     """Experts that ranks which have switched roles have loaded meanwhile."""
-    back = [r for r in world.ready if r in world.switched and r in plan.topology.members]
-    return sum(expert >= 0 for r in back for row in world.tables.get(r, ()) for expert in row)
-
-
-def _at_epoch(plan: Continue, epoch: Epoch) -> Continue:
-    """Compound faults raise the epoch more than once before a plan is carried out."""
-    return replace(plan, topology=msgspec.structs.replace(plan.topology, epoch=epoch))
+    back = [r for r in world.ready if r in world.switched and r in plan.membership.members]
+    return sum(e != EMPTY for r in back for row in world.tables.get(r, ()) for e in row)

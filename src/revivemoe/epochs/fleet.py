@@ -1,25 +1,16 @@
 """The ranks of one instance through all their processes: start them, reach them, replace them."""
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
 
+from revivemoe.epochs.ports import Cluster
 from revivemoe.epochs.rank_life import RankView
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.membership.placement import (
-    EMPTY,
-    ExpertPlacement,
-)
-from revivemoe.membership.topology import (
-    Topology,
-    switched,
-)
-from revivemoe.messages.reports import (
-    Command,
-    DomainSpec,
-    Heartbeat,
-    RankStats,
-)
+from revivemoe.membership.placement import EMPTY, ExpertPlacement
+from revivemoe.membership.topology import Topology, switched
+from revivemoe.messages.commands import Command, DomainSpec, Wake
+from revivemoe.messages.events import Accused, FoundSlow, Launched, RoleSwitched, Tell, Unkillable
+from revivemoe.messages.reports import Heartbeat, RankStats, Report
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.policy import Policy
@@ -34,22 +25,6 @@ CORPSE_WAIT_S = 5.0
 """How long a killed process that is to be replaced may take to be gone."""
 
 
-class Cluster(Protocol):
-    """Starts ranks and reaches them. No call blocks, or fails because a rank is gone."""
-
-    def launch(
-        self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
-    ) -> None: ...
-
-    def send(self, rank: RankId, command: Command) -> None: ...
-
-    def kill(self, rank: RankId) -> None: ...
-
-    def domain(self) -> DomainSpec:
-        """How the members of the next epoch shall reach each other."""
-        ...
-
-
 class Fleet:
     """Every rank's view, and what its process tells of itself."""
 
@@ -57,9 +32,9 @@ class Fleet:
         self,
         cluster: Cluster,
         home: ExpertPlacement,
-        devices: dict[RankId, str],
+        devices: Mapping[RankId, str],
         policy: Policy,
-        event: Callable[[str, dict[str, Any]], None],
+        tell: Tell,
     ) -> None:
         """`home`: the experts each rank's process is started with. `devices`: of all ranks."""
         self.views = {
@@ -70,7 +45,9 @@ class Fleet:
         self.home = home
         self.switched: dict[RankId, RankId | None] = {}
         """Processes that have become expert ranks, or are about to, and whose place they take."""
-        self._cluster, self._event = cluster, event
+        self.wakes = 0
+        """Counts the times that ranks were told of work."""
+        self._cluster, self._tell = cluster, tell
         self._in_epoch: dict[RankId, Incarnation] = {}
         """The processes that are members of the present epoch."""
 
@@ -86,7 +63,7 @@ class Fleet:
         self.detector.launched(rank, incarnation, now)
         self._cluster.launch(rank, incarnation, view.table)
         if incarnation > 1:
-            self._event("launch", {"id": rank, "incarnation": incarnation})
+            self._tell(Launched(rank, incarnation))
 
     def replace(self, rank: RankId, now: float) -> None:
         """Start a new process for a rank that is out, once the present one is gone."""
@@ -107,14 +84,14 @@ class Fleet:
         ]
         for view in corpses:
             view.restart_when_gone = False
-            self._event("unkillable", {"id": view.rank, "pid": view.pid})
+            self._tell(Unkillable(view.rank, view.pid))
         return bool(corpses)
 
     def condemn(self, fault: Fault, now: float) -> None:
         """The rank is out. Whoever calls sees to its process."""
         view = self.views[fault.rank]
-        told = {"id": fault.rank, "kind": fault.kind, "level": fault.level}
-        self._event("fault", {**told, "detail": fault.detail, "detect_s": fault.detect_s})
+        told = (fault.rank, fault.kind, fault.level, fault.detail, fault.detect_s)
+        self._tell(Accused(*told))
         log.warning("rank %d: %s: %s", fault.rank, fault.kind, fault.detail)
         view.condemn(fault)
         view.condemned_at = now
@@ -123,10 +100,32 @@ class Fleet:
     def send(self, rank: RankId, command: Command) -> None:
         self._cluster.send(rank, command)
 
+    def broadcast(self, ranks: Iterable[RankId], command: Command) -> None:
+        """The same to all of them: it is encoded once."""
+        for rank in ranks:
+            self._cluster.send(rank, command)
+
+    def wake(self, members: Iterable[RankId]) -> None:
+        """Tell all members that there is work."""
+        self.wakes += 1
+        self.broadcast(members, Wake(self.wakes))
+
+    def domain(self) -> DomainSpec:
+        """How the members of the next epoch shall reach each other."""
+        return self._cluster.domain()
+
     def kill(self, rank: RankId) -> None:
         self._cluster.kill(rank)
 
     # ---- what they tell ----------------------------------------------------------------------
+
+    def heard(self, report: Report, now: float) -> bool:
+        """A message has come. Whether it is of a present process that is not accused."""
+        view = self.views.get(report.rank)
+        if view is None or report.incarnation != view.incarnation or view.dead:
+            return False
+        self.detector.heard(report.rank, report.incarnation, now)
+        return True
 
     def on_heartbeat(self, beat: Heartbeat) -> None:
         view = self.views[beat.rank]
@@ -148,7 +147,7 @@ class Fleet:
             ratio = None if view.dead else slow.get(view.rank)
             if ratio is not None and view.slow is None:
                 detail = f"its own work takes {ratio:.1f} times what it takes its peers"
-                self._event("slow", {"id": view.rank, "factor": ratio, "detail": detail})
+                self._tell(FoundSlow(view.rank, ratio, detail))
                 found.append(Fault(view.rank, "slow", detail, level=4))
             view.slow = ratio
         return found
@@ -162,8 +161,7 @@ class Fleet:
         view.table, view.ready, view.draining = switch.table, not aside, False
         view.stats = RankStats()
         self._in_epoch.pop(switch.rank, None)
-        told = {"id": switch.rank, "replaces": switch.replaces, "aside": aside}
-        self._event("role_switch", told)
+        self._tell(RoleSwitched(switch.rank, switch.replaces, aside))
 
     def forget_table(self, rank: RankId) -> None:
         """A rank that has switched roles could not load what it was to hold."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from revivemoe.ids import Incarnation, RankId
+from revivemoe.membership.placement import Table
 from revivemoe.messages.reports import RankStats
 from revivemoe.recovery.faults import Fault
 
@@ -34,8 +35,8 @@ class RankView:
     slow: float | None = None
     """How many times longer than its peers it takes, if it is slow."""
     last_words: str = ""
-    table: tuple[tuple[int, ...], ...] = ()
-    """The experts its process was started with, as `ExpertPlacement.slots`."""
+    table: Table = ()
+    """The experts its process was started with, [L][S]."""
 
     @property
     def loading(self) -> bool:

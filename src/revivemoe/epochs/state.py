@@ -3,20 +3,10 @@
 from dataclasses import dataclass
 from typing import assert_never
 
-from revivemoe.ids import RankId
-from revivemoe.recovery.faults import Fault
 
-
-@dataclass
+@dataclass(frozen=True)
 class Starting:
-    """Ranks load; then they meet for the first time."""
-
-    deadline: float
-    waiting: set[RankId]
-    """Members that have not met the others yet."""
-    exited: Fault | None = None
-    """The first rank whose process has ended. Why, its last words may say."""
-    exited_at: float = 0.0
+    """Ranks load; then they meet for the first time (`start`)."""
 
 
 @dataclass(frozen=True)

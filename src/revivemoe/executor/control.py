@@ -19,15 +19,8 @@ import zmq
 from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.progress import Progress
 from revivemoe.executor.spec import RankSpec
-from revivemoe.messages.reports import (
-    Command,
-    ExpertsLoaded,
-    Fence,
-    Heartbeat,
-    Hello,
-    RankStats,
-    Report,
-)
+from revivemoe.messages.commands import Command, Fence
+from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats, Report
 
 PACE_EVERY = 10
 """Heartbeats from one that tells the pace to the next."""

@@ -1,16 +1,11 @@
-"""The step loop of one rank: drives `core.rank` with the model and the communication domain.
+"""Performs what the step loop asks for, on one rank: with torch, sockets and shared memory.
 
-    commands -> begin_step -> exchange headers -> agree -> execute -> commit -> report
-
-A communication failure, non-finite numbers or a fence end the step: it is rolled back, the domain
-is left, and the rank waits for the engine to configure the next epoch. It accuses nobody.
+What the loop knows nothing of lies here: injected faults, progress and timings, the statistics.
 """
 
 import queue
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import assert_never
 
 import msgspec
@@ -19,377 +14,183 @@ from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import CommunicationFailed, DomainLeft
 from revivemoe.comm.transport import Transport
+from revivemoe.core.effects import (
+    Broken,
+    Commands,
+    Departure,
+    Effect,
+    Enter,
+    Exchange,
+    Forward,
+    GiveUpAttention,
+    Leave,
+    Left,
+    Load,
+    LoadBeside,
+    Loaded,
+    LoadFailed,
+    Place,
+    Ran,
+    Reach,
+)
+from revivemoe.core.loop import StepLoop
 from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
-from revivemoe.core.step import Batch, Leave, Run, StepHeader
+from revivemoe.core.step import Batch, StepHeader
 from revivemoe.executor.injection import Injections
-from revivemoe.executor.weights import PeerSource
-from revivemoe.ids import Epoch
-from revivemoe.membership.dense_groups import DenseGroups
-from revivemoe.membership.placement import ExpertPlacement
-from revivemoe.membership.topology import Topology
-from revivemoe.messages.reports import (
-    Abort,
-    Add,
-    Command,
-    Configure,
-    DomainSpec,
-    ExpertsLoaded,
-    Fence,
-    FenceAck,
-    Inject,
-    LoadExperts,
-    NonFinite,
-    RankStats,
-    Ready,
-    Report,
-    Resumed,
-    SlotLoad,
-    StepAborted,
-    Stop,
-    SwitchRole,
-    Wake,
-)
+from revivemoe.executor.loading import LOAD_BUDGET_S, Loader
+from revivemoe.membership.membership import Membership
+from revivemoe.messages.commands import Command, Configure, Inject
+from revivemoe.messages.reports import ExpertsLoaded, RankStats, Report
 from revivemoe.model.dense import dense_servers
-from revivemoe.model.expert_loads import LoadReport
-from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
-from revivemoe.model.load import CheckpointError
+from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.runner import ModelRunner
 
 IDLE_WAIT_S = 0.4
 """How long a parked or fenced rank sleeps between ticks of its progress counter."""
 STATS_EVERY_S = 0.05
-LOAD_BUDGET_S = 20.0
-"""What loading a portion of experts may take, a slow disk included."""
+Inbox = queue.SimpleQueue[Command | ExpertsLoaded]
 
 
-class StepLoop:
-    """Owns the order of things on one rank. Runs on the main thread until `Stop`."""
+class Driver:
+    """Runs one rank's step loop on the main thread until `Stop`."""
 
     def __init__(
         self,
         rank: Rank,
         runner: ModelRunner,
         domains: Domains,
-        commands: "queue.SimpleQueue[Command | ExpertsLoaded]",
+        inbox: Inbox,
         report: Callable[[Report], None],
         progress: Progress,
     ) -> None:
         self._rank, self._runner, self._domains = rank, runner, domains
-        self._commands, self._report, self._progress = commands, report, progress
+        self._inbox, self._report, self._progress = inbox, report, progress
+        self._loader = Loader(runner, domains, progress, (rank.rank_id, rank.incarnation))
         self._transport: Transport | None = None
-        self._entered: Configure | None = None
-        """Set until the first agreement of its epoch."""
-        self._domain_s = 0.0
-        self._experts_s = 0.0
-        self._loaded_now = LoadReport(0, 0.0, {})
+        self._injections = Injections()
         self._memory_bytes = runner.num_bytes()
+        self._step_began = self._waited_before_s = 0.0
         self._step_s = self._waited_s = 0.0
         """In all steps that were run."""
-        self._peers: list[PeerSource] = []
-        """Of the present epoch."""
-        self._batch: Batch | None = None
-        """Of the step whose forward has begun."""
-        self._rolled_back = False
-        """Whether a step was undone since the last fence that was acknowledged."""
-        self._stopped = False
-        self._injections = Injections()
-        self._stats = rank.stats()
-        self._stats_at = 0.0
+        self._stats, self._stats_at = rank.stats(), 0.0
         runner.exchange.on_phase = self._reach
         runner.exchange.spoil = self._injections.spoilt
 
     def run(self) -> None:
-        """Take commands and steps until told to stop."""
-        while not self._stopped:
-            if not self._stepping:
-                self._progress.idle()
-            self._take_commands(wait=not self._stepping)
-            if self._stepping:
-                self._step()
+        """Until told to stop. What breaks this rank for good is raised."""
+        steps = StepLoop(self._rank, str(self._runner.device), self._report).run()
+        effect = next(steps)
+        while True:
+            try:
+                try:
+                    answer = self._perform(effect)
+                except (Left, Broken, LoadFailed) as interruption:
+                    effect = steps.throw(interruption)
+                else:
+                    effect = steps.send(answer)
+            except StopIteration:
+                return
 
     def stats(self) -> RankStats:
         """Called from the control thread: the last published snapshot."""
         return self._stats
 
-    @property
-    def _stepping(self) -> bool:
-        return self._transport is not None and isinstance(self._rank.state, InDomain)
+    def _perform(self, effect: Effect) -> object:
+        match effect:
+            case Commands():
+                return self._take_commands(effect.wait)
+            case Reach():
+                self._reach_of_loop(effect)
+            case Exchange():
+                return self._exchange(effect.header)
+            case Forward():
+                return self._forward(effect.batch)
+            case Load():
+                return self._load(effect)
+            case LoadBeside():
+                self._loader.load_beside(effect.command, self._inbox.put)
+            case GiveUpAttention():
+                self._give_up_attention(effect.num_slots)
+            case Enter():
+                return self._enter(effect.configure)
+            case Leave():
+                return self._leave(effect.begun)
+            case _:
+                assert_never(effect)
+        return None
 
     # ---- commands ----------------------------------------------------------------------------
 
-    def _take_commands(self, wait: bool) -> None:
-        """Handle what has come, in order. With `wait`, sleep until something does (bounded)."""
+    def _take_commands(self, wait: bool) -> list[Command]:
+        """Those that have come. What is the driver's own business is seen to at once."""
+        if wait:
+            self._progress.idle()
+        taken: list[Command] = []
         try:
-            self._handle(
-                self._commands.get(timeout=IDLE_WAIT_S) if wait else self._commands.get_nowait()
-            )
-            while not self._stopped:
-                self._handle(self._commands.get_nowait())
+            self._sort(self._inbox.get(timeout=IDLE_WAIT_S) if wait else self._get_now(), taken)
+            while True:
+                self._sort(self._get_now(), taken)
         except queue.Empty:
             pass
         self._publish_stats()
+        return taken
 
-    def _handle(self, command: Command | ExpertsLoaded) -> None:
+    def _get_now(self) -> Command | ExpertsLoaded:
+        return self._inbox.get_nowait()
+
+    def _sort(self, command: Command | ExpertsLoaded, taken: list[Command]) -> None:
         match command:
-            case Add():
-                self._rank.add(command.sequence)
-            case Abort():
-                self._rank.abort(command.seq_id)
-            case Wake():
-                self._rank.wake(command.counter)
-            case Fence():
-                self._fence(command)
-            case Configure():
-                self._configure(command)
-            case Inject():
-                self._injections.add(command)
-            case LoadExperts():
-                self._load_beside(command)
-            case SwitchRole():
-                self._switch_role(command)
             case ExpertsLoaded():
                 self._report(command)
-            case Stop():
-                self._stopped = True
+            case Inject():
+                self._injections.add(command)
             case _:
-                assert_never(command)
+                taken.append(command)
 
-    def _fence(self, command: Fence) -> None:
-        if command.at_boundary:
-            ack = self._rank.leave_at_boundary(command.epoch)
-            if ack is not None:  # outside the step loop: here and now is a boundary
-                self._leave()
-                self._report(ack)
-            return
-        began = time.monotonic()
-        self._leave()
-        self._acknowledge(self._rank.fence(command.epoch), began)
-
-    def _acknowledge(self, ack: FenceAck | None, began: float) -> None:
-        if ack is not None:
-            rollback_s, undone = time.monotonic() - began, self._rolled_back
-            self._report(msgspec.structs.replace(ack, rollback_s=rollback_s, rolled_back=undone))
-            self._rolled_back = False
-
-    def _configure(self, command: Configure) -> None:
-        if not self._rank.configure(command.epoch, command.step, mask_key(command), command.wake):
-            return
-        began = time.monotonic()
-        try:
-            self._take_roles(command)
-            self._load_now(command)
-            self._experts_s, began = time.monotonic() - began, time.monotonic()
-            channels = self._domains.enter(
-                command.domain, command.epoch, command.topology.members, self._rank.rank_id
+    def _publish_stats(self) -> None:
+        now = time.monotonic()
+        if now - self._stats_at >= STATS_EVERY_S:
+            self._stats_at = now
+            self._stats = msgspec.structs.replace(
+                self._rank.stats(),
+                memory_bytes=self._memory_bytes,
+                step_s=self._step_s,
+                waited_s=self._waited_s,
             )
-        except DomainLeft:
-            return
-        except CommunicationFailed as failure:
-            self._abort_step(str(failure))
-            return
-        except (CheckpointError, OSError) as error:
-            self._report(self._loaded(0, began, 0, str(error)))
-            return
-        self._peers = [PeerSource(command.placement, command.domain.weights, self._rank.rank_id)]
-        topology, slots_per_rank = command.topology, command.placement.slots_per_rank
-        sources, servers = topology.places(topology.attention), topology.places(topology.experts)
-        dispatchers = [Dispatcher(c, slots_per_rank, sources, servers) for c in channels]
-        self._runner.enter(dispatchers, command.placement, topology, self._rank.rank_id)
-        if command.dense is not None:
-            self._enter_dense(channels, command.dense, topology)
-        self._domain_s = time.monotonic() - began
-        self._memory_bytes = self._runner.num_bytes()
-        self._transport, self._entered = channels[0], command
-
-    def _enter_dense(
-        self, channels: Sequence[Transport], groups: DenseGroups, topology: Topology
-    ) -> None:
-        """Slots on the wire are shards."""
-        sources, servers = topology.places(topology.attention), dense_servers(groups, topology)
-        dispatchers = [Dispatcher(c, groups.size, sources, servers) for c in channels]
-        self._runner.enter_dense(dispatchers, groups, topology, self._rank.rank_id)
-
-    # ---- roles and experts -------------------------------------------------------------------
-
-    def _take_roles(self, command: Configure) -> None:
-        """An attention rank that has become an expert rank drops what it does not need any more."""
-        runner, me = self._runner, self._rank.rank_id
-        if runner.generator is not None and me not in command.topology.attention:
-            self._become_expert_rank(command.placement)
-
-    def _become_expert_rank(self, placement: ExpertPlacement) -> None:
-        self._progress.announce("role switch", LOAD_BUDGET_S)
-        self._rank.give_up_attention()
-        self._runner.become_expert_rank(len(placement.slots[self._rank.rank_id][0]))
-
-    def _switch_role(self, command: SwitchRole) -> None:
-        """Outside of the domain, while the others go on: ready when the experts are loaded."""
-        rank, began = self._rank, time.monotonic()
-        if self._runner.generator is not None:
-            self._become_expert_rank(command.placement)
-        try:
-            loaded = self._load(command.epoch, command.placement, command.domain)
-        except DomainLeft:
-            return
-        except (CheckpointError, OSError) as error:
-            self._report(self._loaded(0, began, 0, str(error)))
-            raise
-        self._memory_bytes = self._runner.num_bytes()
-        self._report(
-            Ready(
-                rank.rank_id,
-                rank.incarnation,
-                str(self._runner.device),
-                kv_blocks_total=0,
-                load_s=loaded.seconds,
-                load_bytes=loaded.num_bytes,
-                load_sources=loaded.sources,
-            )
-        )
-
-    def _load_now(self, command: Configure) -> None:
-        """What the map gives this rank and its slots do not hold. Raises DomainLeft if fenced."""
-        self._loaded_now = self._load(command.epoch, command.placement, command.domain)
-        if command.dense is not None:
-            me, attention = self._rank.rank_id, command.topology.attention
-            self._progress.announce("load", LOAD_BUDGET_S)
-            self._runner.load_shards(command.dense.shards_of(me, attention))
-
-    def _load(self, epoch: Epoch, placement: ExpertPlacement, domain: DomainSpec) -> LoadReport:
-        began, num_bytes, sources = time.monotonic(), 0, Counter[str]()
-        loads = self._runner.to_load(placement, self._rank.rank_id)
-        peers = [PeerSource(placement, domain.weights, self._rank.rank_id)]
-        for some in self._runner.in_portions(loads):  # a fence must not wait for all of them
-            self._domains.check_fence(epoch)
-            self._progress.announce("load", LOAD_BUDGET_S)
-            report = self._runner.load_experts(some, peers)
-            num_bytes += report.num_bytes
-            sources.update(report.sources)
-        return LoadReport(num_bytes, time.monotonic() - began, dict(sources))
-
-    def _load_beside(self, command: LoadExperts) -> None:
-        """In a thread of its own, into slots that the present epoch does not use."""
-        thread = threading.Thread(
-            target=self._load_aside, args=(command.request, command.loads, self._peers), daemon=True
-        )
-        thread.start()
-
-    def _load_aside(
-        self, request: int, loads: Sequence[SlotLoad], peers: Sequence[PeerSource]
-    ) -> None:
-        began = time.monotonic()
-        num_bytes, error = 0, None
-        try:
-            num_bytes = self._runner.load_experts(loads, peers).num_bytes
-        except (CheckpointError, OSError, RuntimeError) as failure:
-            error = str(failure)
-        self._commands.put(self._loaded(request, began, num_bytes, error))
-
-    def _loaded(
-        self, request: int, began: float, num_bytes: int, error: str | None
-    ) -> ExpertsLoaded:
-        rank, seconds = self._rank, time.monotonic() - began
-        return ExpertsLoaded(rank.rank_id, rank.incarnation, request, seconds, num_bytes, error)
 
     # ---- the step ----------------------------------------------------------------------------
 
-    def _step(self) -> None:
-        try:
-            self._run_step()
-        except DomainLeft:
-            self._leave()
-        except NonFiniteStep as found:
-            self._abort_step(
-                str(found), NonFinitePlace(found.layer, found.phase, found.produced_here)
-            )
-        except CommunicationFailed as failure:
-            self._abort_step(str(failure))
-
-    def _run_step(self) -> None:
+    def _exchange(self, header: StepHeader) -> list[StepHeader]:
         assert self._transport is not None
-        self._reach("schedule", -1, 0)
-        began, waited_s = time.monotonic(), self._progress.total_waited_s
-        batch = self._rank.begin_step()
-        headers = self._transport.all_gather_ints(self._rank.header())
-        agreement = self._rank.agree([StepHeader(*row) for row in headers])
-        self._report_resumed()
-        if isinstance(agreement, Run):
-            self._execute(batch)
-            self._step_s += time.monotonic() - began
-            self._waited_s += self._progress.total_waited_s - waited_s
-        elif isinstance(agreement, Leave):
-            began = time.monotonic()
-            self._leave()
-            self._acknowledge(self._rank.fence(agreement.epoch), began)
+        try:
+            return [StepHeader(*row) for row in self._transport.all_gather_ints(header)]
+        except DomainLeft as left:
+            raise Left(str(left)) from left
+        except CommunicationFailed as failure:
+            raise Broken(str(failure)) from failure
 
-    def _execute(self, batch: Batch) -> None:
+    def _forward(self, batch: Batch) -> Ran:
         began = time.monotonic()
-        self._batch = batch
-        if batch.items:
-            self._reach("attention", -1, batch.num_tokens)
-            self._rank.mark_executing()
-            results = self._runner.execute(batch)
-        else:
-            self._reach("attention", -1, 0)
-            self._runner.serve()
-            results = []
-        self._reach("commit", -1, batch.num_tokens)
-        tokens = self._rank.commit(results, time.monotonic() - began)
-        self._batch = None
-        if tokens.tokens or tokens.prompt_logprobs:
-            self._report(tokens)
-
-    def _report_resumed(self) -> None:
-        if self._entered is None:
-            return
-        rank, entered = self._rank, self._entered
-        self._entered = None
-        self._report(
-            Resumed(
-                rank.rank_id,
-                rank.incarnation,
-                entered.epoch,
-                entered.step,
-                self._domain_s,
-                self._experts_s,
-                sum(self._loaded_now.sources.values()),
-                self._loaded_now.num_bytes,
-                self._loaded_now.sources,
-            )
-        )
-
-    def _abort_step(self, detail: str, non_finite: NonFinitePlace | None = None) -> None:
-        """Undo the step and say what was seen; then wait for the engine."""
-        state, rank = self._rank.state, self._rank
-        assert isinstance(state, InDomain)
-        self._leave(non_finite)
-        self._report(StepAborted(rank.rank_id, rank.incarnation, state.epoch, state.step, detail))
-
-    def _leave(self, non_finite: NonFinitePlace | None = None) -> None:
-        """Roll the open step back, if any, and leave the domain. Waits for nobody.
-
-        What its forward wrote is zeroed: if there is a NaN in it, it would leak through attention.
-        """
-        state, batch, self._batch = self._rank.state, self._batch, None
-        if batch is not None and isinstance(state, InDomain):
-            self._report_non_finite(state, non_finite or self._runner.non_finite())
+        try:
             if batch.items:
-                self._runner.zero_written(batch)
-        self._rolled_back |= self._rank.roll_back()
-        self._runner.exchange.leave()
-        self._domains.leave()
-        self._transport = None
+                return Ran(self._runner.execute(batch), time.monotonic() - began)
+            self._runner.serve()
+        except DomainLeft as left:
+            raise Left(str(left)) from left
+        except (CommunicationFailed, NonFiniteStep) as failure:
+            raise Broken(str(failure)) from failure
+        return Ran([], time.monotonic() - began)
 
-    def _report_non_finite(self, state: InDomain, place: NonFinitePlace | None) -> None:
-        """Before the fence is acknowledged: the engine must know whose numbers these were."""
-        if place is None:
-            return
-        rank, (layer, phase, here) = self._rank, place
-        self._report(
-            NonFinite(rank.rank_id, rank.incarnation, state.epoch, state.step, layer, phase, here)
-        )
+    def _reach_of_loop(self, effect: Reach) -> None:
+        now = time.monotonic()
+        if effect.phase == "schedule":
+            self._step_began, self._waited_before_s = now, self._progress.total_waited_s
+        self._reach(effect.phase, -1, effect.num_rows)
+        if effect.phase == "commit":
+            self._step_s += now - self._step_began
+            self._waited_s += self._progress.total_waited_s - self._waited_before_s
 
     def _reach(self, phase: str, layer: int, num_rows: int) -> None:
         """A phase of the step begins."""
@@ -403,22 +204,66 @@ class StepLoop:
 
     def _prompt_tokens(self) -> Collection[int]:
         """Tokens in the prompts of the sequences that run in this step."""
-        items = self._batch.items if self._batch is not None else ()
+        state = self._rank.state
+        begun = state.open if isinstance(state, InDomain) else None
+        items = begun.batch.items if begun is not None else ()
         return {token for item in items for token in item.sequence.prompt_ids}
 
-    def _publish_stats(self) -> None:
-        now = time.monotonic()
-        if now - self._stats_at >= STATS_EVERY_S:
-            self._stats_at = now
-            self._stats = msgspec.structs.replace(
-                self._rank.stats(),
-                memory_bytes=self._memory_bytes,
-                step_s=self._step_s,
-                waited_s=self._waited_s,
-            )
+    # ---- roles and experts -------------------------------------------------------------------
+
+    def _load(self, wanted: Load) -> Loaded:
+        loaded = self._loader.load(wanted)
+        self._memory_bytes = self._runner.num_bytes()
+        return loaded
+
+    def _give_up_attention(self, num_slots: int) -> None:
+        self._progress.announce("role switch", LOAD_BUDGET_S)
+        self._runner.become_expert_rank(num_slots)
+
+    # ---- the domain --------------------------------------------------------------------------
+
+    def _enter(self, configure: Configure) -> float:
+        began, membership, domain = time.monotonic(), configure.membership, configure.domain
+        me = self._rank.rank_id
+        self._progress.announce("domain", domain.timeout_s)
+        try:
+            channels = self._domains.enter(domain, membership.epoch, membership.members, me)
+        except DomainLeft as left:
+            raise Left(str(left)) from left
+        except CommunicationFailed as failure:
+            raise Broken(str(failure)) from failure
+        self._loader.entered(membership, domain)
+        self._runner.enter(_dispatchers(channels, membership), membership, me)
+        if membership.dense is not None:
+            self._runner.enter_dense(_dense_dispatchers(channels, membership), membership, me)
+        self._transport = channels[0]
+        return time.monotonic() - began
+
+    def _leave(self, begun: Batch | None) -> Departure:
+        """What the forward wrote is zeroed: if there is a NaN in it, it would leak through
+        attention. The domain is left first: a device that is stuck must not hold the others.
+        """
+        began, place = time.monotonic(), None
+        self._runner.exchange.leave()
+        self._domains.leave()
+        self._transport = None
+        if begun is not None:
+            found = self._runner.non_finite()
+            place = Place(*found) if found is not None else None
+            if begun.items:
+                self._runner.zero_written(begun)
+        return Departure(place, time.monotonic() - began)
 
 
-def mask_key(command: Configure) -> bytes:
-    """Names the set of missing experts: KV is shared only among requests under the same set."""
-    missing = command.placement.missing()
-    return ",".join(f"{layer}.{expert}" for layer, expert in missing).encode()
+def _dispatchers(channels: tuple[Transport, ...], membership: Membership) -> list[Dispatcher]:
+    topology, slots_per_rank = membership.topology, membership.placement.slots_per_rank
+    sources, servers = topology.places(topology.attention), topology.places(topology.experts)
+    return [Dispatcher(c, slots_per_rank, sources, servers) for c in channels]
+
+
+def _dense_dispatchers(channels: tuple[Transport, ...], membership: Membership) -> list[Dispatcher]:
+    """Slots on the wire are shards."""
+    groups, topology = membership.dense, membership.topology
+    assert groups is not None
+    sources, servers = topology.places(topology.attention), dense_servers(groups, topology)
+    return [Dispatcher(c, groups.size, sources, servers) for c in channels]

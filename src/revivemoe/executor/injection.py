@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from revivemoe.comm.sever import sever
-from revivemoe.messages.reports import Inject
+from revivemoe.messages.commands import Inject
 
 SUPPORTED = ("kill", "hang", "error", "slow", "nan", "comm")
 """Kinds a rank can produce."""

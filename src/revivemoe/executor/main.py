@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,10 @@ from revivemoe.core.limits import RankLimits
 from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
 from revivemoe.executor.control import ControlThread
-from revivemoe.executor.driver import StepLoop
+from revivemoe.executor.driver import Driver
 from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
-from revivemoe.messages.reports import (
-    Fatal,
-    RankStats,
-    Ready,
-    Report,
-)
+from revivemoe.messages.reports import Fatal, RankStats, Ready, Report
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import DenseSpec, ModelRunner
 
@@ -75,8 +71,8 @@ def _serve(
     cache_fd: int | None,
     report: Callable[[Report], None],
 ) -> None:
-    fence, progress = FenceFlag(), Progress()
-    published: list[StepLoop] = []
+    fence, progress = FenceFlag(), Progress(time.monotonic)
+    published: list[Driver] = []
 
     def stats() -> RankStats:
         return published[0].stats() if published else RankStats()
@@ -84,8 +80,10 @@ def _serve(
     with ControlThread(spec, lifeline, fence, progress, stats) as control:
         runner = _load(spec)
         if cache_fd is not None:
-            runner.attach_host_cache(cache_fd)
-            threading.Thread(target=runner.fill_host_cache, name="cache", daemon=True).start()
+            runner.worker.attach_host_cache(cache_fd)
+            threading.Thread(
+                target=runner.worker.fill_host_cache, name="cache", daemon=True
+            ).start()
         num_blocks = _num_blocks(spec, runner)
         runner.allocate(num_blocks, spec.block_size)
         limits = RankLimits(
@@ -98,11 +96,11 @@ def _serve(
         )
         rank = Rank(spec.rank, spec.incarnation, limits)
         with (
-            WeightServer(spec.weights, runner.find_expert),
+            WeightServer(spec.weights, runner.worker.find),
             Domains(fence, segment_fd, spec.device, progress.waits) as domains,
         ):
-            loop = StepLoop(rank, runner, domains, control.commands, report, progress)
-            published.append(loop)
+            driver = Driver(rank, runner, domains, control.commands, report, progress)
+            published.append(driver)
             report(
                 Ready(
                     spec.rank,
@@ -113,7 +111,7 @@ def _serve(
                     runner.maskable,
                 )
             )
-            loop.run()
+            driver.run()
 
 
 def _load(spec: RankSpec) -> ModelRunner:

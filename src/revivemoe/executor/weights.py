@@ -15,7 +15,7 @@ import torch
 import zmq
 
 from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.membership import Membership
 
 Rows = dict[str, torch.Tensor]
 PEER_TIMEOUT_S = 2.0
@@ -79,16 +79,14 @@ class PeerSource:
 
     name = "peer"
 
-    def __init__(
-        self, placement: ExpertPlacement, endpoints: Mapping[RankId, str], me: RankId
-    ) -> None:
-        """`placement`: of the epoch in which the replicas are live."""
-        self._placement, self._endpoints, self._me = placement, endpoints, me
+    def __init__(self, membership: Membership, endpoints: Mapping[RankId, str], me: RankId) -> None:
+        """`membership`: of the epoch in which the replicas are live."""
+        self._membership, self._endpoints, self._me = membership, endpoints, me
         self._silent: set[RankId] = set()
         """Peers that did not answer once: they are not asked again."""
 
     def fetch(self, layer: LayerId, expert: ExpertId) -> Rows | None:
-        for rank, _ in self._placement.holders(self._placement.layers.index(layer), expert):
+        for rank, _ in self._membership.holders(layer, expert):
             if rank == self._me or rank in self._silent or rank not in self._endpoints:
                 continue
             rows = self._ask(rank, Wanted(layer, expert))

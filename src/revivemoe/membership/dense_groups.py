@@ -28,22 +28,25 @@ class DenseGroups(msgspec.Struct, frozen=True):
         present = set(attention)
         return tuple(g for g in (*self.home, *self.extra) if set(g) <= present)
 
-    def shards_of(self, rank: RankId, attention: tuple[RankId, ...]) -> set[int]:
+    def shards_of(self, rank: RankId, attention: tuple[RankId, ...]) -> frozenset[int]:
         """Shards that the healthy groups expect `rank` to hold."""
         groups = self.healthy(attention)
-        return {shard for g in groups for shard, holder in enumerate(g) if holder == rank}
+        return frozenset(s for g in groups for s, holder in enumerate(g) if holder == rank)
 
-    def after(self, attention: tuple[RankId, ...], gone: frozenset[RankId]) -> "DenseGroups":
-        """The groups once the processes of `gone` are no more, with at least one healthy group.
+    def without(self, gone: frozenset[RankId]) -> "DenseGroups":
+        """The groups once the processes of `gone` are no more, or have no attention role any more.
 
         A process that comes back has only what it starts with: no part in an extra group.
         """
         extra = tuple(g for g in self.extra if not set(g) & gone)
-        left = msgspec.structs.replace(self, extra=extra)
-        if left.healthy(attention) or not attention:
-            return left
+        return msgspec.structs.replace(self, extra=extra)
+
+    def completed(self, attention: tuple[RankId, ...]) -> "DenseGroups":
+        """With at least one healthy group: if none is left, one of the present attention ranks."""
+        if self.healthy(attention) or not attention:
+            return self
         spread = tuple(attention[shard % len(attention)] for shard in range(self.size))
-        return msgspec.structs.replace(left, extra=(*extra, spread))
+        return msgspec.structs.replace(self, extra=(*self.extra, spread))
 
 
 def form_groups(attention: tuple[RankId, ...], size: int) -> DenseGroups:

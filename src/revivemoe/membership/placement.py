@@ -3,78 +3,125 @@
 Legend for shapes: L MoE layers, S slots per rank and layer, E experts per layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
 
 EMPTY = -1
+Table = tuple[tuple[int, ...], ...]
+"""Slots of one rank, [L][S]: the expert in each, or EMPTY."""
+Holder = tuple[RankId, SlotId]
+ExpertOfLayer = tuple[LayerId, ExpertId]
 
 
-class ExpertPlacement(msgspec.Struct, frozen=True):
-    """Experts in slots: `slots[rank][i][s]` is what slot s of layer `layers[i]` holds, or -1."""
+@dataclass(frozen=True)
+class Reload:
+    """One expert to be loaded into one slot."""
+
+    rank: RankId
+    layer: LayerId
+    slot: SlotId
+    expert: ExpertId
+
+
+class ExpertPlacement(msgspec.Struct, frozen=True, dict=True):
+    """Experts in slots: `slots[rank][i][s]` is what slot s of layer `layers[i]` holds, or -1.
+
+    What follows from that is worked out once, when it is first asked for.
+    """
 
     num_experts: int
     layers: tuple[LayerId, ...]
     """The model's MoE layers (decoder layer numbers), ascending."""
-    slots: dict[RankId, tuple[tuple[int, ...], ...]]
+    slots: dict[RankId, Table]
 
-    @property
+    # ---- what follows ------------------------------------------------------------------------
+
+    @cached_property
     def slots_per_rank(self) -> int:
         return max((len(table[0]) for table in self.slots.values() if table), default=0)
 
-    def holders(self, layer_index: int, expert: ExpertId) -> list[tuple[RankId, SlotId]]:
-        """Every (rank, slot) that holds `expert` in the layer at `layer_index`, by rank."""
-        return [
-            (rank, SlotId(table[layer_index].index(expert)))
-            for rank, table in sorted(self.slots.items())
-            if expert in table[layer_index]
-        ]
+    @cached_property
+    def index_of(self) -> dict[LayerId, int]:
+        """Position of each layer in `layers`."""
+        return {layer: i for i, layer in enumerate(self.layers)}
 
-    def missing(self) -> list[tuple[LayerId, ExpertId]]:
-        """Experts that no rank holds, sorted by (layer, expert)."""
-        return [
-            (layer, ExpertId(e))
-            for i, layer in enumerate(self.layers)
-            for e in range(self.num_experts)
-            if all(e not in table[i] for table in self.slots.values())
+    @cached_property
+    def holders_LE(self) -> list[list[list[Holder]]]:
+        """Every (rank, slot) that holds an expert, by rank: [L][E][replicas]."""
+        holders: list[list[list[Holder]]] = [
+            [[] for _ in range(self.num_experts)] for _ in self.layers
         ]
+        for rank, table in sorted(self.slots.items()):
+            for of_layer, row in zip(holders, table, strict=True):
+                for slot, expert in enumerate(row):
+                    if expert != EMPTY:
+                        of_layer[expert].append((rank, SlotId(slot)))
+        return holders
+
+    def holders(self, layer: LayerId, expert: ExpertId) -> list[Holder]:
+        """Every (rank, slot) that holds this expert, by rank."""
+        return self.holders_LE[self.index_of[layer]][expert]
+
+    @cached_property
+    def missing(self) -> tuple[ExpertOfLayer, ...]:
+        """Experts that no rank holds, sorted by (layer, expert)."""
+        return tuple(
+            (layer, ExpertId(expert))
+            for layer, of_layer in zip(self.layers, self.holders_LE, strict=True)
+            for expert, held in enumerate(of_layer)
+            if not held
+        )
+
+    @cached_property
+    def missing_fraction(self) -> float:
+        """Largest share of one layer's experts that no rank holds."""
+        worst = max((sum(not held for held in row) for row in self.holders_LE), default=0)
+        return worst / self.num_experts
+
+    @cached_property
+    def sole_holders(self) -> dict[RankId, set[ExpertOfLayer]]:
+        """For each rank, the experts that would be gone if it died now."""
+        sole: dict[RankId, set[ExpertOfLayer]] = {rank: set() for rank in self.slots}
+        for layer, of_layer in zip(self.layers, self.holders_LE, strict=True):
+            for expert, held in enumerate(of_layer):
+                if held and held[0][0] == held[-1][0]:
+                    sole[held[0][0]].add((layer, ExpertId(expert)))
+        return sole
+
+    # ---- other maps --------------------------------------------------------------------------
 
     def without(self, lost: frozenset[RankId]) -> "ExpertPlacement":
         """The map with the slots of `lost` ranks dropped."""
         kept = {rank: table for rank, table in self.slots.items() if rank not in lost}
-        return ExpertPlacement(num_experts=self.num_experts, layers=self.layers, slots=kept)
+        return msgspec.structs.replace(self, slots=kept) if len(kept) < len(self.slots) else self
 
-    def with_rank(self, rank: RankId, table: tuple[tuple[int, ...], ...]) -> "ExpertPlacement":
+    def with_rank(self, rank: RankId, table: Table) -> "ExpertPlacement":
         """The map with a rank's slots added, or replaced."""
         return msgspec.structs.replace(self, slots={**self.slots, rank: table})
 
-    def with_slot(self, rank: RankId, layer: LayerId, slot: SlotId, held: int) -> "ExpertPlacement":
-        """The map with one slot holding another expert, or EMPTY."""
-        index = self.layers.index(layer)
-        row = self.slots[rank][index]
-        row = (*row[:slot], held, *row[slot + 1 :])
-        table = self.slots[rank]
-        return self.with_rank(rank, (*table[:index], row, *table[index + 1 :]))
+    def with_reloads(self, reloads: Iterable[Reload]) -> "ExpertPlacement":
+        """The map once these are in their slots."""
+        return self._with_held((r, int(r.expert)) for r in reloads)
 
-    def sole_holders(self) -> dict[RankId, set[tuple[LayerId, ExpertId]]]:
-        """For each rank, the experts that would be gone if it died now."""
-        sole: dict[RankId, set[tuple[LayerId, ExpertId]]] = {rank: set() for rank in self.slots}
-        for i, layer in enumerate(self.layers):
-            for e in range(self.num_experts):
-                held_by = self.holders(i, ExpertId(e))
-                if len(held_by) == 1:
-                    sole[held_by[0][0]].add((layer, ExpertId(e)))
-        return sole
+    def cleared(self, slots: Iterable[Reload]) -> "ExpertPlacement":
+        """The map while these slots are being loaded: nobody is sent there."""
+        return self._with_held((r, EMPTY) for r in slots)
 
-
-def missing_fraction(placement: ExpertPlacement) -> float:
-    """Largest share of one layer's experts that no rank holds."""
-    counts: dict[int, int] = {}
-    for layer, _ in placement.missing():
-        counts[layer] = counts.get(layer, 0) + 1
-    return max(counts.values(), default=0) / placement.num_experts
+    def _with_held(self, changes: Iterable[tuple[Reload, int]]) -> "ExpertPlacement":
+        rows: dict[RankId, list[list[int]]] = {}
+        for slot, expert in changes:
+            if slot.rank not in rows:
+                rows[slot.rank] = [list(row) for row in self.slots[slot.rank]]
+            rows[slot.rank][self.index_of[slot.layer]][slot.slot] = expert
+        if not rows:
+            return self
+        tables = {rank: tuple(map(tuple, table)) for rank, table in rows.items()}
+        return msgspec.structs.replace(self, slots={**self.slots, **tables})
 
 
 def place(

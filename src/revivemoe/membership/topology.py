@@ -1,11 +1,13 @@
 """Who is a member of an epoch, in which role, under which logical rank."""
 
+from functools import cached_property
+
 import msgspec
 
 from revivemoe.ids import Epoch, LogicalRank, RankId
 
 
-class Topology(msgspec.Struct, frozen=True):
+class Topology(msgspec.Struct, frozen=True, dict=True):
     """Members of one epoch. Logical ranks are positions in `members`: compact by construction."""
 
     epoch: Epoch
@@ -15,9 +17,13 @@ class Topology(msgspec.Struct, frozen=True):
     experts: tuple[RankId, ...]
     """Members that hold expert slots, in logical order. Collocated: equal to `attention`."""
 
+    @cached_property
+    def _places(self) -> dict[RankId, LogicalRank]:
+        return {rank: LogicalRank(place) for place, rank in enumerate(self.members)}
+
     def logical_rank(self, rank: RankId) -> LogicalRank:
-        """Dense index of `rank`. Raises ValueError if it is not a member."""
-        return LogicalRank(self.members.index(rank))
+        """Dense index of `rank`. Raises KeyError if it is not a member."""
+        return self._places[rank]
 
     def places(self, ranks: tuple[RankId, ...]) -> tuple[LogicalRank, ...]:
         """Logical ranks of these members."""
@@ -54,7 +60,8 @@ def default_microbatches(topology: Topology) -> int:
 
 
 def _of_roles(epoch: Epoch, attention: tuple[RankId, ...], experts: tuple[RankId, ...]) -> Topology:
-    members = (*attention, *(r for r in experts if r not in attention))
+    both = set(attention)
+    members = (*attention, *(r for r in experts if r not in both))
     return Topology(epoch=epoch, members=members, attention=attention, experts=experts)
 
 
@@ -78,13 +85,13 @@ def switched(topology: Topology, donor: RankId, replaced: RankId | None) -> Topo
     return _of_roles(topology.epoch, attention, experts)
 
 
-def without(topology: Topology, lost: frozenset[RankId], epoch: Epoch) -> Topology:
-    """The next epoch's topology: the survivors in their old order, so logical ranks close up."""
+def without(topology: Topology, lost: frozenset[RankId]) -> Topology:
+    """`topology` of the survivors in their old order, so logical ranks close up."""
 
     def keep(ranks: tuple[RankId, ...]) -> tuple[RankId, ...]:
         return tuple(r for r in ranks if r not in lost)
 
-    return _of_roles(epoch, keep(topology.attention), keep(topology.experts))
+    return _of_roles(topology.epoch, keep(topology.attention), keep(topology.experts))
 
 
 def joined(topology: Topology, ranks: tuple[RankId, ...], home: Topology) -> Topology:
@@ -92,7 +99,7 @@ def joined(topology: Topology, ranks: tuple[RankId, ...], home: Topology) -> Top
 
     def add(present: tuple[RankId, ...], role: tuple[RankId, ...]) -> tuple[RankId, ...]:
         both = {*present, *(r for r in ranks if r in role)}
-        return tuple(sorted(both, key=home.members.index))
+        return tuple(sorted(both, key=home.logical_rank))
 
     attention = add(topology.attention, home.attention)
     return _of_roles(topology.epoch, attention, add(topology.experts, home.experts))

@@ -1,171 +1,18 @@
-"""Typed messages between the engine and its ranks (msgpack on the wire, never pickle).
+"""Rank to engine (msgpack on the wire, never pickle).
 
-Engine to rank: `Command`. Rank to engine: `Report`. Both directions are first-in first-out per
-rank, which the fence relies on: a `FenceAck` follows every token the rank had committed.
+First-in first-out per rank, which the fence relies on: a `FenceAck` follows every token the rank
+had committed.
 """
-
-from typing import Any
 
 import msgspec
 
-from revivemoe.ids import Epoch, ExpertId, Incarnation, LayerId, RankId, SeqId, SlotId
-from revivemoe.membership.dense_groups import DenseGroups
-from revivemoe.membership.placement import ExpertPlacement
-from revivemoe.membership.topology import Topology
-from revivemoe.sampling_params import SamplingParams
+from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
+from revivemoe.messages.tokens import CommittedToken, PromptLogprobs
 
-
-class SequenceSpec(msgspec.Struct, frozen=True):
-    """A sequence as it is handed to a rank: new, or migrated with what it has committed so far."""
-
-    seq_id: SeqId
-    prompt_ids: list[int]
-    output_ids: list[int]
-    params: SamplingParams
-    arrival: int
-    """Admission order over the whole instance; smaller is older."""
-    prompt_logprobs_done: int = 0
-    """Prompt positions whose log-probabilities the engine already holds."""
-
-
-class TokenLogprobs(msgspec.Struct, frozen=True):
-    """Log-probability of one token and of the most likely alternatives at its position."""
-
-    logprob: float
-    top: list[tuple[int, float]]
-    """(token id, log-probability), most likely first."""
-
-
-class CommittedToken(msgspec.Struct, frozen=True):
-    seq_id: SeqId
-    position: int
-    """Index into the output tokens: the log appends if and only if it equals its length."""
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-
-
-class PromptLogprobs(msgspec.Struct, frozen=True):
-    seq_id: SeqId
-    start: int
-    """Prompt position of the first entry. Position 0 has no predecessor and is never sent."""
-    entries: list[TokenLogprobs]
-
-
-# ---- engine to rank -------------------------------------------------------------------------
-
-
-class Add(msgspec.Struct, frozen=True, tag=True):
-    """Take over a sequence. A second `Add` of a live `seq_id` is ignored (idempotent)."""
-
-    sequence: SequenceSpec
-
-
-class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Forget a sequence and free its blocks. Unknown ids are ignored."""
-
-    seq_id: SeqId
-
-
-class Wake(msgspec.Struct, frozen=True, tag=True):
-    """There is work in the domain: take part in steps again. Sent to *all* members."""
-
-    counter: int
-
-
-class Fence(msgspec.Struct, frozen=True, tag=True):
-    """Leave the domain of every epoch below `epoch`, roll the open step back, acknowledge.
-
-    `at_boundary`: not at once, but together with all members before the next step, so that
-    nothing is rolled back. A later fence without it overrules that.
-    """
-
-    epoch: Epoch
-    at_boundary: bool = False
-
-
-class DomainSpec(msgspec.Struct, frozen=True):
-    """How the members of one epoch reach each other."""
-
-    backend: str
-    """shm | gloo | nccl"""
-    store_address: str | None = None
-    """host:port of the engine's TCP store (gloo, nccl)."""
-    timeout_s: float = 30.0
-    """Bound on every wait inside the domain."""
-    channels: int = 1
-    """Independent sequences of exchanges: one for each micro-batch."""
-    weights: dict[RankId, str] = {}
-    """Where each rank serves its experts' weights to its peers."""
-
-
-class Configure(msgspec.Struct, frozen=True, tag=True):
-    """Enter a new epoch: membership, expert map, domain, and the first step's number.
-
-    Experts that the map gives to this rank and that are not in their slots yet are loaded first.
-    """
-
-    epoch: Epoch
-    step: int
-    topology: Topology
-    placement: ExpertPlacement
-    domain: DomainSpec
-    wake: int
-    dense: DenseGroups | None = None
-    """Groups that share the dense layers, if they are shared; shards that this rank is to hold and
-    does not are loaded first."""
-
-
-class SlotLoad(msgspec.Struct, frozen=True):
-    """One expert that shall lie in one slot of the rank this is sent to."""
-
-    layer: LayerId
-    slot: SlotId
-    expert: ExpertId
-
-
-class LoadExperts(msgspec.Struct, frozen=True, tag=True):
-    """Load experts into slots that the present epoch does not use, beside the steps.
-
-    `ExpertsLoaded` answers it. They are used from the next epoch whose placement names them.
-    """
-
-    request: int
-    loads: tuple[SlotLoad, ...]
-
-
-class SwitchRole(msgspec.Struct, frozen=True, tag=True):
-    """Give the attention role up, outside of any epoch, and load the experts that `placement` gives
-    to this rank. `Ready` answers it: then it waits to be taken in as an expert rank.
-    """
-
-    epoch: Epoch
-    """The one it has been fenced for: a later fence ends the switch."""
-    placement: ExpertPlacement
-    domain: DomainSpec
-
-
-class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Leave and exit with status 0."""
-
-
-class Inject(msgspec.Struct, frozen=True, tag=True):
-    """One-shot fault at an exact point of a step (only with fault injection enabled)."""
-
-    injection_id: str
-    kind: str
-    step: int | None = None
-    layer: int | None = None
-    phase: str | None = None
-    params: dict[str, Any] = {}
-    """`factor` (slow), `how` (hang: loop | stop | deadlock), `peer` and `peer_pid` (comm),
-    `prompt_token` (any kind: strikes whenever a sequence with this token in its prompt runs, and
-    is not one-shot: a request that kills whoever runs it)."""
-
-
-Command = Add | Abort | Wake | Fence | Configure | LoadExperts | SwitchRole | Stop | Inject
-
-
-# ---- rank to engine -------------------------------------------------------------------------
+STEP_PHASES = ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit")
+"""Of a step, in order. From `attention` to `combine` once for each layer."""
+PRODUCERS = ("attention", "experts", "combine", "sample")
+"""Phases whose output may be found not to be finite, in order."""
 
 
 class RankStats(msgspec.Struct, frozen=True):

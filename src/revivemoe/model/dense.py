@@ -16,6 +16,7 @@ from torch import nn
 
 from revivemoe.ids import LayerId, RankId
 from revivemoe.membership.dense_groups import DenseGroups
+from revivemoe.membership.membership import Membership
 from revivemoe.membership.topology import Topology
 from revivemoe.model.load import CheckpointError, checkpoint_files
 
@@ -34,8 +35,10 @@ class DenseLayer:
         self._slots_GS = torch.zeros(0, num_shards, dtype=torch.int64, device=device)
         self._first = 0
 
-    def enter(self, groups: DenseGroups, topology: Topology, me: RankId) -> None:
+    def enter(self, membership: Membership, me: RankId) -> None:
         """Take up an epoch. A slot on the wire is logical rank * S + shard."""
+        groups, topology = membership.dense, membership.topology
+        assert groups is not None, "no dense layers are shared"
         slots = [
             [topology.logical_rank(rank) * groups.size + shard for shard, rank in enumerate(group)]
             for group in groups.healthy(topology.attention)

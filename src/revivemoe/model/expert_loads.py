@@ -11,7 +11,7 @@ import torch
 
 from revivemoe.ids import ExpertId, LayerId, SlotId
 from revivemoe.membership.placement import EMPTY
-from revivemoe.messages.reports import SlotLoad
+from revivemoe.messages.commands import SlotLoad
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.experts import MoeLayer
 from revivemoe.model.host_cache import HostCache

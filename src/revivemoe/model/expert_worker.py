@@ -10,12 +10,9 @@ from pathlib import Path
 
 import torch
 
-from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
-from revivemoe.membership.placement import (
-    EMPTY,
-    ExpertPlacement,
-)
-from revivemoe.messages.reports import SlotLoad
+from revivemoe.ids import ExpertId, LayerId, SlotId
+from revivemoe.membership.placement import EMPTY, Table
+from revivemoe.messages.commands import SlotLoad
 from revivemoe.model.dense import DenseLayer
 from revivemoe.model.expert_loads import ExpertLoader, ExpertSource, LoadReport
 from revivemoe.model.expert_reader import ExpertReader
@@ -64,12 +61,12 @@ class ExpertWorker:
             for name in layer.module.revive_rows
         )
 
-    def to_load(self, placement: ExpertPlacement, me: RankId) -> tuple[SlotLoad, ...]:
-        """What `placement` gives this rank that its slots do not hold yet."""
+    def to_load(self, layers: Sequence[LayerId], table: Table) -> tuple[SlotLoad, ...]:
+        """What `table`, [L][S], has that the slots of these layers do not hold yet."""
         held = self.held()
         return tuple(
             SlotLoad(layer, SlotId(slot), ExpertId(expert))
-            for layer, given in zip(placement.layers, placement.slots.get(me, ()), strict=False)
+            for layer, given in zip(layers, table, strict=bool(table))
             for slot, expert in enumerate(given)
             if expert not in (EMPTY, held[layer][slot])
         )

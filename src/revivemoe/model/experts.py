@@ -12,12 +12,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
-from revivemoe.membership.dense_groups import DenseGroups
-from revivemoe.membership.placement import (
-    EMPTY,
-    ExpertPlacement,
-)
-from revivemoe.membership.topology import Topology
+from revivemoe.membership.membership import Membership
+from revivemoe.membership.placement import EMPTY, Holder
 from revivemoe.model.dense import DenseLayer
 from revivemoe.model.finite import FiniteCheck, NonFinitePlace
 
@@ -143,13 +139,13 @@ class ExpertExchange:
     def enter(
         self,
         dispatchers: Sequence[Dispatcher],
-        placement: ExpertPlacement,
-        topology: Topology,
+        membership: Membership,
         me: RankId,
     ) -> None:
         """Take up an epoch: its dispatchers, and for each expert the slot this rank will use."""
+        chosen = choose_slots(membership, me)
         for layer in self.layers.values():
-            table = choose_slots(placement, topology, layer.layer, me)
+            table = chosen[layer.layer]
             layer.slot_of_expert_E = torch.tensor(table, device=layer.slot_of_expert_E.device)
         while len(self.lanes) < len(dispatchers):
             self.lanes.append(self._new_lane())
@@ -159,13 +155,12 @@ class ExpertExchange:
     def enter_dense(
         self,
         dispatchers: Sequence[Dispatcher],
-        groups: DenseGroups,
-        topology: Topology,
+        membership: Membership,
         me: RankId,
     ) -> None:
         """The same for the dense layers that are shared."""
         for layer in self.dense.values():
-            layer.enter(groups, topology, me)
+            layer.enter(membership, me)
         for lane, dispatcher in zip(self.lanes, dispatchers, strict=True):
             lane.dense = dispatcher
 
@@ -279,26 +274,32 @@ def _go_on() -> None:
     """Nothing else to be done."""
 
 
-def choose_slots(
-    placement: ExpertPlacement, topology: Topology, layer: LayerId, me: RankId
-) -> list[int]:
-    """For each expert of `layer`, the physical slot (logical rank * S + slot) `me` sends to, or -1.
+def choose_slots(membership: Membership, me: RankId) -> dict[LayerId, list[int]]:
+    """For each expert of each layer, [E], the physical slot (logical rank * S + slot) `me` sends
+    to, or -1.
 
     A replica on this rank is preferred; otherwise sources spread over the replicas.
     """
-    index = placement.layers.index(layer)
-    replicas: list[list[tuple[RankId, int]]] = [[] for _ in range(placement.num_experts)]
-    for rank in topology.experts:
-        base = topology.logical_rank(rank) * placement.slots_per_rank
-        for slot, expert in enumerate(placement.slots[rank][index]):
-            if expert != EMPTY:
-                replicas[expert].append((rank, base + slot))
-    chosen = []
-    for expert, held in enumerate(replicas):
-        local = [slot for rank, slot in held if rank == me]
-        spread = held[(me + expert) % len(held)][1] if held else -1
-        chosen.append(local[0] if local else spread)
-    return chosen
+    placement, topology = membership.placement, membership.topology
+    width = placement.slots_per_rank
+    base = {rank: topology.logical_rank(rank) * width for rank in membership.experts}
+    order = {rank: place for place, rank in enumerate(membership.experts)}
+
+    def choose(expert: int, held: list[Holder]) -> int:
+        if not held:
+            return -1
+        for rank, slot in held:
+            if rank == me:
+                return base[rank] + slot
+        if len(held) > 1:
+            held = sorted(held, key=lambda holder: order[holder[0]])
+        rank, slot = held[(me + expert) % len(held)]
+        return base[rank] + slot
+
+    return {
+        layer: [choose(expert, held) for expert, held in enumerate(of_layer)]
+        for layer, of_layer in zip(placement.layers, placement.holders_LE, strict=True)
+    }
 
 
 def dispatched_experts(

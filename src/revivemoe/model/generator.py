@@ -11,8 +11,8 @@ import torch
 
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
 from revivemoe.ids import ExpertId, LayerId
-from revivemoe.membership.placement import ExpertPlacement
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.membership.membership import Membership
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
 from revivemoe.model.load import LoadedModel
@@ -52,13 +52,13 @@ class Generator:
             return False
         return all(router.form is not None for router in self.routers.values())
 
-    def mask(self, placement: ExpertPlacement) -> None:
+    def mask(self, membership: Membership) -> None:
         """Leave out of the routers what no rank holds."""
         missing: dict[LayerId, list[ExpertId]] = {}
-        for layer_id, expert in placement.missing():
+        for layer_id, expert in membership.missing:
             missing.setdefault(layer_id, []).append(expert)
         for layer_id, router in self.routers.items():
-            mask = torch.zeros(placement.num_experts, dtype=torch.bool)
+            mask = torch.zeros(membership.placement.num_experts, dtype=torch.bool)
             mask[missing.get(layer_id, [])] = True
             router.set_missing(mask.to(self._device))
 

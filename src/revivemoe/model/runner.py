@@ -16,14 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.microbatches import split
 from revivemoe.core.step import Batch, StepResult
-from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.membership.dense_groups import DenseGroups
-from revivemoe.membership.placement import ExpertPlacement
-from revivemoe.membership.topology import Topology
-from revivemoe.messages.reports import SlotLoad
+from revivemoe.ids import LayerId, RankId
+from revivemoe.membership.membership import Membership
 from revivemoe.model import experts as experts_hook
 from revivemoe.model.dense import DenseLayer, DenseReader, replace_dense
-from revivemoe.model.expert_loads import ExpertSource, LoadReport
 from revivemoe.model.expert_worker import ExpertWorker
 from revivemoe.model.experts import ExpertExchange, MoeLayer
 from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
@@ -132,66 +128,28 @@ class ModelRunner:
         _return_memory()
         self.worker.resize(num_slots)
 
-    # ---- experts in slots ---------------------------------------------------------------------
-
-    def held(self) -> dict[LayerId, tuple[int, ...]]:
-        """The expert in each slot, by layer; -1: none."""
-        return self.worker.held()
-
-    def to_load(self, placement: ExpertPlacement, me: RankId) -> tuple[SlotLoad, ...]:
-        """What `placement` gives this rank that its slots do not hold yet."""
-        return self.worker.to_load(placement, me)
-
-    def load_experts(
-        self, loads: Sequence[SlotLoad], sources: Sequence[ExpertSource] = ()
-    ) -> LoadReport:
-        """`ExpertWorker.load`."""
-        return self.worker.load(loads, sources)
-
-    def in_portions(self, loads: Sequence[SlotLoad]) -> list[Sequence[SlotLoad]]:
-        """`ExpertWorker.in_portions`."""
-        return self.worker.in_portions(loads)
-
-    def find_expert(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
-        """`ExpertWorker.find`."""
-        return self.worker.find(layer, expert)
-
-    def attach_host_cache(self, fd: int) -> None:
-        """`ExpertWorker.attach_host_cache`."""
-        self.worker.attach_host_cache(fd)
-
-    def row_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """`ExpertWorker.row_shapes`."""
-        return self.worker.row_shapes()
-
-    def fill_host_cache(self) -> int:
-        """`ExpertWorker.fill_host_cache`."""
-        return self.worker.fill_host_cache()
-
     # ---- steps --------------------------------------------------------------------------------
 
     def enter(
         self,
         dispatchers: Sequence[Dispatcher],
-        placement: ExpertPlacement,
-        topology: Topology,
+        membership: Membership,
         me: RankId,
     ) -> None:
         """Take up an epoch: a dispatcher for each micro-batch, expert map, router masks."""
         self._microbatches = len(dispatchers)
-        self.exchange.enter(dispatchers, placement, topology, me)
+        self.exchange.enter(dispatchers, membership, me)
         if self.generator is not None:
-            self.generator.mask(placement)
+            self.generator.mask(membership)
 
     def enter_dense(
         self,
         dispatchers: Sequence[Dispatcher],
-        groups: DenseGroups,
-        topology: Topology,
+        membership: Membership,
         me: RankId,
     ) -> None:
         """After `enter`, where dense layers are shared: a dispatcher for each micro-batch."""
-        self.exchange.enter_dense(dispatchers, groups, topology, me)
+        self.exchange.enter_dense(dispatchers, membership, me)
 
     @torch.inference_mode()
     def serve(self) -> None:

@@ -17,7 +17,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.sampling_params import SamplingParams
 
 GREEDY_BELOW = 1e-5

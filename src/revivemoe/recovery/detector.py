@@ -18,10 +18,7 @@ The engine drains its inbox before it asks, and tells of every stall of its own.
 from dataclasses import dataclass, replace
 
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages.reports import (
-    Activity,
-    Heartbeat,
-)
+from revivemoe.messages.reports import STEP_PHASES, Activity, Heartbeat
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.policy import Policy
 
@@ -152,7 +149,7 @@ class Detector:
         waits = {rank: v.activity for rank, v in alive.items()}
         limit_s = self._policy.hang_after_s
         stuck = [a for a in waits.values() if a.kind == "waiting" and a.since_s > limit_s]
-        if len(stuck) < len(waits) or any(a.name not in PHASES for a in stuck):
+        if len(stuck) < len(waits) or any(a.name not in STEP_PHASES for a in stuck):
             return []
         front = max((_place(a) for a in waits.values()), default=None)
         behind = [rank for rank, a in sorted(waits.items()) if _place(a) != front]
@@ -206,7 +203,6 @@ class Detector:
         return max(0.0, now - self._vitals[rank].last_seen)
 
 
-PHASES = ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit")
 BEHIND_ALL_LAYERS = 1 << 30
 
 
@@ -215,7 +211,7 @@ def _place(activity: Activity) -> tuple[int, int, int]:
     layer = activity.layer
     if activity.name in ("sample", "commit"):
         layer = BEHIND_ALL_LAYERS
-    phase = PHASES.index(activity.name) if activity.name in PHASES else 0
+    phase = STEP_PHASES.index(activity.name) if activity.name in STEP_PHASES else 0
     return activity.step, layer, phase
 
 

@@ -1,10 +1,9 @@
 """Faults that are redone in place once and laid to a rank when they come again."""
 
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages.reports import NonFinite
+from revivemoe.messages.reports import PRODUCERS, NonFinite
 from revivemoe.recovery.faults import Fault
 
-PLACES = ("attention", "experts", "combine", "sample")
 LAST_LAYER = 1 << 30
 
 
@@ -69,4 +68,4 @@ class Numbers:
 
 def _place(claim: NonFinite) -> tuple[int, int, int]:
     layer = claim.layer if claim.layer >= 0 else LAST_LAYER
-    return layer, PLACES.index(claim.phase), claim.rank
+    return layer, PRODUCERS.index(claim.phase), claim.rank

@@ -8,19 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
-from revivemoe.membership.placement import (
-    EMPTY,
-    ExpertPlacement,
-)
-from revivemoe.membership.topology import (
-    Topology,
-    donors,
-    switched,
-)
-from revivemoe.recovery.repair import Reload, assign_replicas
-
-Table = tuple[tuple[int, ...], ...]
-"""As `ExpertPlacement.slots` of one rank."""
+from revivemoe.membership.placement import EMPTY, ExpertOfLayer, ExpertPlacement, Reload, Table
+from revivemoe.membership.topology import Topology, donors, switched
+from revivemoe.recovery.repair import assign_replicas
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class RoleSwitch:
 def choose_switches(
     topology: Topology,
     placement: ExpertPlacement,
-    wanted: Iterable[tuple[LayerId, ExpertId]],
+    wanted: Iterable[ExpertOfLayer],
     num_slots: int,
     tokens: Mapping[RankId, int],
     places: Sequence[RankId],
@@ -95,12 +85,12 @@ def asked_switch(
     if rank not in donors(topology):
         return f"rank {rank} is the last attention rank"
     missing: dict[LayerId, list[int]] = {layer: [] for layer in placement.layers}
-    for layer, expert in placement.missing():
+    for layer, expert in placement.missing:
         missing[layer].append(expert)
     table = tuple(_row(missing[layer][:num_slots], num_slots) for layer in placement.layers)
     for reload in assign_replicas(placement.with_rank(rank, table), home):
         if reload.rank == rank:
-            table = _with(table, placement.layers.index(reload.layer), reload.slot, reload.expert)
+            table = _with(table, placement.index_of[reload.layer], reload.slot, reload.expert)
     if all(expert == EMPTY for row in table for expert in row):
         return "no expert is missing, and none has fewer replicas than it had at the start"
     return RoleSwitch(rank, next(iter(places), None), table)

@@ -4,6 +4,7 @@ Rows are compared in classes of powers of two, because a call has fixed costs: f
 take twice as long as two. A rank without peers to compare with is held against its own best.
 """
 
+from bisect import bisect_left
 from statistics import median
 
 from revivemoe.ids import RankId
@@ -12,6 +13,7 @@ from revivemoe.recovery.policy import Policy
 
 MIN_CALLS = 16
 """Calls of a class before its average counts."""
+JUDGE_EVERY_S = 1.0
 Key = tuple[str, int]
 
 
@@ -24,6 +26,8 @@ class Slowness:
         self._best: dict[RankId, dict[Key, float]] = {}
         self._since: dict[RankId, float] = {}
         """Since when each rank has been at or above the factor."""
+        self._judged_at = float("-inf")
+        self._found: dict[RankId, float] = {}
 
     def heard(self, rank: RankId, paces: list[Pace]) -> None:
         """A rank's present averages."""
@@ -40,31 +44,50 @@ class Slowness:
         self._paces.pop(rank, None)
         self._best.pop(rank, None)
         self._since.pop(rank, None)
-
-    def ratio(self, rank: RankId) -> float | None:
-        """How many times longer this rank takes than its peers; None if there is no telling."""
-        ratios = []
-        for key, pace in self._paces.get(rank, {}).items():
-            if pace.count >= MIN_CALLS and (usual := self._usual(rank, key)) is not None:
-                ratios.append(pace.seconds / usual)
-        return median(ratios) if ratios else None
-
-    def _usual(self, rank: RankId, key: Key) -> float | None:
-        peers = [
-            paces[key].seconds
-            for peer, paces in self._paces.items()
-            if peer != rank and key in paces and paces[key].count >= MIN_CALLS
-        ]
-        usual = median(peers) if peers else self._best.get(rank, {}).get(key)
-        return usual if usual else None
+        self._found.pop(rank, None)
 
     def judge(self, now: float) -> dict[RankId, float]:
-        """The ranks that have been slow for long enough, and how slow."""
-        found = {}
-        for rank in sorted(self._paces):
-            ratio = self.ratio(rank)
-            if ratio is None or ratio < self._policy.slow_factor:
+        """The ranks that have been slow for long enough, and how slow. Looked at once a second."""
+        if now - self._judged_at < JUDGE_EVERY_S:
+            return self._found
+        self._judged_at, self._found = now, {}
+        for rank, ratio in self.ratios().items():
+            if ratio < self._policy.slow_factor:
                 self._since.pop(rank, None)
             elif now - self._since.setdefault(rank, now) >= self._policy.slow_after_s:
-                found[rank] = ratio
+                self._found[rank] = ratio
+        return self._found
+
+    def ratios(self) -> dict[RankId, float]:
+        """How many times longer each rank takes than its peers, where there is a telling.
+
+        O(N K log N) for N ranks and K classes of work.
+        """
+        of_class: dict[Key, list[float]] = {}
+        for paces in self._paces.values():
+            for key, pace in paces.items():
+                if pace.count >= MIN_CALLS:
+                    of_class.setdefault(key, []).append(pace.seconds)
+        for seconds in of_class.values():
+            seconds.sort()
+        found = {}
+        for rank in sorted(self._paces):
+            own = {k: p.seconds for k, p in self._paces[rank].items() if p.count >= MIN_CALLS}
+            usual = {k: self._usual(rank, k, s, of_class[k]) for k, s in own.items()}
+            if ratios := [own[key] / usual_s for key, usual_s in usual.items() if usual_s]:
+                found[rank] = median(ratios)
+        for rank in self._since.keys() - found.keys():
+            del self._since[rank]
         return found
+
+    def _usual(self, rank: RankId, key: Key, own_s: float, sorted_s: list[float]) -> float | None:
+        """What a class takes the peers; without peers, what it took this rank at best."""
+        num_peers = len(sorted_s) - 1
+        if not num_peers:
+            return self._best.get(rank, {}).get(key)
+        at, half = bisect_left(sorted_s, own_s), num_peers // 2
+
+        def peer(k: int) -> float:
+            return sorted_s[k if k < at else k + 1]
+
+        return peer(half) if num_peers % 2 else (peer(half - 1) + peer(half)) / 2

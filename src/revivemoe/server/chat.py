@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.server.logprobs import chat_logprobs
 from revivemoe.server.reply import Choice
 from revivemoe.server.schema import ChatRequest

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 
 _FLOOR = -9999.0
 """Stands for minus infinity, which JSON cannot say (as in vLLM)."""

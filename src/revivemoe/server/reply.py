@@ -9,16 +9,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.server.errors import ApiError
 from revivemoe.server.sse import event
-from revivemoe.streams import (
-    Delta,
-    PromptLogprobsReady,
-    Stream,
-    StreamFailed,
-    Submission,
-)
+from revivemoe.streams import Delta, PromptLogprobsReady, Stream, StreamFailed, Submission
 
 DEGRADED = "degraded"
 

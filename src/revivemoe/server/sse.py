@@ -10,12 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from revivemoe.server.errors import ApiError, describe, internal_error
-from revivemoe.server.lifetime import (
-    Lifetime,
-    cancel_all,
-    shutting_down,
-    wait_for_disconnect,
-)
+from revivemoe.server.lifetime import Lifetime, cancel_all, shutting_down, wait_for_disconnect
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.sampling_params import FinishReason, SamplingParams
 from revivemoe.streams import Submission, choice_indices
 

@@ -1,7 +1,7 @@
 """The clients: each compares what its stream brings with what it must bring."""
 
-from revivemoe.engine.ledger import LiveRequest
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.engine.requests import LiveRequest
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.sim.answers import Answer, answers, logprob_of
 from revivemoe.sim.scenario import MAX_MODEL_LEN, Arrival
 from revivemoe.streams import Delta, PromptLogprobsReady, StreamEvent, StreamFailed, Submission

@@ -6,20 +6,16 @@ from random import Random
 
 from revivemoe.core.rank import Rank
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.messages.reports import (
-    Command,
-    Configure,
-    DomainSpec,
-    Report,
-)
+from revivemoe.membership.placement import Table
+from revivemoe.messages.commands import Command, Configure, DomainSpec
+from revivemoe.messages.reports import Report
 from revivemoe.sim.channel import Channel
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
-from revivemoe.sim.driver import StepLoop
-from revivemoe.sim.forward import Forward
+from revivemoe.sim.driver import Driver
+from revivemoe.sim.forward import FakeForward
 from revivemoe.sim.mishaps import Mishaps, NoMishaps
 from revivemoe.sim.process import Process
-from revivemoe.sim.requests import Request
 from revivemoe.sim.scenario import Scenario
 
 START_S = 0.02
@@ -43,10 +39,10 @@ class SimCluster:
         """The last process of each rank."""
         self.history: list[Process] = []
         """All processes there have been."""
-        self.loops: dict[RankId, StepLoop] = {}
+        self.drivers: dict[RankId, Driver] = {}
         self.forkserver_alive = True
         self.never_started: set[Process] = set()
-        self.on_reach: Callable[[Process, Request], float] = lambda process, request: 1.0
+        self.on_reach: Callable[[Process, str, int, bool], float] = lambda *where: 1.0
         self.mishaps: Mishaps = NoMishaps()
         self.slow_launches = 0
         """So many of the next launches take very long."""
@@ -58,9 +54,7 @@ class SimCluster:
 
     # ---- engine.Cluster ----------------------------------------------------------------------
 
-    def launch(
-        self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
-    ) -> None:
+    def launch(self, rank: RankId, incarnation: Incarnation, slots: Table) -> None:
         delay_s = self._scenario.max_delay_s
         reports = Channel(self.clock, self.rng, delay_s, self._on_report)
         process = Process(self, rank, incarnation, reports.send)
@@ -69,19 +63,19 @@ class SimCluster:
         self._commands[rank] = Channel(self.clock, self.rng, delay_s, process.deliver)
         self._reports[process] = reports
         core = Rank(rank, incarnation, self._scenario.limits_of(rank))
-        loop = StepLoop(
+        driver = Driver(
             process,
             core,
-            Forward(process, core, self.rng, self.mishaps),
+            FakeForward(process, core, self.rng, self.mishaps),
             [list(row) for row in slots],
             self._load_s(),
             self._enter,
             self.clock.after,
             self.mishaps,
         )
-        self.loops[rank] = loop
+        self.drivers[rank] = driver
         if self.forkserver_alive:
-            process.start(loop.run(), START_S * (0.5 + self.rng.random()))
+            process.start(driver.run(), START_S * (0.5 + self.rng.random()))
         else:
             self.never_started.add(process)
             process.die("the fork server is gone")
@@ -113,8 +107,8 @@ class SimCluster:
         delay_s = self.rng.random() * 2 * self._scenario.max_delay_s
         self.clock.after(delay_s, partial(self._tell_exit, rank, incarnation, detail, by_itself))
 
-    def reach(self, process: Process, request: Request) -> float:
-        return self.on_reach(process, request)
+    def reach(self, process: Process, phase: str, layer: int, meets: bool) -> float:
+        return self.on_reach(process, phase, layer, meets)
 
     # ---- for the step loops ------------------------------------------------------------------
 
@@ -122,7 +116,7 @@ class SimCluster:
         """The domain of an epoch; all members must have been told the same of it."""
         epoch = configure.epoch
         if epoch not in self._domains:
-            members = configure.topology.members
+            members = configure.membership.members
             domain = Domain(epoch, members, self._scenario.eager_errors)
             self._domains[epoch] = (configure, domain)
         known, domain = self._domains[epoch]
@@ -131,8 +125,8 @@ class SimCluster:
         return domain
 
     def _assert_holds(self, configure: Configure, process: Process) -> None:
-        held = self.loops[process.rank].slots
-        for layer, row in enumerate(configure.placement.slots.get(process.rank, ())):
+        held = self.drivers[process.rank].slots
+        for layer, row in enumerate(configure.membership.table_of(process.rank)):
             for slot, expert in enumerate(row):
                 assert expert < 0 or held[layer][slot] == expert, (
                     f"rank {process.rank} enters epoch {configure.epoch} without expert {expert}"

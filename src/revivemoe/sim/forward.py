@@ -2,55 +2,64 @@
 
 from collections.abc import Generator
 from random import Random
+from typing import TypeVar
 
+from revivemoe.core.effects import Broken, Left, Place
 from revivemoe.core.rank import Rank
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
-from revivemoe.messages.reports import Pace
 from revivemoe.sim.answers import logprob_of, next_token
 from revivemoe.sim.fake_kv import FakeKv
 from revivemoe.sim.mishaps import Mishaps
 from revivemoe.sim.process import Process
-from revivemoe.sim.requests import (
-    CommunicationFailed,
-    DomainLeft,
-    Meet,
-    NumbersBroken,
-    Request,
-    Work,
-)
+from revivemoe.sim.requests import Meet, Request, Work
 
 NUM_LAYERS = 2
 WORK_S = 0.0015
 """Own work of one phase of one layer."""
 WORK_PER_TOKEN_S = 0.00005
-PACE_WEIGHT = 0.2
+SEEN_AT_ONCE = 0.25
+"""How often NaN ends the step where it is met, rather than behind the last layer."""
 
-Steps = Generator[Request, list[object] | None, None]
+T = TypeVar("T")
+Doing = Generator[Request, list[object] | None, T]
+Steps = Doing[None]
 
 
-class Forward:
+class FakeForward:
     """Runs batches of one rank. Reads and writes the fake KV as attention would."""
 
     def __init__(self, process: Process, rank: Rank, rng: Random, mishaps: Mishaps) -> None:
         self.kv = FakeKv(rank.limits.block_size)
+        self.place: Place | None = None
+        """Where the first NaN of the step appeared here; where it was produced before others."""
         self._process, self._rank, self._rng, self._mishaps = process, rank, rng, mishaps
 
-    def execute(self, batch: Batch, mask_key: bytes) -> Steps:
+    def run(self, batch: Batch, mask_key: bytes) -> Steps:
+        """A step, with tokens or only for the others' rows. Raises Left, Broken."""
+        self.place = None
+        if batch.items:
+            yield from self._execute(batch, mask_key)
+        else:
+            yield from self._layers(0)
+            self._refuse_nan()
+
+    def _execute(self, batch: Batch, mask_key: bytes) -> Steps:
         """All layers; a step that is cut has written any part of its KV."""
         self.kv.check(batch)
         self._mishaps.runs(self._process, batch)
         try:
-            yield from self.serve(batch.num_tokens)
+            yield from self._layers(batch.num_tokens)
             yield from self._work("sample", -1, len(batch.items))
             if self._mishaps.corrupts(self._process, "sample"):
-                raise NumbersBroken("sample", -1, produced_here=True)
-        except (DomainLeft, CommunicationFailed, NumbersBroken):
+                self._note(-1, "sample", True)
+            self._refuse_nan()
+        except (Left, Broken):
             written = self._rng.randint(0, batch.num_tokens)
             self.kv.write(batch, mask_key, max_tokens=written)
             raise
         self.kv.write(batch, mask_key)
 
-    def serve(self, num_tokens: int = 0) -> Steps:
+    def _layers(self, num_tokens: int) -> Steps:
         """The experts' part, which every member takes; attention only with tokens."""
         for layer in range(NUM_LAYERS):
             broken = False
@@ -64,26 +73,27 @@ class Forward:
 
     def _work(self, phase: str, layer: int, num_tokens: int) -> Steps:
         """Own work. How long it will take is known once it has been done before."""
-        predicted_s = WORK_S + WORK_PER_TOKEN_S * num_tokens
-        size = max(0, num_tokens - 1).bit_length()
-        known = self._process.paces.get((phase, size))
-        seconds = predicted_s * (0.5 + self._rng.random())
-        began = self._process.now
-        yield Work(phase, layer, seconds, predicted_s if known else None)
-        took_s = self._process.now - began
-        before_s, count = (known.seconds, known.count) if known else (took_s, 0)
-        mean_s = before_s + PACE_WEIGHT * (took_s - before_s)
-        self._process.paces[phase, size] = Pace(phase, size, mean_s, count + 1)
+        self._process.progress.work(phase, layer, self._process.step, num_tokens)
+        usual_s = WORK_S + WORK_PER_TOKEN_S * num_tokens
+        yield Work(phase, layer, usual_s * (0.5 + self._rng.random()))
 
     def _exchange(self, phase: str, layer: int, broken: bool, producer: str, victim: str) -> Steps:
-        """Rows to and from the experts. A producer of NaN sees it before or after it sends."""
-        if broken and self._rng.random() < 0.5:
-            raise NumbersBroken(producer, layer, produced_here=True)
-        values = yield Meet(phase, layer, broken)
+        """Rows to and from the experts. NaN may end the step at once, or behind the last layer."""
         if broken:
-            raise NumbersBroken(producer, layer, produced_here=True)
-        if values is not None and any(values):
-            raise NumbersBroken(victim, layer, produced_here=False)
+            self._note(layer, producer, True)
+        values = yield Meet(phase, layer, broken)
+        if values is not None and any(values) and not broken:
+            self._note(layer, victim, False)
+
+    def _note(self, layer: int, phase: str, produced_here: bool) -> None:
+        if self.place is None or (produced_here and not self.place.produced_here):
+            self.place = Place(layer, phase, produced_here)
+        if self._rng.random() < SEEN_AT_ONCE:
+            self._refuse_nan()
+
+    def _refuse_nan(self) -> None:
+        if self.place is not None:
+            raise Broken(f"NaN in {self.place.phase}, layer {self.place.layer}")
 
     def check(self) -> None:
         """Assert that every block named by a table or by the prefix cache holds that KV."""

@@ -3,20 +3,11 @@
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, assert_never
+from typing import assert_never
 
 from revivemoe.engine.engine import Engine
-from revivemoe.epochs.coordinator import (
-    Fencing,
-    Resuming,
-)
-from revivemoe.epochs.state import (
-    FailedState,
-    Paused,
-    Recovering,
-    Serving,
-    Starting,
-)
+from revivemoe.epochs.stages import Fencing, Resuming
+from revivemoe.epochs.state import FailedState, Paused, Recovering, Serving, Starting
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages.reports import Report
 from revivemoe.sim.clock import Clock
@@ -33,7 +24,7 @@ class EngineHost:
     def __init__(self, clock: Clock, observe: Observer) -> None:
         self.engine: Engine
         self._clock, self._observe = clock, observe
-        self._inbox: deque[Callable[[], Any]] = deque()
+        self._inbox: deque[Callable[[], object]] = deque()
         self._stalled_until = 0.0
         self._stopped = False
 
@@ -46,7 +37,7 @@ class EngineHost:
         """No more ticks."""
         self._stopped = True
 
-    def call(self, action: Callable[[], Any]) -> None:
+    def call(self, action: Callable[[], object]) -> None:
         """Do this in the engine's thread: now, or when its stall is over."""
         if self._clock.now < self._stalled_until:
             self._inbox.append(action)
@@ -102,17 +93,17 @@ def stage_of(engine: Engine) -> str:
 
 
 def _serving_stage(engine: Engine) -> str:
-    if engine._unresumed is not None:
+    if engine.epochs.stall.runs:
         return "first step"
-    if engine.maintenance._drain is not None:
+    if engine.maintenance.drains.draining:
         return "draining"
-    if engine.fleet.switching:
+    if engine.epochs.fleet.switching:
         return "switching"
-    return "loading" if engine.maintenance._loading else "serving"
+    return "loading" if engine.epochs.loads.loading else "serving"
 
 
 def _recovery_stage(engine: Engine) -> str:
-    match engine.coordinator.state:
+    match engine.epochs.coordinator.state:
         case Fencing(at_boundary=True):
             return "boundary"
         case Resuming(plan=plan) if plan.reloads:
@@ -123,11 +114,10 @@ def _recovery_stage(engine: Engine) -> str:
 
 def is_settled(engine: Engine) -> bool:
     """Serving, and no planned change is under way or wanted."""
-    maintenance = engine.maintenance
-    return isinstance(engine.state, Serving) and not (
-        maintenance._drain
-        or maintenance._asked
-        or maintenance._loading
-        or maintenance._loaded
-        or engine.fleet.switching
+    epochs = engine.epochs
+    return epochs.serving and not (
+        engine.maintenance.drains.pending
+        or epochs.loads.loading
+        or epochs.loads.loaded
+        or epochs.fleet.switching
     )

@@ -10,26 +10,19 @@ from functools import partial
 from random import Random
 from typing import Protocol, assert_never
 
+from revivemoe.core.effects import Broken, Left
+from revivemoe.core.progress import Progress
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.messages.reports import (
-    Activity,
-    Command,
-    ExpertsLoaded,
-    Fence,
-    Heartbeat,
-    Hello,
-    Pace,
-    RankStats,
-    Report,
-)
+from revivemoe.messages.commands import Command, Fence
+from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats, Report
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
-from revivemoe.sim.requests import CommunicationFailed, DomainLeft, Idle, Meet, Request, Work
+from revivemoe.sim.requests import Idle, Meet, Request, Work
 
 HEARTBEAT_S = 0.1
 BEATS_PER_PACE = 3
 IDLE_TICK_S = 0.5
-"""A parked loop ticks its progress so often."""
+"""A parked loop looks for commands so often, at least."""
 WAIT_TIMEOUT_S = 4.0
 """Bound on every wait in a domain, looked at with each heartbeat. Shorter than usual, for the sake
 of virtual time."""
@@ -47,8 +40,9 @@ class Host(Protocol):
 
     def on_exit(self, process: "Process", detail: str) -> None: ...
 
-    def reach(self, process: "Process", request: Request) -> float:
-        """A step loop gets to a new place. Returns how much slower than normal its work is."""
+    def reach(self, process: "Process", phase: str, layer: int, meets: bool) -> float:
+        """A step loop gets to a new place; there it `meets` the others, or not. Returns how much
+        slower than normal its work is."""
         ...
 
 
@@ -64,12 +58,12 @@ class Process:
         """A SIGKILL has no effect."""
         self.kill_pending = False
         """One was sent nevertheless."""
-        self.commands: deque[Command | ExpertsLoaded] = deque()
+        self.inbox: deque[Command | ExpertsLoaded] = deque()
         self.fenced = Epoch(0)
         """Every wait in a domain below this epoch ends at once."""
         self.domain: Domain | None = None
         self.stats = RankStats()
-        self.paces: dict[tuple[str, int], Pace] = {}
+        self.progress = Progress(lambda: host.clock.now)
         self.step = 0
         self.doing: Request = Idle()
         self._host, self._say = host, say
@@ -78,7 +72,6 @@ class Process:
         self._wait = 0
         """Counts what the step loop has waited for: an answer to an earlier wait is stale."""
         self._since = 0.0
-        self._progress = 0
         self._beats = 0
         self._frozen: list[Callable[[], None]] = []
         """What happens once a stopped process goes on."""
@@ -145,7 +138,7 @@ class Process:
 
     def hand(self, command: Command | ExpertsLoaded) -> None:
         """Give the step loop something to handle between steps."""
-        self.commands.append(command)
+        self.inbox.append(command)
         if isinstance(self.doing, Idle):
             self._later(partial(self._advance, None))
 
@@ -158,28 +151,14 @@ class Process:
         now = self.now
         if isinstance(self.doing, Meet) and now - self._since > WAIT_TIMEOUT_S:
             self.fail_wait(f"{self.doing.phase} not complete after {WAIT_TIMEOUT_S:g} s")
-        progress = self._progress
-        if isinstance(self.doing, Idle) and not self.hung:
-            progress += int((now - self._since) / IDLE_TICK_S)
         self._beats += 1
-        pace = list(self.paces.values()) if self._beats % BEATS_PER_PACE == 0 else None
-        activity = self._activity(now)
-        self.report(Heartbeat(self.rank, self.incarnation, progress, self.stats, activity, pace))
+        progress, tell_pace = self.progress, self._beats % BEATS_PER_PACE == 0
+        pace = list(progress.paces.values()) if tell_pace else None
+        activity = progress.activity()
+        self.report(
+            Heartbeat(self.rank, self.incarnation, progress.count, self.stats, activity, pace)
+        )
         self._host.clock.after(HEARTBEAT_S, self._beat)
-
-    def _activity(self, now: float) -> Activity:
-        since_s = now - self._since
-        match self.doing:
-            case Idle():
-                ticked_s = since_s if self.hung else since_s % IDLE_TICK_S
-                return Activity("idle", "", -1, self.step, ticked_s)
-            case Meet(phase=phase, layer=layer):
-                return Activity("waiting", phase, layer, self.step, since_s)
-            case Work(phase=phase, layer=layer, budget_s=budget_s, announced=announced):
-                kind = "announced" if announced else "working"
-                return Activity(kind, phase, layer, self.step, since_s, budget_s)
-            case _:
-                assert_never(self.doing)
 
     # ---- the step loop's waits ---------------------------------------------------------------
 
@@ -194,13 +173,20 @@ class Process:
     def fail_wait(self, detail: str) -> None:
         """The transport fails under a rank that waits for its peers."""
         if isinstance(self.doing, Meet):
-            self._later(partial(self._throw, CommunicationFailed(detail)))
+            self._later(partial(self._throw, Broken(detail)))
+
+    def reach(self, phase: str) -> bool:
+        """The step loop begins a phase. Returns whether it may simply go on: whoever has been
+        stopped, or killed, has to wait here.
+        """
+        self._host.reach(self, phase, -1, False)
+        return self.alive and not self.hung and not self.stopped
 
     def _is_fenced(self) -> bool:
         return self.domain is None or self.domain.epoch < self.fenced
 
     def _leave_wait(self) -> None:
-        self._throw(DomainLeft())
+        self._throw(Left())
 
     def _later(self, action: Callable[[], None], delay_s: float | None = None) -> None:
         """End the present wait with this action, unless something else ends it first."""
@@ -218,6 +204,7 @@ class Process:
 
     def _advance(self, answer: list[object] | None) -> None:
         assert self._loop is not None
+        self._end_meeting()
         try:
             self._follow(self._loop.send(answer))
         except StopIteration:
@@ -225,20 +212,28 @@ class Process:
 
     def _throw(self, error: Exception) -> None:
         assert self._loop is not None
-        self._follow(self._loop.throw(error))
+        self._end_meeting()
+        try:
+            self._follow(self._loop.throw(error))
+        except StopIteration:
+            self.die("exited with status 0")
+
+    def _end_meeting(self) -> None:
+        if isinstance(self.doing, Meet):
+            self.progress.waits(False)
 
     def _follow(self, request: Request) -> None:
         self._wait += 1
-        self._progress += 1
         self.doing, self._since = request, self._host.clock.now
-        slower = self._host.reach(self, request)
         match request:
             case Idle():
-                if self.commands:
-                    self._later(partial(self._advance, None))
-            case Work():
+                self._later(partial(self._advance, None), IDLE_TICK_S)
+            case Work(phase=phase, layer=layer):
+                slower = self._host.reach(self, phase, layer, False)
                 self._later(partial(self._advance, None), request.seconds * slower)
-            case Meet():
+            case Meet(phase=phase, layer=layer):
+                self.progress.waits(True)
+                self._host.reach(self, phase, layer, True)
                 self._meet(request)
             case _:
                 assert_never(request)

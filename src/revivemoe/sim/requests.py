@@ -1,22 +1,6 @@
-"""Coroutine protocol between a simulated rank's step loop and the process that drives it."""
+"""Coroutine protocol between a simulated rank's driver and the process that runs it."""
 
 from typing import NamedTuple
-
-
-class DomainLeft(Exception):
-    """The epoch has been fenced: leave at once."""
-
-
-class CommunicationFailed(Exception):
-    """The transport failed under this rank."""
-
-
-class NumbersBroken(Exception):
-    """The step met NaN here."""
-
-    def __init__(self, phase: str, layer: int, produced_here: bool) -> None:
-        super().__init__(f"NaN in {phase}, layer {layer}")
-        self.phase, self.layer, self.produced_here = phase, layer, produced_here
 
 
 class Work(NamedTuple):
@@ -25,8 +9,6 @@ class Work(NamedTuple):
     phase: str
     layer: int
     seconds: float
-    budget_s: float | None = None
-    announced: bool = False
 
 
 class Meet(NamedTuple):
@@ -38,7 +20,7 @@ class Meet(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """Sleep until a command comes."""
+    """Sleep until a command comes, or for a while."""
 
 
 Request = Work | Meet | Idle

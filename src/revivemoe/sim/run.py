@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import Any
 
 from revivemoe.engine.engine import Engine
 from revivemoe.epochs.state import FailedState
+from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import place
+from revivemoe.messages.events import Event
 from revivemoe.sim.client import Client
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.cluster import SimCluster
@@ -57,15 +58,14 @@ class Simulation:
         self.strikes = Strikes(self.clock, self.cluster, self.host, scenario.faults)
         topology = scenario.config.topology()
         placement = place(NUM_EXPERTS, [0, 1], topology.experts, scenario.redundant, scenario.spare)
+        membership = Membership(topology, placement, scenario.config.dense_groups())
         self.engine = Engine(
             scenario.config,
-            topology,
-            placement,
+            membership,
             LetterVocabulary(),
             self.cluster,
             lambda: self.clock.now,
             self._on_event,
-            scenario.config.dense_groups(),
         )
         self.clients: list[Client] = []
         self.verdict = Verdict(scenario, self.engine, self.cluster, self.strikes)
@@ -114,7 +114,7 @@ class Simulation:
             for arrival in self.scenario.arrivals:
                 self.clock.after(arrival.at_s, partial(self._arrive, arrival))
 
-    def _on_event(self, event: dict[str, Any]) -> None:
+    def _on_event(self, event: Event) -> None:
         self._tell(str(event))
         self.verdict.on_event(event)
 
@@ -165,7 +165,7 @@ def _run(simulation: Simulation, result: Result) -> None:
         result.outcome = stage_of(simulation.engine)
         result.virtual_s = simulation.clock.now
         result.num_actions = simulation.clock.num_actions
-        result.num_steps = simulation.engine.last_step
+        result.num_steps = simulation.engine.signals.last_step
         result.preemptions = sum(
-            loop.rank.stats().preemptions for loop in simulation.cluster.loops.values()
+            driver.rank.stats().preemptions for driver in simulation.cluster.drivers.values()
         )

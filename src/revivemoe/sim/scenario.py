@@ -36,8 +36,9 @@ OPENERS = (
 )  # fmt: skip
 """Faults that bring about a change of epoch soon, for others to strike in."""
 POINTS = (
-    (-1, "headers"), (0, "attention"), (0, "dispatch"), (0, "experts"), (0, "combine"),
-    (1, "attention"), (1, "dispatch"), (1, "experts"), (1, "combine"), (-1, "sample"),
+    (-1, "schedule"), (0, "attention"), (0, "dispatch"), (0, "experts"), (0, "combine"),
+    (1, "attention"), (1, "dispatch"), (1, "experts"), (1, "combine"),
+    (-1, "sample"), (-1, "commit"),
 )  # fmt: skip
 
 

@@ -22,12 +22,12 @@ def take(engine: Engine, report: Report, now: float, deliver: Callable[[], None]
 
 def _fingerprint(engine: Engine, report: Report) -> object:
     """What a report could have changed."""
-    view, totals = engine.ranks[report.rank], engine.totals
+    view, epochs, traffic = engine.ranks[report.rank], engine.epochs, engine.traffic
     return (
-        engine.detector._vitals.get(report.rank),
+        epochs.fleet.detector._vitals.get(report.rank),
         (view.ready, view.pid, view.stats, view.dead, view.last_words),
         type(engine.state),
-        repr(engine.coordinator.state),
-        engine.ledger.unfinished(),
-        (totals.generation_tokens, totals.symptoms),
+        repr(epochs.coordinator.state),
+        traffic.ledger.unfinished(),
+        (traffic.totals.generation_tokens, engine.signals.symptoms),
     )

@@ -4,7 +4,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from revivemoe.core.step import Batch, ScheduledSequence
 from revivemoe.engine.operations import Operations
@@ -18,7 +17,7 @@ from revivemoe.sim.faults import POISONS, AtPoint, AtTime, FaultSpec, InStage
 from revivemoe.sim.host import EngineHost, stage_of
 from revivemoe.sim.links import Links
 from revivemoe.sim.process import Process
-from revivemoe.sim.requests import Idle, Meet, Request
+from revivemoe.streams import Document
 
 SLOWNESS = 5.0
 BETWEEN_KILLS_S = 0.25
@@ -80,16 +79,14 @@ class Strikes:
                 self._later(fault.when.delay_s, partial(self._strike, fault))
                 return
 
-    def reach(self, process: Process, request: Request) -> float:
+    def reach(self, process: Process, phase: str, layer: int, meets: bool) -> float:
         """A step loop is at this place: strike what waits for it. Returns its slowness."""
-        if isinstance(request, Idle):
-            return 1.0
         for fault in self._waiting:
-            if _is_at(fault, process, request):
+            if _is_at(fault, process, phase, layer):
                 self._waiting.remove(fault)
                 self._strike(fault)
                 break
-        if isinstance(request, Meet) and self.links.failed(process):
+        if meets and self.links.failed(process):
             process.fail_wait("connection reset by peer")
         return SLOWNESS if process in self._slow else 1.0
 
@@ -145,7 +142,7 @@ class Strikes:
             case "kill":
                 self._kill(process)
             case "kill-switching":
-                switching = self._host.engine.fleet.switching
+                switching = self._host.engine.epochs.fleet.switching
                 self._kill(self._cluster.processes[switching[0].rank] if switching else process)
             case "error":
                 self._fail(process)
@@ -188,7 +185,7 @@ class Strikes:
                 self._later(fault.seconds, lambda: None)
             case "forkserver":
                 self._cluster.forkserver_alive = False
-                self._host.call(self._host.engine.on_forkserver_gone)
+                self._host.call(self._host.engine.signals.on_forkserver_gone)
             case _:
                 assert fault.kind in POISONS, fault.kind
 
@@ -281,7 +278,7 @@ class Strikes:
 
     def _lose_an_expert_rank(self) -> None:
         """If there are several that are nothing else."""
-        topology = self._host.engine.topology
+        topology = self._host.engine.membership.topology
         ranks = [rank for rank in topology.experts if rank not in topology.attention]
         if len(ranks) > 1:
             self._kill(self._cluster.processes[ranks[-1]])
@@ -289,16 +286,16 @@ class Strikes:
     def _switch(self, retries: int) -> None:
         """Ask for every attention rank, until one can."""
         engine = self._host.engine
-        for rank in engine.topology.attention:
+        for rank in engine.membership.topology.attention:
             self.drained.add(rank)
             self._instruct("role_switch", {"id": rank})
-        if retries and not engine.fleet.switched:
+        if retries and not engine.epochs.fleet.switched:
             self._later(RETRY_S / 3, partial(self._switch, retries - 1))
 
-    def _instruct(self, instruction: str, params: dict[str, Any]) -> None:
+    def _instruct(self, instruction: str, params: Document) -> None:
         self._host.call(partial(self._apply, instruction, params))
 
-    def _apply(self, instruction: str, params: dict[str, Any]) -> None:
+    def _apply(self, instruction: str, params: Document) -> None:
         """As an operator would; what is refused now is not asked for again."""
         if self._operations is None:
             self._operations = Operations(self._host.engine)
@@ -311,16 +308,15 @@ def _is_poison(item: ScheduledSequence) -> bool:
     return POISON in item.sequence.prompt_ids
 
 
-def _is_at(fault: FaultSpec, process: Process, request: Request) -> bool:
+def _is_at(fault: FaultSpec, process: Process, phase: str, layer: int) -> bool:
     """Later steps match too: a step that the rank did not take part in disarms nothing."""
     when = fault.when
     return (
         isinstance(when, AtPoint)
         and fault.rank == process.rank
         and process.step >= when.step
-        and not isinstance(request, Idle)
-        and request.phase == when.phase
-        and request.layer in (when.layer, -1)
+        and phase == when.phase
+        and layer in (when.layer, -1)
     )
 
 

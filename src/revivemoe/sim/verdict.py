@@ -1,11 +1,9 @@
 """What must hold: checked at accusations and at the end of a seed."""
 
-from typing import Any
-
 from revivemoe.engine.engine import Engine
 from revivemoe.epochs.state import FailedState
 from revivemoe.ids import RankId
-from revivemoe.membership.placement import missing_fraction
+from revivemoe.messages.events import Accused, Convicted, DrainBegun, Event
 from revivemoe.sim.client import Client
 from revivemoe.sim.cluster import SimCluster
 from revivemoe.sim.host import stage_of
@@ -34,22 +32,22 @@ class Verdict:
         self._fence_timeouts = 0
         """Ranks that hung while others were being fenced: nothing they ran is suspected."""
 
-    def on_event(self, event: dict[str, Any]) -> None:
+    def on_event(self, event: Event) -> None:
         """What the engine tells of what it does."""
-        match event["event"]:
-            case "fault":
-                self._fence_timeouts += event["kind"] == "fence_timeout"
+        match event:
+            case Accused():
+                self._fence_timeouts += event.kind == "fence_timeout"
                 self._check_accusation(event)
-            case "drain":
-                assert RankId(event["id"]) in self._strikes.drained, f"drained for nothing: {event}"
-            case "convicted":
+            case DrainBegun():
+                assert event.id in self._strikes.drained, f"drained for nothing: {event}"
+            case Convicted():
                 self._check_conviction(event)
             case _:
                 pass
 
-    def _check_accusation(self, event: dict[str, Any]) -> None:
+    def _check_accusation(self, event: Accused) -> None:
         """Whoever is accused has a fault in this scenario; of a link, one end only."""
-        process = self._cluster.processes[RankId(event["id"])]
+        process = self._cluster.processes[event.id]
         if process in self._strikes.guilty or process in self._cluster.never_started:
             return
         for ends in self._strikes.links.suspects():
@@ -57,16 +55,16 @@ class Verdict:
                 self._cut_off.add(process.rank)
                 return
         raise AssertionError(
-            f"rank {process.rank} is accused of {event['kind']} ({event['detail']}), but is healthy"
+            f"rank {process.rank} is accused of {event.kind} ({event.detail}), but is healthy"
         )
 
-    def _check_conviction(self, event: dict[str, Any]) -> None:
+    def _check_conviction(self, event: Convicted) -> None:
         """Two faults of a rank's own while a request is on trial cannot be told from poison."""
-        innocent = event["request"] != POISONED
+        innocent = event.request != POISONED
         assert not innocent or self._num_like_poison() > 1, (
             f"an innocent request is convicted: {event}"
         )
-        self._convicted.add(event["request"])
+        self._convicted.add(event.request)
 
     def stuck(self, clients: list[Client]) -> str:
         """Why a seed has not come to its end."""
@@ -78,7 +76,7 @@ class Verdict:
     def _describe(self, process: Process) -> str:
         life = "alive" if process.alive else "dead"
         marks = [name for name in ("stopped", "hung") if getattr(process, name)]
-        state = type(self._cluster.loops[process.rank].rank.state).__name__
+        state = type(self._cluster.drivers[process.rank].rank.state).__name__
         doing = type(process.doing).__name__
         return (
             f"rank {process.rank}.{process.incarnation} {' '.join([life, *marks])}, step "
@@ -138,25 +136,22 @@ class Verdict:
         return found
 
     def _check_placement(self) -> None:
-        engine = self._engine
-        assert set(engine.missing) == set(engine.placement.missing()), "experts not listed"
-        assert set(engine.placement.slots) == set(engine.topology.experts)
-        fraction = missing_fraction(engine.placement)
+        fraction = self._engine.membership.missing_fraction
         assert fraction <= self._scenario.policy.max_missing_fraction, "too much is masked"
 
     def _check_dense(self) -> None:
-        engine = self._engine
-        if engine.dense is not None:
-            assert engine.dense.healthy(engine.topology.attention), "no dense group is healthy"
+        membership = self._engine.membership
+        if membership.dense is not None:
+            assert membership.dense.healthy(membership.attention), "no dense group is healthy"
 
     def _check_ranks(self) -> None:
-        for rank in self._engine.topology.members:
-            loop, process = self._cluster.loops[rank], self._cluster.processes[rank]
+        for rank in self._engine.membership.topology.members:
+            loop, process = self._cluster.drivers[rank], self._cluster.processes[rank]
             if not process.alive or process in self._strikes.guilty:
                 continue
             loop.forward.check()
             assert not loop.rank.queues.live, f"rank {rank} still holds {loop.rank.queues.live}"
-            has_attention = rank in self._engine.topology.attention
+            has_attention = rank in self._engine.membership.topology.attention
             assert bool(loop.rank.limits.num_blocks) == has_attention, f"role of rank {rank}"
             assert loop.rank.pool.num_free == loop.rank.limits.num_blocks, "blocks are held"
             assert loop.rank.stats().survivor_refills == 0, f"rank {rank} filled KV again"

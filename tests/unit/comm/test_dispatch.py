@@ -11,7 +11,7 @@ from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import DomainLeft, FenceFlag
 from revivemoe.comm.shm import create_segment
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages.reports import DomainSpec
+from revivemoe.messages.commands import DomainSpec
 
 SLOTS = 2
 

@@ -11,11 +11,8 @@ from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, Run, ScheduledSequence, StepResult
 from revivemoe.ids import BlockId, Epoch, Incarnation, RankId, SeqId
-from revivemoe.messages.reports import (
-    SequenceSpec,
-    TokenLogprobs,
-    Tokens,
-)
+from revivemoe.messages.reports import Tokens
+from revivemoe.messages.tokens import SequenceSpec, TokenLogprobs
 from revivemoe.sampling_params import SamplingParams, finish_reason
 from revivemoe.sim.fake_kv import FakeKv
 

@@ -10,7 +10,7 @@ from revivemoe.core.rank import Rank
 from revivemoe.core.state import Fenced, InDomain, Parked, Unconfigured
 from revivemoe.core.step import Park, Retry, Run, StepHeader, StepResult
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.messages.reports import CommittedToken
+from revivemoe.messages.tokens import CommittedToken
 
 
 def header(num_tokens: int = 0, has_work: int = 0, wake: int = 0, step: int = 3) -> StepHeader:

@@ -5,28 +5,10 @@ from typing import Any
 import pytest
 from unit.control_plane import Instance, Sink, answer, submission
 
-from revivemoe.engine.engine import (
-    FailedState,
-    Recovering,
-    Serving,
-    Starting,
-)
+from revivemoe.engine.engine import FailedState, Recovering, Serving, Starting
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages.reports import (
-    Abort,
-    Add,
-    Configure,
-    Fatal,
-    Fence,
-    FenceAck,
-    Heartbeat,
-    Inject,
-    RankStats,
-    Ready,
-    Resumed,
-    Stop,
-    Wake,
-)
+from revivemoe.messages.commands import Abort, Add, Configure, Fence, Inject, Stop, Wake
+from revivemoe.messages.reports import Fatal, FenceAck, Heartbeat, RankStats, Ready, Resumed
 from revivemoe.recovery.policy import Policy
 from revivemoe.streams import EngineUnavailable
 

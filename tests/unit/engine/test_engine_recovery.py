@@ -6,24 +6,10 @@ import pytest
 from unit.control_plane import Instance, Sink, answer
 
 from revivemoe.engine.operations import Operations
-from revivemoe.epochs.state import (
-    FailedState,
-    Paused,
-    Recovering,
-    Serving,
-)
+from revivemoe.epochs.state import FailedState, Paused, Recovering, Serving
 from revivemoe.ids import Incarnation, RankId, SeqId
-from revivemoe.messages.reports import (
-    Abort,
-    Activity,
-    Add,
-    Configure,
-    ExpertsLoaded,
-    Fence,
-    LoadExperts,
-    NonFinite,
-    Stop,
-)
+from revivemoe.messages.commands import Abort, Add, Configure, Fence, LoadExperts, Stop
+from revivemoe.messages.reports import Activity, ExpertsLoaded, NonFinite
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.recovery.policy import Policy
 

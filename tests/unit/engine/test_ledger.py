@@ -1,21 +1,11 @@
 import pytest
 from unit.control_plane import TOKENIZER, VOCABULARY, Sink, submission
 
-from revivemoe.engine.ledger import (
-    Ledger,
-    LiveRequest,
-)
+from revivemoe.engine.ledger import Ledger, LiveRequest
 from revivemoe.ids import Incarnation, RankId, SeqId
-from revivemoe.messages.reports import (
-    Abort,
-    Add,
-    Command,
-    CommittedToken,
-    PromptLogprobs,
-    SequenceSpec,
-    TokenLogprobs,
-    Tokens,
-)
+from revivemoe.messages.commands import Abort, Add, Command
+from revivemoe.messages.reports import Tokens
+from revivemoe.messages.tokens import CommittedToken, PromptLogprobs, SequenceSpec, TokenLogprobs
 from revivemoe.streams import PromptLogprobsReady, Submission
 
 A, B, C = RankId(0), RankId(1), RankId(2)

@@ -16,18 +16,9 @@ from revivemoe.epochs.coordinator import (
 )
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.membership.placement import place
-from revivemoe.membership.topology import (
-    Topology,
-    collocated,
-)
-from revivemoe.messages.reports import (
-    Command,
-    Configure,
-    DomainSpec,
-    Fence,
-    FenceAck,
-    Resumed,
-)
+from revivemoe.membership.topology import Topology, collocated
+from revivemoe.messages.commands import Command, Configure, DomainSpec, Fence
+from revivemoe.messages.reports import FenceAck, Resumed
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import SequenceView, World
 from revivemoe.recovery.policy import Policy

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from revivemoe.executor.injection import InjectedError, Injections
-from revivemoe.messages.reports import Inject
+from revivemoe.messages.commands import Inject
 
 
 @pytest.fixture

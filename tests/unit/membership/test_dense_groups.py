@@ -7,10 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revivemoe.ids import RankId
-from revivemoe.membership.dense_groups import (
-    DenseGroups,
-    form_groups,
-)
+from revivemoe.membership.dense_groups import DenseGroups, form_groups
 
 
 def ranks(*numbers: int) -> tuple[RankId, ...]:

@@ -6,12 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.membership.placement import (
-    EMPTY,
-    ExpertPlacement,
-    missing_fraction,
-    place,
-)
+from revivemoe.membership.placement import EMPTY, ExpertPlacement, missing_fraction, place
 
 
 def ranks(count: int) -> list[RankId]:

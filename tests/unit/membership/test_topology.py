@@ -2,11 +2,7 @@ import msgspec
 import pytest
 
 from revivemoe.ids import Epoch, RankId
-from revivemoe.membership.topology import (
-    Topology,
-    collocated,
-    without,
-)
+from revivemoe.membership.topology import Topology, collocated, without
 
 
 def ranks(*numbers: int) -> tuple[RankId, ...]:

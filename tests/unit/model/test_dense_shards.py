@@ -20,15 +20,9 @@ from revivemoe.comm.transport import SoloTransport
 from revivemoe.comm.wait import Waiter
 from revivemoe.core.limits import RankLimits
 from revivemoe.ids import Epoch, LayerId, RankId
-from revivemoe.membership.dense_groups import (
-    DenseGroups,
-    form_groups,
-)
+from revivemoe.membership.dense_groups import DenseGroups, form_groups
 from revivemoe.membership.placement import ExpertPlacement
-from revivemoe.membership.topology import (
-    collocated,
-    disaggregated,
-)
+from revivemoe.membership.topology import collocated, disaggregated
 from revivemoe.model import dense as dense_module
 from revivemoe.model.dense import (
     PROJECTIONS,

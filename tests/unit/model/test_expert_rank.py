@@ -25,7 +25,7 @@ from revivemoe.core.step import Batch, StepResult
 from revivemoe.ids import ExpertId, LayerId, SlotId
 from revivemoe.membership.placement import ExpertPlacement
 from revivemoe.membership.topology import collocated
-from revivemoe.messages.reports import SlotLoad
+from revivemoe.messages.commands import SlotLoad
 from revivemoe.model import load as load_module
 from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.load import load_model

@@ -17,7 +17,7 @@ from revivemoe.core.limits import RankLimits
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SlotId
 from revivemoe.membership.placement import ExpertPlacement
 from revivemoe.membership.topology import collocated
-from revivemoe.messages.reports import SlotLoad
+from revivemoe.messages.commands import SlotLoad
 from revivemoe.model import expert_reader
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.load import CheckpointError, checkpoint_files, load_model

@@ -13,7 +13,7 @@ from support.solo import SoloRank
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.step import Run, StepHeader
 from revivemoe.ids import LayerId, SeqId
-from revivemoe.messages.reports import SequenceSpec
+from revivemoe.messages.tokens import SequenceSpec
 from revivemoe.model.finite import STAGES, FiniteCheck, NonFiniteStep
 from revivemoe.sampling_params import SamplingParams
 

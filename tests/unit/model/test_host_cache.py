@@ -14,7 +14,7 @@ from revivemoe.checkpoint import ARCHS
 from revivemoe.comm.shm import HandedFd
 from revivemoe.core.limits import RankLimits
 from revivemoe.ids import ExpertId, LayerId, SlotId
-from revivemoe.messages.reports import SlotLoad
+from revivemoe.messages.commands import SlotLoad
 from revivemoe.model.host_cache import HostCache, create_host_cache, expert_bytes
 
 LAYERS = [LayerId(1), LayerId(2), LayerId(5)]

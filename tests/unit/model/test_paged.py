@@ -14,7 +14,7 @@ from torch import Tensor
 from revivemoe.core.sequence import Sequence
 from revivemoe.core.step import ScheduledSequence
 from revivemoe.ids import BlockId, SeqId
-from revivemoe.messages.reports import SequenceSpec
+from revivemoe.messages.tokens import SequenceSpec
 from revivemoe.model.paged import PagedCache, ProbeCache, paged_attention, plan_attention
 from revivemoe.sampling_params import SamplingParams
 

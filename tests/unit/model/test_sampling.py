@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model.sampling import (
     SampledToken,
     SamplingRow,

@@ -1,9 +1,5 @@
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages.reports import (
-    Activity,
-    Heartbeat,
-    RankStats,
-)
+from revivemoe.messages.reports import Activity, Heartbeat, RankStats
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import ISOLATE, Fault
 from revivemoe.recovery.policy import Policy

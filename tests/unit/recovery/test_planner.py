@@ -5,10 +5,7 @@ import pytest
 
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
 from revivemoe.membership.placement import ExpertPlacement
-from revivemoe.membership.topology import (
-    Topology,
-    collocated,
-)
+from revivemoe.membership.topology import Topology, collocated
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import (
     DOMAIN_FAILURES,

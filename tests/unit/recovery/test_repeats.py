@@ -3,10 +3,7 @@
 import pytest
 
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.messages.reports import (
-    NonFinite,
-    Pace,
-)
+from revivemoe.messages.reports import NonFinite, Pace
 from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.repeats import Links, Numbers
 from revivemoe.recovery.slowness import MIN_CALLS, Slowness

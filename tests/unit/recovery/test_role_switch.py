@@ -8,12 +8,7 @@ import pytest
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
 from revivemoe.membership.dense_groups import form_groups
 from revivemoe.membership.placement import ExpertPlacement
-from revivemoe.membership.topology import (
-    Topology,
-    collocated,
-    disaggregated,
-    switched,
-)
+from revivemoe.membership.topology import Topology, collocated, disaggregated, switched
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.planner import (
     Continue,

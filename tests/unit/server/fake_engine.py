@@ -8,7 +8,7 @@ import msgspec
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.engine.token_log import TokenLog
-from revivemoe.messages.reports import TokenLogprobs
+from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.streams import (
     EngineUnavailable,
     ModelInfo,

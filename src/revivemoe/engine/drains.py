@@ -1,0 +1,168 @@
+"""Ranks that shall leave, or change their role, once what they hold is safe elsewhere.
+
+    asked --> warm (copies fill the prefix caches of the targets) --> moved --> out, at a boundary
+
+One at a time. A drain belongs to the epoch it began in: in another one it begins anew.
+"""
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+
+from revivemoe.engine.traffic import Traffic
+from revivemoe.epochs.epochs import Epochs
+from revivemoe.epochs.loads import into_free_slots
+from revivemoe.ids import Epoch, RankId, SeqId
+from revivemoe.messages.events import DrainBegun, DrainRefused, Tell
+from revivemoe.recovery.faults import Fault
+from revivemoe.recovery.plan import Continue
+
+log = logging.getLogger("revivemoe.engine")
+
+SETTLE_S = 1.0
+"""How long sequences that have moved may take to get on by a token before their rank leaves."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A rank that shall leave, or become an expert rank."""
+
+    fault: Fault
+    request_id: str | None
+    switch: bool = False
+
+
+@dataclass
+class Drain:
+    """One rank on its way out."""
+
+    wanted: Wanted
+    epoch: Epoch
+    deadline: float
+    targets: dict[SeqId, RankId]
+    shadows: set[SeqId]
+    moved: dict[SeqId, int] = field(default_factory=dict)
+    """Sequences that were handed over, and the tokens they had then."""
+    settle_until: float | None = None
+    """Set once they were."""
+
+
+class Drains:
+    """Those asked for, and the one under way."""
+
+    def __init__(self, epochs: Epochs, traffic: Traffic, tell: Tell) -> None:
+        self._epochs, self._traffic, self._ledger = epochs, traffic, traffic.ledger
+        self._views, self._tell = epochs.fleet.views, tell
+        self._drain: Drain | None = None
+        self._asked: deque[Wanted] = deque()
+
+    @property
+    def pending(self) -> bool:
+        """Whether one is under way or wanted."""
+        return self._drain is not None or bool(self._asked)
+
+    @property
+    def draining(self) -> bool:
+        return self._drain is not None
+
+    def ask(self, wanted: Wanted) -> bool:
+        """Take a rank out. False if it is on its way already."""
+        rank = wanted.fault.rank
+        view, asked = self._views[rank], any(w.fault.rank == rank for w in self._asked)
+        if view.dead or view.draining or asked:
+            return False
+        if not wanted.switch:
+            view.fault = wanted.fault
+        self._asked.append(wanted)
+        return True
+
+    def postpone(self, seconds: float) -> None:
+        """The host itself stood still for so long."""
+        if self._drain is not None:
+            self._drain.deadline += seconds
+
+    def tick(self, now: float) -> bool:
+        """Get on with it, if the epochs are quiet. Returns whether there is one."""
+        self._follow_epoch()
+        if self._drain is not None:
+            self._go_on(self._drain, now)
+        elif self._asked:
+            self._begin(self._asked.popleft(), now)
+        else:
+            return False
+        return True
+
+    def _follow_epoch(self) -> None:
+        """In another epoch than its own a drain begins anew, if its rank can still go."""
+        drain, present = self._drain, self._epochs.membership
+        if drain is None or drain.epoch == present.epoch:
+            return
+        self._drain = None
+        wanted, rank = drain.wanted, drain.wanted.fault.rank
+        if rank in (present.attention if wanted.switch else present.members):
+            self._views[rank].draining = False
+            self._asked.appendleft(wanted)
+
+    def _begin(self, wanted: Wanted, now: float) -> None:
+        epochs, fault, request_id = self._epochs, wanted.fault, wanted.request_id
+        view, present = self._views[fault.rank], epochs.membership
+        if view.dead or fault.rank not in present.members:
+            return
+        plan = epochs.plan_switch(fault.rank) if wanted.switch else epochs.plan_for([fault])
+        if not isinstance(plan, Continue) or (wanted.switch and not plan.switches):
+            self._tell(DrainRefused(fault.rank, plan.reason, request_id))
+            log.warning("rank %d cannot be drained: %s", fault.rank, plan.reason)
+            return
+        view.draining = True
+        targets = {m.seq_id: m.to for m in plan.migrations}
+        owned = [seq_id for seq_id in self._ledger.owned_by(fault.rank) if seq_id in targets]
+        shadows = {self._ledger.warm(seq_id, targets[seq_id]) for seq_id in owned}
+        deadline = now + epochs.policy.drain_timeout_s
+        self._drain = Drain(wanted, present.epoch, deadline, targets, shadows)
+        if not wanted.switch:
+            loads = (*plan.reloads, *plan.background)
+            here = [r for r in loads if r.rank in present.experts]
+            epochs.loads.begin(into_free_slots(here, present))
+        told = (fault.rank, fault.kind, fault.detail, len(owned), request_id)
+        self._tell(DrainBegun(*told))
+        if shadows:
+            self._traffic.wake()
+        else:
+            self._go_on(self._drain, now)
+
+    def _go_on(self, drain: Drain, now: float) -> None:
+        epochs, wanted = self._epochs, drain.wanted
+        if drain.settle_until is None:
+            warm = not any(self._ledger.warming(shadow) for shadow in drain.shadows)
+            if (warm and not epochs.loads.loading) or now >= drain.deadline:
+                self._move(drain, now)
+        elif now >= drain.settle_until or self._settled(drain):
+            leaves = [] if wanted.switch else [wanted.fault]
+            switch = wanted.fault.rank if wanted.switch else None
+            kind, request_id = wanted.fault.kind, wanted.request_id
+            epochs.change(leaves, kind, now, request_id=request_id, switch=switch)
+
+    def _move(self, drain: Drain, now: float) -> None:
+        """Hand the sequences over: what is computed of them lies in the targets' prefix caches."""
+        attention = self._epochs.membership.attention
+        others = [r for r in attention if not self._views[r].draining]
+        for number, seq_id in enumerate(self._ledger.owned_by(drain.wanted.fault.rank)):
+            target = drain.targets.get(seq_id)
+            if target not in others:
+                target = others[number % len(others)]
+            drain.moved[seq_id] = self._ledger.num_output(seq_id) or 0
+            self._ledger.hand_over(seq_id, target)
+        drain.settle_until = now + SETTLE_S
+        self._traffic.tell_migrated(list(drain.moved))
+        if drain.moved:
+            self._traffic.wake()
+        else:
+            self._go_on(drain, now)
+
+    def _settled(self, drain: Drain) -> bool:
+        """Whether every sequence that moved has got on, or is finished."""
+        for seq_id, before in drain.moved.items():
+            tokens = self._ledger.num_output(seq_id)
+            if tokens is not None and tokens <= before:
+                return False
+        return True

@@ -1,0 +1,143 @@
+"""Requests on their way to ranks and tokens on their way back: what the epochs see as their host.
+
+Gives sequences to ranks and wakes them, and answers for the sequences (`epochs.ports`).
+"""
+
+from collections.abc import Sequence
+
+from revivemoe.detokenizer import Vocabulary
+from revivemoe.engine.ledger import Ledger
+from revivemoe.engine.requests import Arrival, Assigned, LiveRequest, Sink
+from revivemoe.engine.totals import Totals
+from revivemoe.epochs.fleet import Fleet
+from revivemoe.epochs.record import RecoveryRecord
+from revivemoe.ids import RankId, SeqId
+from revivemoe.membership.membership import Membership
+from revivemoe.messages.events import Convicted, Migrated, Tell
+from revivemoe.messages.reports import Tokens
+from revivemoe.recovery.faults import Fault
+from revivemoe.recovery.plan import Continue
+from revivemoe.recovery.world import SequenceView
+from revivemoe.streams import Submission
+
+
+class Traffic:
+    """Owns the ledger. Implements `SequenceOwner`."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        max_model_len: int,
+        membership: Membership,
+        fleet: Fleet,
+        tell: Tell,
+    ) -> None:
+        self.ledger = Ledger(vocabulary, max_model_len, fleet.send, fleet.incarnation)
+        self.totals = Totals()
+        self._membership, self._fleet, self._tell = membership, fleet, tell
+        self._serving = False
+        self._record: RecoveryRecord | None = None
+        """Of the last change of epoch."""
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    def submit(self, submission: Submission, sink: Sink) -> LiveRequest:
+        """Admit a request. While nobody serves its sequences wait for a rank."""
+        request = self.ledger.admit(submission, sink, bool(self._membership.missing))
+        self.totals.prompt_tokens += sum(len(p) for p in submission.prompts)
+        self.assign()
+        return request
+
+    def assign(self) -> None:
+        """While serving: give every sequence that waits for a rank to one."""
+        if not self._serving or not self.ledger.num_waiting:
+            return
+        attention = self._membership.attention
+        ranks = [r for r in attention if not self._fleet.views[r].draining]
+        assigned = self.ledger.assign_waiting(ranks or attention)
+        orphans = [one for one in assigned if one.orphan]
+        if orphans:
+            self._count_moved(orphans)
+        if assigned:
+            self.wake()
+
+    def wake(self) -> None:
+        """Tell all members that there is work."""
+        self._fleet.wake(self._membership.members)
+
+    def on_tokens(self, report: Tokens) -> Arrival:
+        """A rank has committed a step."""
+        arrival = self.ledger.on_tokens(report)
+        self.totals.count_tokens(arrival, report.step_s)
+        if arrival.released:
+            self.assign()
+        return arrival
+
+    def tell_migrated(self, moved: Sequence[SeqId]) -> None:
+        """Name the requests that go on elsewhere."""
+        requests = [self.ledger.request_id(seq_id) for seq_id in moved]
+        self._tell(Migrated(self._membership.epoch, requests))
+
+    def _count_moved(self, orphans: Sequence[Assigned]) -> None:
+        """Suspects that have lost their rank move one by one, after the recovery itself."""
+        tokens = sum(one.num_tokens for one in orphans)
+        self.totals.migrated += len(orphans)
+        self.totals.recomputed_tokens += tokens
+        if self._record is not None:
+            self._record.migrated += len(orphans)
+            self._record.recomputed_tokens += tokens
+        self.tell_migrated([one.seq_id for one in orphans])
+
+    # ---- `SequenceOwner` ---------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return self.ledger.num_unfinished > 0
+
+    @property
+    def trials(self) -> frozenset[RankId]:
+        return self.ledger.suspects.trials
+
+    def unfinished(self) -> tuple[SequenceView, ...]:
+        return self.ledger.unfinished()
+
+    def reconcile(self, rank: RankId, num_output: dict[SeqId, int]) -> int:
+        return self.ledger.reconcile(rank, num_output)
+
+    def hand_over(self, seq_id: SeqId, to: RankId) -> None:
+        self.ledger.hand_over(seq_id, to)
+
+    def lost(self, rank: RankId, fault: Fault | None) -> None:
+        """Its sequences need another rank; those that may have brought it down are tried."""
+        victims = self.ledger.orphan(rank)
+        signature = "" if fault is None else fault.signature
+        convicted = self.ledger.suspects.lost(rank, victims, signature)
+        if convicted is None or fault is None:
+            return
+        self.totals.convicted += 1
+        self._tell(Convicted(convicted.submission.request_id, fault.detail))
+        self.ledger.convict(
+            convicted,
+            "this request was running at two faults of the same kind, the second time alone: "
+            f"it is ended to protect the others (rank {rank}: {fault.detail})",
+        )
+
+    def epoch_left(self) -> None:
+        self._serving = False
+
+    def planned(self, plan: Continue) -> None:
+        self.totals.migrated += len(plan.migrations)
+        self.totals.recomputed_tokens += sum(move.num_tokens for move in plan.migrations)
+        if plan.membership.missing:
+            self.ledger.mark_degraded()
+        self.tell_migrated([move.seq_id for move in plan.migrations])
+
+    def epoch_began(self, membership: Membership, record: RecoveryRecord | None) -> None:
+        self._membership, self._record, self._serving = membership, record, True
+        if membership.missing:
+            self.ledger.mark_degraded()
+        self.assign()
+
+    def failed(self, reason: str) -> int:
+        self._serving = False
+        return self.ledger.fail_all(f"the instance has failed: {reason}", 503)

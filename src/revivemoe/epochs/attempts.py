@@ -1,0 +1,63 @@
+"""What has been tried lately, so that recovery gives up in the end. Pure; times are passed in."""
+
+from collections import deque
+
+from revivemoe.ids import Epoch
+from revivemoe.recovery.policy import Policy
+
+KEPT = 256
+
+
+class Attempts:
+    """Recoveries, restarts, domains and loads, and which of them came to nothing."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.domain_failures = 0
+        """Domains in a row that did not come about."""
+        self._starts: deque[float] = deque(maxlen=KEPT)
+        """When recent recoveries began."""
+        self._counted = False
+        """Whether the change under way counts towards the policy's limit."""
+        self._restarts: dict[Epoch, float] = {}
+        """When ranks were restarted, by the epoch it was for."""
+        self._load_failed_at: float | None = None
+
+    def planned(self) -> None:
+        """A planned change begins: it counts for nothing."""
+        self._counted = False
+
+    def recovery(self, now: float, under_way: bool) -> None:
+        """A recovery begins, or the one under way goes on with one more fault."""
+        if not (under_way and self._counted):
+            self._starts.append(now)
+            self._counted = True
+
+    def again(self, now: float) -> None:
+        """The one under way begins again from the fence: that is an attempt, too."""
+        self._starts.append(now)
+
+    def recent(self, now: float, under_way: bool) -> int:
+        """Recoveries within the window without the one under way. Planned changes are not
+        measured by them."""
+        if under_way and not self._counted:
+            return 0
+        count = sum(t >= now - self._policy.window_s for t in self._starts) - int(under_way)
+        assert count >= 0, "a recovery is under way that was not counted"
+        return count
+
+    def restarted(self, epoch: Epoch, now: float) -> None:
+        """Ranks are started anew on the way to this epoch."""
+        self._restarts.setdefault(epoch, now)
+
+    def recent_restarts(self, now: float) -> int:
+        return sum(t >= now - self._policy.window_s for t in self._restarts.values())
+
+    def load_failed(self, now: float) -> None:
+        """A rank could not load experts before a resume."""
+        self._load_failed_at = now
+
+    def can_load(self, now: float) -> bool:
+        """False while loading experts has just failed."""
+        at = self._load_failed_at
+        return at is None or now - at > self._policy.repeat_window_s

@@ -1,0 +1,330 @@
+"""The present membership, and the way to the next one. Read this first.
+
+    signals (reports, exits, time) --> accuse, redo --> coordinator: fence .. resume --> a new epoch
+    whoever plans a change ----------> change ----------^
+
+Meets its host, which owns the sequences, only through `ports`. Synchronous; the time is passed in.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from revivemoe.epochs.attempts import Attempts
+from revivemoe.epochs.coordinator import Coordinator
+from revivemoe.epochs.fleet import Fleet
+from revivemoe.epochs.loads import Loads
+from revivemoe.epochs.ports import SequenceOwner
+from revivemoe.epochs.record import RecoveryRecord
+from revivemoe.epochs.stages import Failed, Finished, Recovered
+from revivemoe.epochs.stall import StallClock
+from revivemoe.epochs.state import (
+    FailedState,
+    Paused,
+    Recovering,
+    Serving,
+    Starting,
+    State,
+    state_name,
+)
+from revivemoe.ids import Epoch, RankId
+from revivemoe.membership.membership import Membership
+from revivemoe.messages.commands import Configure, Fence, Stop
+from revivemoe.messages.events import InstanceFailed, RecoveryEnded, StateEntered, Tell
+from revivemoe.messages.reports import FenceAck, Resumed
+from revivemoe.recovery.faults import Fault
+from revivemoe.recovery.plan import Continue, RecoveryPlan
+from revivemoe.recovery.planner import plan_recovery
+from revivemoe.recovery.policy import Policy
+from revivemoe.recovery.repeats import Numbers
+from revivemoe.recovery.symptoms import Symptoms
+from revivemoe.recovery.world import World
+
+log = logging.getLogger("revivemoe.epochs")
+
+KEPT_RECORDS = 100
+LAST_EPOCH = Epoch(1 << 40)
+"""No epoch comes after it: a fence to it ends a rank's part in the instance."""
+
+
+class Epochs:
+    """Who is in, now and next."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        membership: Membership,
+        fleet: Fleet,
+        host: SequenceOwner,
+        clock: Callable[[], float],
+        tell: Tell,
+    ) -> None:
+        """`membership`: of the first epoch. `clock` only times the stages."""
+        self.policy, self.membership = policy, membership
+        self.home = membership.topology
+        """What the instance was started with: ranks come back to their roles."""
+        self.state: State = Starting()
+        self.fleet = fleet
+        self.loads = Loads(fleet.send, tell)
+        self.coordinator = Coordinator(fleet, self.restart, host, policy, clock, tell)
+        self.attempts = Attempts(policy)
+        self.stall = StallClock()
+        self.records: deque[RecoveryRecord] = deque(maxlen=KEPT_RECORDS)
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        """Recoveries by cause and outcome."""
+        self.lost_switch = False
+        """A rank that was switching roles is gone: another one may take over."""
+        self._host, self._clock, self._tell = host, clock, tell
+        self.symptoms = Symptoms(policy)
+        self.numbers = Numbers(policy.repeat_window_s)
+        self.stopping = False
+        self._switch: RankId | None = None
+        """The rank whose role the planned change under way is to change."""
+
+    # ---- life --------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask every living rank to exit. The fence frees those that wait for each other.
+
+        From here on nothing is judged: that ranks end is what was asked for.
+        """
+        self.stopping = True
+        for view in self.fleet.views.values():
+            if not view.dead:
+                self.fleet.send(view.rank, Fence(LAST_EPOCH))
+                self.fleet.send(view.rank, Stop())
+
+    @property
+    def serving(self) -> bool:
+        return isinstance(self.state, Serving)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether a planned change may begin."""
+        return isinstance(self.state, Serving) and not self.coordinator.active
+
+    def fail(self, reason: str, user_error: bool = False) -> None:
+        """The end. From here on nothing changes any more."""
+        if isinstance(self.state, FailedState):
+            return
+        log.error("failed: %s", reason)
+        self._enter(FailedState(reason, user_error))
+        ended = self._host.failed(reason)
+        self._tell(InstanceFailed(reason, ended))
+        for view in self.fleet.views.values():
+            self.fleet.kill(view.rank)
+
+    # ---- the way to the next epoch -----------------------------------------------------------
+
+    def accuse(self, faults: Sequence[Fault], now: float) -> None:
+        """These ranks are out, as of now. Without any: the same members, a new domain."""
+        outside = [f for f in faults if not self.matters(f.rank)]
+        for fault in faults:
+            self._condemn(fault)
+        for fault in outside:  # nobody misses them
+            self.fleet.kill(fault.rank)
+        if faults and len(outside) == len(faults):
+            return
+        self._recover(faults, faults[0].kind if faults else "communication", now)
+
+    def redo(self, cause: str, now: float) -> None:
+        """Nobody is accused: the step is undone and done again in a new domain."""
+        if self.coordinator.active:
+            self.attempts.again(now)
+        self._recover([], cause, now)
+
+    def change(
+        self,
+        faults: Sequence[Fault],
+        cause: str,
+        now: float,
+        *,
+        hold: bool = False,
+        request_id: str | None = None,
+        switch: RankId | None = None,
+    ) -> None:
+        """A planned change: all stop together at a step boundary. Ranks of `faults` go out, and
+        `switch` becomes an expert rank. `hold`: stay there until `release`.
+        """
+        assert self.quiet, f"no planned change can begin: {self.state}"
+        self._switch = switch
+        self.symptoms.explained()
+        self.attempts.planned()
+        self.coordinator.begin_at_boundary(self.membership, faults, now, cause, hold)
+        self.coordinator.record.request_id = request_id
+        self._leave_epoch(now)
+
+    def release(self, now: float) -> None:
+        """End a pause, or one that is about to begin."""
+        self.coordinator.release()
+        if isinstance(self.state, Paused):
+            self._enter(Recovering())
+            self.proceed(now)
+
+    def meet(self) -> None:
+        """All have loaded: let them meet in the first epoch."""
+        configure = Configure(0, self.membership, self.fleet.domain(), self.fleet.wakes)
+        self.fleet.broadcast(self.membership.members, configure)
+
+    def begin(self, exited: Fault | None, now: float) -> None:
+        """All have met. One that exited just after that is a fault like any later one."""
+        self._enter(Serving())
+        if exited is not None:
+            self.accuse([exited], now)
+        else:
+            self._host.epoch_began(self.membership, None)
+
+    def on_ack(self, ack: FenceAck, now: float) -> None:
+        """A survivor has left and rolled back."""
+        self.coordinator.on_ack(ack)
+        self.proceed(now)
+
+    def on_resumed(self, resumed: Resumed, now: float) -> None:
+        """A member has met all others in the new domain."""
+        if (finished := self.coordinator.on_resumed(resumed, now)) is not None:
+            self._finish(finished, now)
+
+    def is_present(self, epoch: Epoch) -> bool:
+        """Whether something seen in `epoch` matters: one that is being left does not."""
+        plan = self.coordinator.plan
+        if self.coordinator.active and plan is None:
+            return False
+        return epoch == (plan.membership if plan is not None else self.membership).epoch
+
+    def matters(self, rank: RankId) -> bool:
+        """Whether a loss of this rank changes what the instance has to do."""
+        plan = self.coordinator.plan
+        configured = plan.membership.members if plan is not None else ()
+        return self.coordinator.active or rank in (*self.membership.members, *configured)
+
+    def _condemn(self, fault: Fault) -> None:
+        view, switched = self.fleet.views[fault.rank], fault.rank in self.fleet.switched
+        if switched and not view.dead and fault.rank not in self.membership.members:
+            self.lost_switch = True
+        self.fleet.condemn(fault, self._clock())
+        self.numbers.forget(fault.rank)
+        self.loads.forget(fault.rank)
+        self._host.lost(fault.rank, fault)
+
+    def _recover(self, faults: Sequence[Fault], cause: str, now: float) -> None:
+        assert not isinstance(self.state, FailedState | Starting), f"no way back from {self.state}"
+        self.attempts.recovery(now, self.coordinator.active)
+        self._switch = None
+        self.symptoms.explained()
+        absent = [r for r, v in self.fleet.views.items() if not v.ready]
+        self.coordinator.begin(self.membership, faults, now, cause=cause, absent=absent)
+        self._leave_epoch(now)
+
+    def _leave_epoch(self, now: float) -> None:
+        self._host.epoch_left()
+        self.stall.begin(self.coordinator.record, self._host.busy)
+        self._enter(Recovering())
+        self.proceed(now)
+
+    def proceed(self, now: float) -> None:
+        """Whatever the change under way waited for may be there."""
+        coordinator = self.coordinator
+        if coordinator.holding:
+            self._enter(Paused())
+            return
+        if coordinator.fenced and (fault := self.numbers.settle(now)) is not None:
+            self._condemn(fault)
+            coordinator.add_fault(fault)
+        carried_out, fleet = coordinator.plan, self.fleet
+        finished = coordinator.proceed(lambda: self.world(now), fleet.domain(), fleet.wakes)
+        plan = coordinator.plan
+        if finished is not None:
+            self._finish(finished, now)
+        elif plan is not None and plan is not carried_out:
+            self._carry_out(plan)
+
+    def _carry_out(self, plan: Continue) -> None:
+        self._switch = None
+        for switch in plan.switches:
+            self.fleet.switch(switch, plan.switch_aside)
+        self._retire_leavers(plan.membership)
+        self._host.planned(plan)
+
+    def _retire_leavers(self, membership: Membership) -> None:
+        """Members that the plan leaves out have been told to stop: their exit is no fault."""
+        for rank in self.membership.members:
+            view = self.fleet.views[rank]
+            if rank not in membership.members and view.ready:
+                view.condemn(view.fault)
+                self.loads.forget(rank)
+
+    def _finish(self, finished: Finished, now: float) -> None:
+        record = finished.record
+        assert record.outcome is not None, "a recovery ended without an outcome"
+        self.records.append(record)
+        self.outcomes[record.cause, record.outcome] += 1
+        ended = (record.epoch, record.cause, record.outcome, record.reason, record.request_id)
+        self._tell(RecoveryEnded(*ended))
+        match finished:
+            case Recovered(plan=plan):
+                self._begin_epoch(plan)
+            case Failed(reason=reason):
+                self.fail(reason)
+
+    def _begin_epoch(self, plan: Continue) -> None:
+        assert plan.membership.epoch > self.membership.epoch, "epochs only grow"
+        self.attempts.domain_failures = 0
+        self.membership = plan.membership
+        self.fleet.enter_epoch(plan.membership.members)
+        log.info("epoch %d: %s", plan.membership.epoch, self.records[-1].reason)
+        self._enter(Serving())
+        self._host.epoch_began(self.membership, self.records[-1])
+        self.loads.epoch_began(plan, self.fleet.home, self.policy.restore_redundancy)
+
+    def restart(self, rank: RankId) -> None:
+        """A new process for a rank, once the present one is gone."""
+        now, view = self._clock(), self.fleet.views[rank]
+        self.attempts.restarted(self.coordinator.record.epoch, now)
+        if not view.dead:
+            view.condemn(None)
+            self.loads.forget(rank)
+            self._host.lost(rank, None)
+        self.fleet.replace(rank, now)
+
+    # ---- what would be done ------------------------------------------------------------------
+
+    def plan_for(self, faults: Sequence[Fault]) -> RecoveryPlan:
+        """What would be done about these faults now. Does nothing."""
+        return plan_recovery(self.world(self._clock()), faults, self.policy)
+
+    def plan_switch(self, rank: RankId) -> RecoveryPlan:
+        """What would be done for the role switch of a rank now. Does nothing."""
+        world = replace(self.world(self._clock()), switch=rank)
+        return plan_recovery(world, [], self.policy)
+
+    def world(self, now: float) -> World:
+        """Everything the plan depends on."""
+        fleet, attempts = self.fleet, self.attempts
+        joining = fleet.joining
+        return World(
+            membership=self.membership,
+            sequences=self._host.unfinished(),
+            maskable=all(view.maskable for view in fleet.views.values()),
+            recent_recoveries=attempts.recent(now, self.coordinator.active),
+            recent_restarts=attempts.recent_restarts(now),
+            home=fleet.roles(self.home),
+            gone=tuple(fleet.gone),
+            ready=tuple(view.rank for view in joining),
+            tables={view.rank: view.table for view in (*joining, *fleet.switching)},
+            launching=tuple(fleet.launching),
+            relaunchable=tuple(fleet.relaunchable(now)),
+            loaded=self.loads.loaded,
+            loading=self.loads.loading,
+            domain_failures=attempts.domain_failures,
+            trials=self._host.trials,
+            can_load=attempts.can_load(now),
+            home_placement=fleet.home,
+            switched=dict(fleet.switched),
+            switch=self._switch,
+        )
+
+    def _enter(self, state: State) -> None:
+        assert not isinstance(self.state, FailedState), "a failed instance stays so"
+        self.state = state
+        self._tell(StateEntered(state_name(state), self.membership.epoch))

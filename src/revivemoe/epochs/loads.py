@@ -1,0 +1,119 @@
+"""Experts loaded beside the steps: what is under way, what lies ready for the next epoch."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from revivemoe.ids import RankId
+from revivemoe.membership.membership import Membership
+from revivemoe.membership.placement import EMPTY, ExpertPlacement, Reload
+from revivemoe.messages.commands import Command, LoadExperts, SlotLoad
+from revivemoe.messages.events import LoadedBeside, Tell
+from revivemoe.messages.reports import ExpertsLoaded
+from revivemoe.recovery.plan import Continue
+from revivemoe.recovery.repair import assign_reloads, assign_replicas
+
+log = logging.getLogger("revivemoe.epochs")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Experts being loaded by one rank."""
+
+    rank: RankId
+    reloads: tuple[Reload, ...]
+
+
+class Loads:
+    """Sends ranks to load, and keeps what they have loaded until a map names it."""
+
+    def __init__(self, send: Callable[[RankId, Command], None], tell: Tell) -> None:
+        self._send, self._tell = send, tell
+        self._under_way: dict[int, Loading] = {}
+        self.loaded: tuple[Reload, ...] = ()
+        """In their slots, but not in the map yet."""
+        self._next_request = 0
+        self._at_boundary = False
+        """Some missing experts only fit into slots that are in use: load them at a boundary."""
+
+    @property
+    def loading(self) -> tuple[Reload, ...]:
+        """Under way."""
+        return tuple(x for loading in self._under_way.values() for x in loading.reloads)
+
+    @property
+    def awaits_epoch(self) -> bool:
+        """Whether a new epoch would take something into use, and nothing more is under way."""
+        return bool(self.loaded or self._at_boundary) and not self._under_way
+
+    def begin(self, reloads: Iterable[Reload]) -> None:
+        """Let the ranks load these into slots that the present epoch does not use."""
+        reloads = tuple(reloads)
+        taken = {(r.rank, r.layer, r.slot) for r in reloads}
+        assert len(taken) == len(reloads), "two experts for one slot"
+        self.loaded = tuple(r for r in self.loaded if (r.rank, r.layer, r.slot) not in taken)
+        by_rank: dict[RankId, list[Reload]] = {}
+        for reload in reloads:
+            by_rank.setdefault(reload.rank, []).append(reload)
+        for rank, wanted in by_rank.items():
+            self._next_request += 1
+            self._under_way[self._next_request] = Loading(rank, tuple(wanted))
+            loads = tuple(SlotLoad(r.layer, r.slot, r.expert) for r in wanted)
+            self._send(rank, LoadExperts(self._next_request, loads))
+
+    def restore(self, present: Membership) -> None:
+        """Load missing experts into spare slots. Raises ValueError if there is nothing to do."""
+        if not present.missing:
+            raise ValueError("no expert is missing")
+        pending = {(r.layer, r.expert) for r in self.loading}
+        wanted = [pair for pair in present.missing if pair not in pending]
+        reloads = assign_reloads(present.placement, wanted) if wanted else ()
+        if not reloads and not pending:
+            raise ValueError(
+                f"{len(present.missing)} experts are missing and no rank has a spare slot for them:"
+                " let a rank rejoin"
+            )
+        free = into_free_slots(reloads, present)
+        self.begin(free)
+        self._at_boundary = len(free) < len(reloads)
+
+    def on_loaded(self, report: ExpertsLoaded) -> None:
+        """A rank has loaded experts beside the steps, or could not."""
+        loading = self._under_way.pop(report.request, None)
+        if loading is None:
+            return
+        count = len(loading.reloads)
+        self._tell(LoadedBeside(report.rank, count, report.seconds, report.error))
+        if report.error is None:
+            self.loaded += loading.reloads
+        else:
+            log.warning("rank %d could not load experts: %s", report.rank, report.error)
+
+    def forget(self, rank: RankId) -> None:
+        """The rank is out: what its process had loaded, or was loading, is gone with it."""
+        self._under_way = {k: v for k, v in self._under_way.items() if v.rank != rank}
+        self.loaded = tuple(reload for reload in self.loaded if reload.rank != rank)
+
+    def epoch_asked(self) -> None:
+        """The epoch that `awaits_epoch` asks for is on its way."""
+        self._at_boundary = False
+
+    def epoch_began(self, plan: Continue, home: ExpertPlacement, restore_redundancy: bool) -> None:
+        """What the new epoch has taken into use is settled, and what it asks for begins."""
+        present = plan.membership
+        self.loaded = tuple(
+            r for r in self.loaded if r.rank in present.members and r not in plan.taken
+        )
+        if plan.background:
+            self.begin(plan.background)
+        elif restore_redundancy and not self._under_way:
+            self.begin(assign_replicas(present.placement, home))
+
+
+def into_free_slots(reloads: Iterable[Reload], present: Membership) -> list[Reload]:
+    """Those into slots that the present epoch does not use.
+
+    The others hold a replica that tokens are sent to: they wait until all have left the epoch.
+    """
+    index_of, slots = present.placement.index_of, present.placement.slots
+    return [r for r in reloads if slots[r.rank][index_of[r.layer]][r.slot] == EMPTY]

@@ -1,0 +1,221 @@
+"""What an instance tells whoever follows it: every signal, decision and stage, as a value.
+
+The names and fields on the wire are part of the public contract: `document` is the one encoder.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import ClassVar
+
+from revivemoe.ids import Epoch, Incarnation, RankId
+
+
+class Event:
+    """`event` is its name on the wire."""
+
+    event: ClassVar[str]
+
+    def __init_subclass__(cls, event: str) -> None:
+        cls.event = event
+
+
+Tell = Callable[[Event], None]
+EventDocument = dict[str, object]
+
+
+def document(event: Event) -> EventDocument:
+    """An event as a JSON object."""
+    assert is_dataclass(event), f"{event} is no event"
+    return {"event": event.event, **{f.name: getattr(event, f.name) for f in fields(event)}}
+
+
+# ---- states and changes of epoch ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StateEntered(Event, event="state"):
+    state: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True)
+class Fenced(Event, event="fence"):
+    epoch: Epoch
+    cause: str
+    lost: list[RankId]
+    survivors: int
+    at_boundary: bool
+
+
+@dataclass(frozen=True)
+class RestartPlanned(Event, event="restart"):
+    ranks: list[RankId]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Configured(Event, event="configure"):
+    epoch: Epoch
+    reason: str
+    migrated: int
+
+
+@dataclass(frozen=True)
+class RecoveryEnded(Event, event="recovery"):
+    epoch: Epoch
+    cause: str
+    outcome: str | None
+    reason: str
+    request_id: str | None
+
+
+@dataclass(frozen=True)
+class InstanceFailed(Event, event="failed"):
+    reason: str
+    streams_ended: int
+
+
+@dataclass(frozen=True)
+class Stalled(Event, event="engine_stalled"):
+    """The engine itself stood still."""
+
+    seconds: float
+
+
+# ---- ranks --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launched(Event, event="launch"):
+    id: RankId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True)
+class RankReady(Event, event="ready"):
+    id: RankId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True)
+class Accused(Event, event="fault"):
+    id: RankId
+    kind: str
+    level: int
+    detail: str
+    detect_s: float
+
+
+@dataclass(frozen=True)
+class Unkillable(Event, event="unkillable"):
+    id: RankId
+    pid: int | None
+
+
+@dataclass(frozen=True)
+class ForkserverGone(Event, event="forkserver_gone"):
+    pass
+
+
+@dataclass(frozen=True)
+class FoundSlow(Event, event="slow"):
+    id: RankId
+    factor: float
+    detail: str
+
+
+@dataclass(frozen=True)
+class DeviceReported(Event, event="device"):
+    id: RankId
+    level: int
+    code: str
+    action: str
+    detail: str
+    source: str
+
+
+@dataclass(frozen=True)
+class SymptomSeen(Event, event="symptom"):
+    id: RankId
+    detail: str
+
+
+@dataclass(frozen=True)
+class NumbersBroken(Event, event="non_finite"):
+    id: RankId
+    where: str
+    produced_here: bool
+
+
+# ---- experts and roles --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExpertsTaken(Event, event="loaded"):
+    """Loaded before a resume, or for a new role."""
+
+    id: RankId
+    seconds: float
+    bytes: int
+    sources: dict[str, int]
+
+
+@dataclass(frozen=True)
+class LoadedBeside(Event, event="experts_loaded"):
+    """Loaded beside the steps, or why not."""
+
+    id: RankId
+    experts: int
+    seconds: float
+    error: str | None
+
+
+@dataclass(frozen=True)
+class LoadRefused(Event, event="load_failed"):
+    id: RankId
+    detail: str | None
+
+
+@dataclass(frozen=True)
+class RoleSwitched(Event, event="role_switch"):
+    id: RankId
+    replaces: RankId | None
+    aside: bool
+
+
+# ---- requests and operators ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Migrated(Event, event="migrated"):
+    epoch: Epoch
+    requests: list[str]
+
+
+@dataclass(frozen=True)
+class Convicted(Event, event="convicted"):
+    request: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Applied(Event, event="applied"):
+    instruction: str
+    params: dict[str, object]
+    request_id: str
+
+
+@dataclass(frozen=True)
+class DrainBegun(Event, event="drain"):
+    id: RankId
+    kind: str
+    detail: str
+    sequences: int
+    request_id: str | None
+
+
+@dataclass(frozen=True)
+class DrainRefused(Event, event="drain_refused"):
+    id: RankId
+    reason: str
+    request_id: str | None

@@ -1,0 +1,64 @@
+"""What ranks, shared memory and host cache of an instance are started with."""
+
+from revivemoe.checkpoint.inspect import CheckpointInfo
+from revivemoe.config import EngineConfig
+from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
+from revivemoe.ids import Incarnation, LayerId, RankId
+from revivemoe.membership.membership import Membership
+from revivemoe.membership.placement import Table
+
+
+def rank_spec(
+    config: EngineConfig,
+    info: CheckpointInfo,
+    home: Membership,
+    rank: RankId,
+    incarnation: Incarnation,
+    slots: Table,
+) -> RankSpec:
+    """`home`: what the instance was started with: processes come back to their roles."""
+    assert config.max_model_len is not None
+    table = slots or ((),) * len(info.moe_layers)
+    return RankSpec(
+        rank=rank,
+        incarnation=incarnation,
+        model_dir=str(info.model_dir),
+        attention=rank in home.attention,
+        dense_layers=tuple(map(LayerId, info.dense_layers)) if home.dense is not None else (),
+        dense_ffn_tp=config.dense_ffn_tp,
+        dense_shards=tuple(sorted(home.shards_of(rank))),
+        slots={LayerId(k): v for k, v in zip(info.moe_layers, table, strict=True)},
+        num_experts=info.num_experts,
+        top_k=info.top_k,
+        dtype=config.dtype,
+        device=config.rank_device(rank),
+        threads=config.threads_per_rank,
+        block_size=config.block_size,
+        num_kv_blocks=config.num_kv_blocks,
+        kv_memory_share=0.5 / config.data_parallel_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        prefill_tokens_beside_decodes=config.prefill_tokens_beside_decodes,
+        commands="",
+        reports="",
+        allow_faults=config.enable_fault_injection,
+    )
+
+
+def segment_spec(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:
+    """Shared memory of the instance."""
+    return SegmentSpec(
+        num_ranks=config.num_ranks,
+        channels=config.num_microbatches or 1,
+        max_tokens=config.max_num_batched_tokens,
+        hidden=info.hidden_size,
+        itemsize=2 if config.dtype == "bfloat16" else 4,
+        top_k=max(info.top_k, config.dense_ffn_tp),
+    )
+
+
+def host_cache_spec(config: EngineConfig, info: CheckpointInfo) -> HostCacheSpec:
+    """Converted experts that the ranks of a host share."""
+    layers = tuple(LayerId(layer) for layer in info.moe_layers)
+    return HostCacheSpec(str(info.model_dir), layers, info.num_experts, config.dtype)
