@@ -4,30 +4,24 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from revivemoe.server.errors import ApiError, describe, internal_error
-from revivemoe.server.lifetime import (
-    Lifetime,
-    cancel_all,
-    shutting_down,
-    wait_for_disconnect,
-)
+from revivemoe.server.lifetime import Lifetime, cancel_all, shutting_down, wait_for_disconnect
 
 logger = logging.getLogger(__name__)
 
 DONE = "data: [DONE]\n\n"
 
 
-def dumps(document: Any) -> str:
+def dumps(document: object) -> str:
     """Compact and ASCII: U+2028 and the like would end a line for some readers of events."""
     return json.dumps(document, separators=(",", ":"))
 
 
-def event(document: Any) -> str:
+def event(document: object) -> str:
     return f"data: {dumps(document)}\n\n"
 
 
