@@ -13,7 +13,6 @@ import secrets
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 import msgspec
 import zmq
@@ -23,11 +22,7 @@ from revivemoe.cluster.launcher import LaunchedProcess, Launcher
 from revivemoe.cluster.store import GroupStore
 from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages.reports import (
-    Command,
-    DomainSpec,
-    Report,
-)
+from revivemoe.messages.reports import Command, DomainSpec, Report
 
 log = logging.getLogger("revivemoe.cluster")
 
@@ -104,12 +99,7 @@ class LocalCluster:
         self._loop.add_reader(self._launcher.fileno, self._on_launcher)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         assert self._loop is not None
         self._loop.remove_reader(self._inbox_fd)
         with contextlib.suppress(AssertionError):

@@ -20,12 +20,7 @@ from revivemoe.executor.control import ControlThread
 from revivemoe.executor.driver import StepLoop
 from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
-from revivemoe.messages.reports import (
-    Fatal,
-    RankStats,
-    Ready,
-    Report,
-)
+from revivemoe.messages.reports import Fatal, RankStats, Ready, Report
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import DenseSpec, ModelRunner
 

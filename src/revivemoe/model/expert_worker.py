@@ -11,10 +11,7 @@ from pathlib import Path
 import torch
 
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
-from revivemoe.membership.placement import (
-    EMPTY,
-    ExpertPlacement,
-)
+from revivemoe.membership.placement import EMPTY, ExpertPlacement
 from revivemoe.messages.reports import SlotLoad
 from revivemoe.model.dense import DenseLayer
 from revivemoe.model.expert_loads import ExpertLoader, ExpertSource, LoadReport
