@@ -6,12 +6,38 @@ as in Hugging Face's text-generation-inference.
 """
 
 import codecs
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 6
 """Prompt tokens that a window starts with, so that a leading space of the output survives."""
+
+
+class Backend(Protocol):
+    """What is used of a `tokenizers.Tokenizer`."""
+
+    decoder: object
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+    def id_to_token(self, id: int) -> str | None: ...
+    def get_added_tokens_decoder(self) -> "Mapping[int, AddedToken]": ...
+
+
+class Tokenizer(Protocol):
+    """What is used of a fast tokenizer of `transformers`."""
+
+    @property
+    def backend_tokenizer(self) -> Backend: ...
+    @property
+    def chat_template(self) -> object: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def apply_chat_template(
+        self, conversation: list[dict[str, object]], **options: bool
+    ) -> object: ...
 
 
 class Detokenizer(Protocol):
@@ -29,13 +55,11 @@ class Detokenizer(Protocol):
 class Vocabulary:
     """What the detokenizers of one tokenizer share: the bytes of each token, decoded once.
 
-    `tokenizer` is a fast tokenizer of `transformers` (one with a `backend_tokenizer`).
     Special tokens and ids unknown to the tokenizer have no text.
     """
 
-    def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._backend = _backend_of(tokenizer)
-        self._decode: Callable[..., str] = self._backend.decode
         self.skip_special_tokens = skip_special_tokens
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -49,7 +73,7 @@ class Vocabulary:
         return _WindowDetokenizer(self, prompt_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self._decode(list(token_ids), skip_special_tokens=self.skip_special_tokens)
+        return self._backend.decode(list(token_ids), skip_special_tokens=self.skip_special_tokens)
 
     def skips(self, token_id: int) -> bool:
         return self.skip_special_tokens and token_id in self._special_ids
@@ -67,7 +91,7 @@ class Vocabulary:
 
     def _compute_bytes(self, token_id: int) -> bytes:
         if not self._byte_of_char:
-            return self._decode([token_id], skip_special_tokens=False).encode()
+            return self._backend.decode([token_id], skip_special_tokens=False).encode()
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -121,8 +145,8 @@ class _WindowDetokenizer:
         return new_text
 
 
-def _backend_of(tokenizer: Any) -> Any:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+def _backend_of(tokenizer: Tokenizer) -> Backend:
+    backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no `tokenizers` backend; "
@@ -131,7 +155,7 @@ def _backend_of(tokenizer: Any) -> Any:
     return backend
 
 
-def _is_byte_level(backend: Any) -> bool:
+def _is_byte_level(backend: Backend) -> bool:
     return type(backend.decoder).__name__ == "ByteLevel"
 
 

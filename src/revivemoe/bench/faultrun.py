@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import httpx
 
-from revivemoe.bench.loadgen import StreamResult, stream_all
+from revivemoe.bench.documents import Event, Status
+from revivemoe.bench.loadgen import Body, StreamResult, stream_all
 from revivemoe.bench.server_process import ServerProcess
 
 JUST_AFTER_S = 0.1
@@ -27,8 +28,8 @@ class FaultRun:
     killed_wall: float
     migrated: frozenset[str]
     """Ids of the requests that were moved."""
-    status: dict[str, Any]
-    events: list[dict[str, Any]]
+    status: Status
+    events: list[Event]
 
     @property
     def survivors(self) -> list[StreamResult]:
@@ -45,26 +46,19 @@ class FaultRun:
         """From just before the fault to the first sign of it in the engine."""
         signs = ("fault", "non_finite", "drain", "symptom", "device")
         at = min((e["time"] for e in self.events if e["event"] in signs), default=self.killed_wall)
-        return float(at - self.killed_wall)
+        return at - self.killed_wall
 
 
 async def run_with_kill(
-    server: ServerProcess, bodies: Sequence[dict[str, Any]], victim: int, after_tokens: int
+    server: ServerProcess, bodies: Sequence[Body], victim: int, after_tokens: int
 ) -> FaultRun:
     """Stream `bodies`; SIGKILL rank `victim` once `after_tokens` tokens have come back in all."""
     pid = await asyncio.to_thread(server.rank_pid, victim)
-
-    def strike() -> None:
-        server.kill_pid(pid)
-
-    return await run_with_fault(server, bodies, strike, after_tokens)
+    return await run_with_fault(server, bodies, partial(server.kill_pid, pid), after_tokens)
 
 
 async def run_with_fault(
-    server: ServerProcess,
-    bodies: Sequence[dict[str, Any]],
-    strike: Callable[[], None],
-    after_tokens: int,
+    server: ServerProcess, bodies: Sequence[Body], strike: Callable[[], object], after_tokens: int
 ) -> FaultRun:
     """Stream `bodies`; call `strike` once `after_tokens` tokens have come back in all."""
     seen = await asyncio.to_thread(lambda: len(server.status()["recoveries"]))
@@ -82,7 +76,7 @@ async def run_with_fault(
     return FaultRun(results, struck_at, struck_wall, frozenset(migrated), status, events)
 
 
-def _settled(server: ServerProcess, seen: int, timeout_s: float = 10.0) -> dict[str, Any]:
+def _settled(server: ServerProcess, seen: int, timeout_s: float = 10.0) -> Status:
     """The status once a recovery has been added to those seen, or as it is after the time-out."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -93,9 +87,31 @@ def _settled(server: ServerProcess, seen: int, timeout_s: float = 10.0) -> dict[
         time.sleep(0.02)
 
 
-def past_events(url: str, epoch: int, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+def mend(server: ServerProcess) -> None:
+    """Let whoever was lost rejoin."""
+    for rank in [e["id"] for e in server.status()["engines"] if e["status"] == "dead"]:
+        server.post("apply", {"instruction": "rejoin", "params": {"id": rank}})
+    await_status(
+        server,
+        lambda status: all(e["logical_rank"] is not None for e in status["engines"]),
+        "the rejoin",
+    )
+
+
+def await_status(
+    server: ServerProcess, holds: Callable[[Status], bool], what: str, timeout_s: float = 120.0
+) -> None:
+    """Wait until it serves, and `holds`. Raises RuntimeError that names `what`."""
+    deadline = time.monotonic() + timeout_s
+    while not holds(status := server.status()) or status["state"] != "serving":
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{what} did not come within {timeout_s:.0f} s")
+        time.sleep(0.05)
+
+
+def past_events(url: str, epoch: int, timeout_s: float = 5.0) -> list[Event]:
     """The instance's events up to its return to serving in `epoch`, and just after."""
-    found: list[dict[str, Any]] = []
+    found: list[Event] = []
     serving = threading.Event()
 
     def read() -> None:

@@ -2,12 +2,37 @@
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import httpx
+
+from revivemoe.bench.documents import Chunk
+
+Body = dict[str, object]
+"""Of a completion request."""
+
+
+def random_prompts(draw: random.Random, count: int, length: int) -> list[list[int]]:
+    """Token ids that every preset has, none of them special."""
+    return [[draw.randrange(16, 500) for _ in range(length)] for _ in range(count)]
+
+
+def greedy(model_dir: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Body]:
+    """Completions of exactly so many tokens, none of them drawn."""
+    return [
+        {
+            "model": model_dir.name,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+        }
+        for prompt in prompts
+    ]
 
 
 @dataclass
@@ -31,7 +56,7 @@ class StreamResult:
 
 
 async def stream_completion(
-    client: httpx.AsyncClient, body: dict[str, Any], into: StreamResult | None = None
+    client: httpx.AsyncClient, body: Body, into: StreamResult | None = None
 ) -> StreamResult:
     """POST /v1/completions with `stream`; `into` may be watched while it fills."""
     result = into if into is not None else StreamResult()
@@ -47,7 +72,7 @@ async def stream_completion(
     return result
 
 
-def _take(chunk: dict[str, Any], result: StreamResult) -> None:
+def _take(chunk: Chunk, result: StreamResult) -> None:
     if "error" in chunk:
         result.error = chunk["error"]["message"]
         return
@@ -64,7 +89,7 @@ def _take(chunk: dict[str, Any], result: StreamResult) -> None:
 
 async def stream_all(
     url: str,
-    bodies: Sequence[dict[str, Any]],
+    bodies: Sequence[Body],
     into: Sequence[StreamResult] | None = None,
     timeout_s: float = 120.0,
 ) -> list[StreamResult]:

@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from revivemoe.bench.loadgen import stream_all
+from revivemoe.bench.loadgen import greedy, random_prompts, stream_all
 from revivemoe.bench.models import bench_model
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.checkpoint.inspect import inspect_checkpoint
@@ -50,7 +49,7 @@ class Setup:
     block_size: int = 16
 
 
-def run(setup: Setup, console: Console) -> dict[str, Any]:
+def run(setup: Setup, console: Console) -> dict[str, object]:
     """Measure; returns the document that is also written as JSON. Times in seconds."""
     with tempfile.TemporaryDirectory(prefix="revivemoe-bench-") as folder:
         model_dir, _ = bench_model(Path(folder), setup.preset, "bfloat16", console)
@@ -64,30 +63,21 @@ def run(setup: Setup, console: Console) -> dict[str, Any]:
         "progress": _phase_s() * (PHASES_PER_LAYER * layers + 3)
         + _wait_s() * (WAITS_PER_LAYER * layers + 1),
     }
-    document = {
+    check_s = _finite_s(layers, per_rank, hidden)
+    _print(console, step_s, costs, check_s)
+    return {
         "bench": "overhead",
         "setup": vars(setup),
         "step_s": step_s,
         "per_step_s": costs,
         "share": sum(costs.values()) / step_s,
-        "finite_check_s": _finite_s(layers, per_rank, hidden),
+        "finite_check_s": check_s,
     }
-    _print(console, document)
-    return document
 
 
 def _median_step_s(model_dir: Path, setup: Setup) -> float:
-    draw = random.Random(0)
-    bodies = [
-        {
-            "model": model_dir.name,
-            "prompt": [draw.randrange(16, 500) for _ in range(64)],
-            "max_tokens": setup.output_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-        }
-        for _ in range(setup.streams)
-    ]
+    prompts = random_prompts(random.Random(0), setup.streams, 64)
+    bodies = greedy(model_dir, prompts, setup.output_tokens)
     with ServerProcess(model_dir, ["--data-parallel-size", str(setup.ranks)]) as server:
         asyncio.run(stream_all(server.url, bodies))
         results = asyncio.run(stream_all(server.url, bodies))
@@ -180,15 +170,12 @@ def _finite_s(layers: int, tokens: int, hidden: int) -> float:
     return _cpu_s(act, calls=100)
 
 
-def _print(console: Console, document: dict[str, Any]) -> None:
-    step_s = document["step_s"]
+def _print(console: Console, step_s: float, costs: dict[str, float], check_s: float) -> None:
     table = Table(title=f"CPU time per step; median step {step_s * 1e3:.1f} ms")
     for column in ("part", "microseconds", "share of a step"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    for name, seconds in document["per_step_s"].items():
+    for name, seconds in costs.items():
         table.add_row(name, f"{seconds * 1e6:.1f}", f"{seconds / step_s:.3%}")
-    total = sum(document["per_step_s"].values())
-    table.add_row("together", f"{total * 1e6:.1f}", f"{document['share']:.3%}")
-    seconds = document["finite_check_s"]
-    table.add_row("non-finite check", f"{seconds * 1e6:.1f}", f"{seconds / step_s:.3%}")
+    for name, seconds in (("together", sum(costs.values())), ("non-finite check", check_s)):
+        table.add_row(name, f"{seconds * 1e6:.1f}", f"{seconds / step_s:.3%}")
     console.print(table)

@@ -16,16 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.table import Table
 
 from revivemoe.bench import paper_table
-from revivemoe.bench.faultrun import FaultRun, run_with_fault
-from revivemoe.bench.loadgen import StreamResult, stream_all
+from revivemoe.bench.faultrun import FaultRun, mend, run_with_fault
+from revivemoe.bench.loadgen import Body, StreamResult, greedy, random_prompts, stream_all
 from revivemoe.bench.models import bench_model
+from revivemoe.bench.restart import restart
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.epochs.record import PHASES
 
@@ -53,9 +53,39 @@ class Setup:
     """Of each scenario of the paper's table."""
 
 
-def run(setup: Setup, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """One fault of a kind, at so many tokens of context. Times in seconds."""
+
+    kind: str
+    context: int
+    figures: dict[str, float]
+    phases: dict[str, float]
+
+
+Spread = dict[str, float]
+"""median, p99 and worst, in this order."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of all faults of a kind at one context length."""
+
+    kind: str
+    context: int
+    count: int
+    figures: dict[str, Spread]
+    phases: dict[str, Spread]
+
+
+def _told(of: Row | Summary) -> dict[str, object]:
+    """As JSON has it: the figures beside the rest."""
+    return {name: value for name, value in vars(of).items() if name != "figures"} | of.figures
+
+
+def run(setup: Setup, console: Console) -> dict[str, object]:
     """Measure; returns the document that is also written as JSON. Times in seconds."""
-    document: dict[str, Any] = {
+    document: dict[str, object] = {
         "bench": "recovery",
         "setup": vars(setup),
         "cores": len(os.sched_getaffinity(0)),
@@ -70,9 +100,9 @@ def run(setup: Setup, console: Console) -> dict[str, Any]:
     return document
 
 
-def _kinds(model_dir: Path, num_experts: int, setup: Setup, console: Console) -> dict[str, Any]:
+def _kinds(model_dir: Path, num_experts: int, setup: Setup, console: Console) -> dict[str, object]:
     """Each kind of fault, at each context length, on one collocated deployment."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     policy = model_dir.parent / "policy.toml"
     policy.write_text(POLICY)
     flags = [
@@ -82,21 +112,24 @@ def _kinds(model_dir: Path, num_experts: int, setup: Setup, console: Console) ->
     ]  # fmt: skip
     for context in setup.contexts:
         rows += _context(model_dir, flags, setup, context, console)
-    restart_s = _restart(model_dir, flags)
-    found = {"faults": rows, "restart_s": restart_s, "summary": _summary(rows)}
-    _print(console, found)
-    return found
+    restart_s, summaries = restart(model_dir, flags)["total"], _summaries(rows)
+    _print(console, summaries)
+    console.print(f"full stop and start until it answers: {restart_s:.1f} s")
+    told, summary = [_told(row) for row in rows], [_told(summary) for summary in summaries]
+    return {"faults": told, "restart_s": restart_s, "summary": summary}
 
 
 def _context(
     model_dir: Path, flags: Sequence[str], setup: Setup, context: int, console: Console
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     shortest = context == min(setup.contexts)
     kinds = setup.kinds if shortest else setup.kinds[:1]
     count = setup.faults if shortest else max(3, setup.faults // 4)
-    draw, rows = random.Random(context), []
+    draw = random.Random(context)
+    rows: list[Row] = []
     with ServerProcess(model_dir, flags) as server:
-        bodies = _bodies(model_dir, setup, context, draw)
+        prompts = random_prompts(draw, setup.streams, context)
+        bodies = greedy(model_dir, prompts, setup.output_tokens)
         asyncio.run(stream_all(server.url, bodies, timeout_s=300))  # warm-up
         calm = asyncio.run(stream_all(server.url, bodies, timeout_s=300))
         rate = _prefill_rate(server, model_dir, draw)
@@ -107,21 +140,6 @@ def _context(
     return rows
 
 
-def _bodies(
-    model_dir: Path, setup: Setup, context: int, draw: random.Random
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "model": model_dir.name,
-            "prompt": [draw.randrange(16, 500) for _ in range(context)],
-            "max_tokens": setup.output_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-        }
-        for _ in range(setup.streams)
-    ]
-
-
 def _one(
     server: ServerProcess,
     kind: str,
@@ -130,51 +148,30 @@ def _one(
     context: int,
     calm: Sequence[StreamResult],
     rate: float,
-    bodies: Sequence[dict[str, Any]],
+    bodies: Sequence[Body],
     draw: random.Random,
-) -> dict[str, Any]:
+) -> Row:
     victim = index % setup.ranks
     total = setup.streams * setup.output_tokens
     after = draw.randrange(total // 8, total // 2)
     fault = asyncio.run(run_with_fault(server, bodies, _strike(server, kind, victim), after))
-    _mend(server)
-    return {"kind": kind, "context": context, **_row(calm, fault, rate)}
+    mend(server)
+    figures = _figures(calm, fault, rate)
+    return Row(kind, context, figures, fault.status["recoveries"][-1]["phases"])
 
 
-def _strike(server: ServerProcess, kind: str, victim: int) -> Callable[[], None]:
+def _strike(server: ServerProcess, kind: str, victim: int) -> Callable[[], object]:
     """What brings the fault about."""
     if kind in ("kill", "stop"):
         number = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
-        pid = server.rank_pid(victim)
-        return partial(_signal, server, pid, number)
-    body: dict[str, Any] = {"id": victim, "kind": kind}
+        return partial(server.kill_pid, server.rank_pid(victim), number)
+    body: dict[str, object] = {"id": victim, "kind": kind}
     if kind == "drain":
         body = {"id": victim, "kind": "device_fault", "params": {"level": 4}}
-    return lambda: _post(server, "inject", body)
+    return partial(server.post, "inject", body)
 
 
-def _signal(server: ServerProcess, pid: int, number: signal.Signals) -> None:
-    server.kill_pid(pid, number)
-
-
-def _post(server: ServerProcess, what: str, body: dict[str, Any]) -> None:
-    url = f"{server.url}/v1/fault_tolerance/{what}"
-    httpx.post(url, json=body, timeout=10).raise_for_status()
-
-
-def _mend(server: ServerProcess, timeout_s: float = 60.0) -> None:
-    """Let whoever was lost rejoin."""
-    dead = [e["id"] for e in server.status()["engines"] if e["status"] == "dead"]
-    for rank in dead:
-        _post(server, "apply", {"instruction": "rejoin", "params": {"id": rank}})
-    deadline = time.monotonic() + timeout_s
-    while any(e["logical_rank"] is None for e in server.status()["engines"]):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {dead} did not rejoin within {timeout_s:.0f} s")
-        time.sleep(0.05)
-
-
-def _row(calm: Sequence[StreamResult], fault: FaultRun, rate: float) -> dict[str, Any]:
+def _figures(calm: Sequence[StreamResult], fault: FaultRun, rate: float) -> dict[str, float]:
     failed = [r.error for r in fault.results if r.error is not None]
     if failed or fault.status["state"] != "serving":
         raise RuntimeError(f"the recovery failed: {failed[:1]} {fault.status['recoveries'][-1:]}")
@@ -195,7 +192,6 @@ def _row(calm: Sequence[StreamResult], fault: FaultRun, rate: float) -> dict[str
         "aim_stall_s": bound,
         "aim_migrated_s": bound + recomputed / rate,
         "prefill_rate": rate,
-        "phases": record["phases"],
         "rolled_back": record["rolled_back"],
     }
 
@@ -209,23 +205,12 @@ def _prefill_rate(server: ServerProcess, model_dir: Path, draw: random.Random) -
     """Prompt tokens per second of one rank with nothing else to do: median of five prompts."""
     length, rates = 512, []
     for _ in range(5):
-        prompt = [draw.randrange(16, 500) for _ in range(length)]
+        (prompt,) = random_prompts(draw, 1, length)
         body = {"model": model_dir.name, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         began = time.monotonic()
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
         rates.append(length / (time.monotonic() - began))
     return statistics.median(rates)
-
-
-def _restart(model_dir: Path, flags: Sequence[str]) -> float:
-    """A full stop and start of the same deployment until it answers a request, seconds."""
-    body = {"model": model_dir.name, "prompt": [20, 21], "max_tokens": 1}
-    with ServerProcess(model_dir, flags) as server:
-        began = time.monotonic()
-        server.stop()
-        server.restart()
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
-        return time.monotonic() - began
 
 
 # ---- what is told -----------------------------------------------------------------------------
@@ -236,53 +221,49 @@ FIGURES = {
     "survivor_gap_s": "survivors' gap",
     "migrated_gap_s": "migrated gap",
 }
-OTHERS = ("survivor_pace", "recomputed_tokens", "step_s", "aim_stall_s", "aim_migrated_s")
+AIMS = ("aim_stall_s", "aim_migrated_s")
+OTHERS = ("survivor_pace", "recomputed_tokens", "step_s", *AIMS)
 
 
-def _summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _summaries(rows: Sequence[Row]) -> list[Summary]:
     """Per kind and context: median, p99 and worst of each figure."""
     found = []
-    for kind, context in sorted({(r["kind"], r["context"]) for r in rows}, key=lambda k: k[::-1]):
-        same = [r for r in rows if (r["kind"], r["context"]) == (kind, context)]
-        figures = {k: _spread([r[k] for r in same]) for k in (*FIGURES, *OTHERS)}
-        phases = {p: _spread([r["phases"][p] for r in same]) for p in PHASES}
-        found.append(
-            {"kind": kind, "context": context, "count": len(same), **figures, "phases": phases}
-        )
+    for kind, context in sorted({(r.kind, r.context) for r in rows}, key=lambda k: k[::-1]):
+        same = [r for r in rows if (r.kind, r.context) == (kind, context)]
+        figures = {k: _spread([r.figures[k] for r in same]) for k in (*FIGURES, *OTHERS)}
+        phases = {p: _spread([r.phases[p] for r in same]) for p in PHASES}
+        found.append(Summary(kind, context, len(same), figures, phases))
     return found
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _spread(values: Sequence[float]) -> Spread:
     ordered = sorted(values)
     p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
     return {"median": statistics.median(ordered), "p99": p99, "worst": ordered[-1]}
 
 
-def _line(row: dict[str, Any], index: int, count: int) -> str:
-    figures = ", ".join(f"{text} {row[key] * 1e3:.0f}" for key, text in FIGURES.items())
-    return f"{row['kind']} at {row['context']} tokens, {index + 1}/{count}: {figures} ms"
+def _line(row: Row, index: int, count: int) -> str:
+    figures = ", ".join(f"{text} {row.figures[key] * 1e3:.0f}" for key, text in FIGURES.items())
+    return f"{row.kind} at {row.context} tokens, {index + 1}/{count}: {figures} ms"
 
 
-def _print(console: Console, document: dict[str, Any]) -> None:
+def _print(console: Console, summaries: Sequence[Summary]) -> None:
     table = Table(title="recovery, milliseconds: median / p99 / worst")
     for column in ("fault", "context", "n", *FIGURES.values(), "aim: stall", "aim: migrated"):
         table.add_column(column, justify="left" if column == "fault" else "right")
-    for row in document["summary"]:
-        cells = [
-            " / ".join(f"{row[key][which] * 1e3:.0f}" for which in ("median", "p99", "worst"))
-            for key in FIGURES
-        ]
-        aims = [f"{row[key]['median'] * 1e3:.0f}" for key in ("aim_stall_s", "aim_migrated_s")]
-        table.add_row(row["kind"], str(row["context"]), str(row["count"]), *cells, *aims)
+    for row in summaries:
+        spreads = [row.figures[key].values() for key in FIGURES]
+        cells = [" / ".join(f"{seconds * 1e3:.0f}" for seconds in spread) for spread in spreads]
+        aims = [f"{row.figures[aim]['median'] * 1e3:.0f}" for aim in AIMS]
+        table.add_row(row.kind, str(row.context), str(row.count), *cells, *aims)
     console.print(table)
     phases = Table(title="phases, milliseconds: median / worst")
     for column in ("fault", "context", *PHASES):
         phases.add_column(column)
-    for row in document["summary"]:
+    for row in summaries:
         cells = [
-            f"{row['phases'][p]['median'] * 1e3:.1f} / {row['phases'][p]['worst'] * 1e3:.1f}"
+            f"{row.phases[p]['median'] * 1e3:.1f} / {row.phases[p]['worst'] * 1e3:.1f}"
             for p in PHASES
         ]
-        phases.add_row(row["kind"], str(row["context"]), *cells)
+        phases.add_row(row.kind, str(row.context), *cells)
     console.print(phases)
-    console.print(f"full stop and start until it answers: {document['restart_s']:.1f} s")

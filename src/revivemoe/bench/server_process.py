@@ -9,10 +9,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import httpx
+
+from revivemoe.bench.documents import Status
 
 
 class ServerProcess:
@@ -38,12 +38,7 @@ class ServerProcess:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -90,22 +85,23 @@ class ServerProcess:
         assert self._process is not None, "the server is not running"
         return self._process.pid
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Status:
         """The status document."""
         response = httpx.get(f"{self.url}/v1/fault_tolerance/status", timeout=10)
-        document: dict[str, Any] = response.json()
+        document: Status = response.json()
         return document
+
+    def post(self, what: str, body: dict[str, object]) -> None:
+        """Ask something of the fault-tolerance API: `apply` or `inject`."""
+        url = f"{self.url}/v1/fault_tolerance/{what}"
+        httpx.post(url, json=body, timeout=10).raise_for_status()
 
     def rank_pid(self, rank: int) -> int:
         """Process id of one rank."""
         return int(self.status()["engines"][rank]["pid"])
 
-    def kill_rank(self, rank: int, number: signal.Signals = signal.SIGKILL) -> float:
-        """Send a rank a signal, for real; returns the monotonic time just before."""
-        return self.kill_pid(self.rank_pid(rank), number)
-
     def kill_pid(self, pid: int, number: signal.Signals = signal.SIGKILL) -> float:
-        """The same for a process id that is known already."""
+        """Send a rank a signal, for real; returns the monotonic time just before."""
         at = time.monotonic()
         os.kill(pid, number)
         return at

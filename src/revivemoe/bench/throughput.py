@@ -18,13 +18,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.table import Table
 
-from revivemoe.bench.loadgen import stream_all
+from revivemoe.bench.loadgen import greedy, random_prompts, stream_all
 from revivemoe.bench.models import bench_model
 from revivemoe.bench.server_process import ServerProcess
 
@@ -47,12 +46,10 @@ class Setup:
     microbatches: tuple[int, ...] = (1, 2)
 
 
-def run(setup: Setup, console: Console) -> dict[str, Any]:
+def run(setup: Setup, console: Console) -> dict[str, object]:
     """Measure; returns the document that is also written as JSON. Rates in tokens per second."""
     draw = random.Random(0)
-    prompts = [
-        [draw.randrange(16, 500) for _ in range(setup.prompt_tokens)] for _ in range(setup.streams)
-    ]
+    prompts = random_prompts(draw, setup.streams, setup.prompt_tokens)
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="revivemoe-bench-") as folder:
         model_dir, _ = bench_model(Path(folder), setup.preset, setup.dtype, console)
@@ -71,7 +68,7 @@ def run(setup: Setup, console: Console) -> dict[str, Any]:
         "setup": vars(setup),
         "cores": len(os.sched_getaffinity(0)),
         "tokens_per_s": rates,
-        "microbatches": halves,
+        "microbatches": [vars(half) for half in halves],
     }
     _print(console, rates)
     _print_halves(console, halves)
@@ -107,16 +104,7 @@ def _seconds(
     server: ServerProcess, model_dir: Path, prompts: Sequence[Sequence[int]], length: int
 ) -> float:
     """For all prompts to be continued by so many tokens."""
-    bodies = [
-        {
-            "model": model_dir.name,
-            "prompt": list(prompt),
-            "max_tokens": length,
-            "temperature": 0.0,
-            "ignore_eos": True,
-        }
-        for prompt in prompts
-    ]
+    bodies = greedy(model_dir, prompts, length)
     began = time.monotonic()
     results = asyncio.run(stream_all(server.url, bodies, timeout_s=300))
     took = time.monotonic() - began
@@ -127,14 +115,21 @@ def _seconds(
 # ---- micro-batches -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Half:
+    """One round with so many micro-batches. The idle shares are of the time in steps."""
+
+    microbatches: int
+    tokens_per_s: float
+    attention_idle: float
+    experts_idle: float
+
+
 def _microbatches(
     model_dir: Path, setup: Setup, draw: random.Random, console: Console
-) -> list[dict[str, Any]]:
+) -> list[Half]:
     """One attention rank and one expert rank, a core each: rate and idle shares, round by round."""
-    prompts = [
-        [draw.randrange(16, 500) for _ in range(setup.prompt_tokens)]
-        for _ in range(setup.balance_streams)
-    ]
+    prompts = random_prompts(draw, setup.balance_streams, setup.prompt_tokens)
     common = [*setup.balance_flags, "--max-num-seqs", str(setup.balance_streams)]
     common += ["--max-model-len", "1024"]
     rows = []
@@ -143,13 +138,17 @@ def _microbatches(
             console.print(f"micro-batches: {count}, round {round_ + 1}/{setup.rounds} ...")
             flags = [*common, "--num-microbatches", str(count)]
             with ServerProcess(model_dir, flags) as server:
-                rows.append({"microbatches": count, **_half(server, model_dir, prompts, setup)})
+                rows.append(_half(server, model_dir, prompts, setup, count))
     return rows
 
 
 def _half(
-    server: ServerProcess, model_dir: Path, prompts: Sequence[Sequence[int]], setup: Setup
-) -> dict[str, float]:
+    server: ServerProcess,
+    model_dir: Path,
+    prompts: Sequence[Sequence[int]],
+    setup: Setup,
+    count: int,
+) -> Half:
     _seconds(server, model_dir, prompts, setup.short)
     short_s = _seconds(server, model_dir, prompts, setup.short)
     before = _waits(server)
@@ -159,7 +158,7 @@ def _half(
         (after[1][rank] - before[1][rank]) / (after[0][rank] - before[0][rank]) for rank in (0, 1)
     ]
     rate = len(prompts) * (setup.long - setup.short) / (long_s - short_s)
-    return {"tokens_per_s": rate, "attention_idle": idle[0], "experts_idle": idle[1]}
+    return Half(count, rate, *idle)
 
 
 def _waits(server: ServerProcess) -> tuple[list[float], list[float]]:
@@ -173,23 +172,21 @@ def _waits(server: ServerProcess) -> tuple[list[float], list[float]]:
     return found[0], found[1]
 
 
-def _print_halves(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+def _print_halves(console: Console, rows: Sequence[Half]) -> None:
     table = Table(title="one attention rank and one expert rank: medians over rounds")
     for column in ("micro-batches", "tokens/s", "ratio to one", "attention idle", "experts idle"):
         table.add_column(column, justify="right")
-
-    def median(count: int, name: str) -> float:
-        return statistics.median(r[name] for r in rows if r["microbatches"] == count)
-
-    counts = sorted({r["microbatches"] for r in rows})
-    for count in counts:
-        rate = median(count, "tokens_per_s")
+    first = 0.0
+    for count in sorted({r.microbatches for r in rows}):
+        same = [r for r in rows if r.microbatches == count]
+        rate = statistics.median(r.tokens_per_s for r in same)
+        first = first or rate
         table.add_row(
             str(count),
             f"{rate:.0f}",
-            f"{rate / median(counts[0], 'tokens_per_s'):.2f}",
-            f"{median(count, 'attention_idle'):.0%}",
-            f"{median(count, 'experts_idle'):.0%}",
+            f"{rate / first:.2f}",
+            f"{statistics.median(r.attention_idle for r in same):.0%}",
+            f"{statistics.median(r.experts_idle for r in same):.0%}",
         )
     console.print(table)
 

@@ -3,9 +3,10 @@
 import json
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 _DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight")
 _EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(?:(\d+)\.)?")
@@ -39,17 +40,18 @@ def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
     no checkpoint, a quantised or incomplete one, or a model without routed experts.
     """
     config = _config(model_dir)
-    architecture = (config.get("architectures") or ["unknown"])[0]
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, Sequence) and named else "unknown"
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization is not None:
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown") if known else quantization
+        known = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+        method = known.get("quant_method", "unknown")
         raise ValueError(
             f"{model_dir} is quantised ({method}): quantised checkpoints are not supported yet; "
             "use a bfloat16 or float32 one"
         )
     shapes = _tensor_shapes(model_dir)
-    num_layers = int(config.get("num_hidden_layers", 0))
+    num_layers = _size(config, "num_hidden_layers")
     layers, num_experts = _experts(shapes, num_layers)
     dense = {
         int(match.group(1)): shape[0]
@@ -65,9 +67,9 @@ def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
         model_dir=model_dir,
         architecture=architecture,
         dtype=_dtype(config),
-        vocab_size=int(config["vocab_size"]),
-        hidden_size=int(config["hidden_size"]),
-        max_positions=int(config.get("max_position_embeddings", 4096)),
+        vocab_size=_size(config, "vocab_size"),
+        hidden_size=_size(config, "hidden_size"),
+        max_positions=_size(config, "max_position_embeddings", 4096),
         top_k=_top_k(config, model_dir),
         num_experts=num_experts,
         moe_layers=layers,
@@ -77,7 +79,7 @@ def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
     )
 
 
-def _config(model_dir: Path) -> dict[str, Any]:
+def _config(model_dir: Path) -> dict[str, object]:
     path = model_dir / "config.json"
     if not model_dir.is_dir():
         raise ValueError(
@@ -100,8 +102,15 @@ def _config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _size(config: dict[str, object], key: str, default: int | None = None) -> int:
+    """A field that `_config` has seen to be a whole number."""
+    value = config.get(key, default)
+    assert _is_int(value), f"{key} was not checked"
+    return value
 
 
 def _tensor_shapes(model_dir: Path) -> dict[str, list[int]]:
@@ -163,19 +172,19 @@ def _experts(shapes: dict[str, list[int]], num_layers: int) -> tuple[tuple[int, 
     return tuple(sorted(counts)), max(counts.values(), default=0)
 
 
-def _top_k(config: dict[str, Any], model_dir: Path) -> int:
+def _top_k(config: dict[str, object], model_dir: Path) -> int:
     for key in ("num_experts_per_tok", "moe_top_k", "num_experts_per_token", "moe_topk"):
-        if _is_int(config.get(key)):
-            return int(config[key])
+        if _is_int(value := config.get(key)):
+            return value
     raise ValueError(f"{model_dir}/config.json does not say how many experts a token uses")
 
 
-def _dtype(config: dict[str, Any]) -> str:
+def _dtype(config: dict[str, object]) -> str:
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return "float32" if name == "float32" else "bfloat16"
 
 
-def _eos_ids(model_dir: Path, config: dict[str, Any]) -> tuple[int, ...]:
+def _eos_ids(model_dir: Path, config: dict[str, object]) -> tuple[int, ...]:
     eos, source = config.get("eos_token_id"), model_dir / "config.json"
     generation = model_dir / "generation_config.json"
     if generation.exists():

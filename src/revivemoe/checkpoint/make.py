@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from revivemoe.checkpoint.presets import (
     ARCHS,
@@ -18,6 +18,9 @@ from revivemoe.checkpoint.presets import (
 )
 from revivemoe.checkpoint.tokenizer import save_tokenizer
 from revivemoe.checkpoint.weights import fill_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16")
 
@@ -77,7 +80,7 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _publish(path: Path, fields: dict[str, Any]) -> None:
+def _publish(path: Path, fields: dict[str, object]) -> None:
     """Published field names beside those of this release, and files that others may read."""
     config = path / "config.json"
     merged = json.loads(config.read_text()) | fields
@@ -86,7 +89,7 @@ def _publish(path: Path, fields: dict[str, Any]) -> None:
         shard.chmod(config.stat().st_mode)
 
 
-def _random_model(arch: str, size: Preset, seed: int, dtype: str) -> Any:
+def _random_model(arch: str, size: Preset, seed: int, dtype: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights

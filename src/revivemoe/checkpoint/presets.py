@@ -1,7 +1,6 @@
 """Model shapes by architecture and preset. Values only; no torch."""
 
 from dataclasses import dataclass
-from typing import Any
 
 ARCHS = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "glm4_moe")
 PRESETS = ("tiny", "small", "medium")
@@ -87,12 +86,12 @@ SIZES = {
 }
 
 
-def config_fields(arch: str, size: Preset) -> dict[str, Any]:
+def config_fields(arch: str, size: Preset) -> dict[str, object]:
     """Keyword arguments of the architecture's transformers config.
 
     The names are those of the published `config.json` files, which every release accepts.
     """
-    common: dict[str, Any] = {
+    common: dict[str, object] = {
         "vocab_size": size.vocab,
         "hidden_size": size.hidden,
         "num_hidden_layers": size.layers,
@@ -106,7 +105,7 @@ def config_fields(arch: str, size: Preset) -> dict[str, Any]:
         "bos_token_id": BOS_ID,
         "eos_token_id": list(END_IDS),
     }
-    sigmoid_family = {
+    sigmoid_family: dict[str, object] = {
         "intermediate_size": size.dense_width,
         "moe_intermediate_size": size.expert_width,
         "n_routed_experts": size.experts,

@@ -19,7 +19,7 @@ Negative: sharper attention (gain 1.6) made no text more varied, only the arithm
 """
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from revivemoe.checkpoint.presets import BOS_ID, END_IDS, PAD_ID, TURN_START_ID
 
@@ -67,7 +67,7 @@ def _generator(seed: int, name: str) -> "torch.Generator":
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def _content(name: str, shape: Any, generator: "torch.Generator") -> "torch.Tensor":
+def _content(name: str, shape: "torch.Size", generator: "torch.Generator") -> "torch.Tensor":
     import torch
 
     if name.endswith("e_score_correction_bias"):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -48,7 +48,7 @@ def _run(
     tables: str,
     rounds: int,
     console: Console,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     match name:
         case "recovery":
             from revivemoe.bench import recovery
@@ -61,15 +61,8 @@ def _run(
                 tables=tuple(tables.split(",")),
                 rounds=rounds,
             )
-            if unknown_tables := sorted(set(setup.tables) - set(recovery.TABLES)):
-                raise ValueError(
-                    f"--tables: {unknown_tables[0]!r} is unknown: choose of "
-                    f"{', '.join(recovery.TABLES)}"
-                )
-            unknown = sorted(set(setup.kinds) - set(recovery.KINDS))
-            if unknown:
-                known = ", ".join(recovery.KINDS)
-                raise ValueError(f"--kinds: {unknown[0]!r} is unknown: choose of {known}")
+            _check("--tables", setup.tables, recovery.TABLES)
+            _check("--kinds", setup.kinds, recovery.KINDS)
             return recovery.run(setup, console)
         case "throughput":
             from revivemoe.bench import throughput
@@ -83,3 +76,8 @@ def _run(
             from revivemoe.bench import dispatch
 
             return dispatch.run()
+
+
+def _check(option: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{option}: {unknown[0]!r} is unknown: choose of {', '.join(known)}")

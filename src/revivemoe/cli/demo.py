@@ -5,13 +5,12 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from revivemoe.bench.faultrun import FaultRun, run_with_kill
-from revivemoe.bench.loadgen import StreamResult, stream_all
+from revivemoe.bench.loadgen import Body, StreamResult, stream_all
 from revivemoe.bench.server_process import ServerProcess
 
 RANKS, STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, VICTIM = 4, 16, 32, 96, 2
@@ -44,7 +43,7 @@ def _make_model(model_dir: Path) -> None:
     make_model(model_dir, "qwen3_moe", "tiny", 0)
 
 
-def requests() -> list[dict[str, Any]]:
+def requests() -> list[Body]:
     """The demo's completions: half greedy, half seeded sampling."""
     from revivemoe.checkpoint.presets import SIZES
 

@@ -8,14 +8,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from revivemoe.checkpoint.inspect import inspect_checkpoint
+from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from revivemoe.config import EngineConfig, resolve
+from revivemoe.detokenizer import Tokenizer
 from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.policy_file import load_policy
+
+if TYPE_CHECKING:
+    from revivemoe.serving.instance import Instance
 
 log = logging.getLogger("revivemoe.serve")
 
@@ -164,7 +168,7 @@ def configure_logging() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def load_tokenizer(model_dir: Path) -> Any:
+def load_tokenizer(model_dir: Path) -> Tokenizer:
     """The checkpoint's fast tokenizer. Raises ValueError if there is none."""
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -184,7 +188,7 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 async def _serve(
     config: EngineConfig,
-    info: Any,
+    info: CheckpointInfo,
     host: str,
     port: int,
     api_key: str | None,
@@ -231,7 +235,7 @@ async def _serve(
     return 1 if isinstance(state, FailedState) else 0
 
 
-async def _watch_start(instance: Any, stop: asyncio.Event) -> None:
+async def _watch_start(instance: "Instance", stop: asyncio.Event) -> None:
     """Say when the instance serves; a start that fails ends the process at once."""
     serving = asyncio.create_task(instance.serving.wait())
     ended = asyncio.create_task(instance.ended.wait())

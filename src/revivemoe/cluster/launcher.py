@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from types import TracebackType
 from typing import assert_never
 
 import msgspec
@@ -48,12 +47,7 @@ class Launcher:
     def __enter__(self) -> "Launcher":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def start(self) -> None:

@@ -13,7 +13,6 @@ import secrets
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 import msgspec
 import zmq
@@ -101,12 +100,7 @@ class LocalCluster:
         self._loop.add_reader(self._launcher.fileno, self._on_launcher)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         assert self._loop is not None
         self._loop.remove_reader(self._inbox_fd)
         with contextlib.suppress(AssertionError):

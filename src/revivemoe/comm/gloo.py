@@ -1,7 +1,6 @@
 """gloo: across hosts, or where several ranks share one GPU. Tensors are staged through the host."""
 
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
@@ -41,7 +40,7 @@ def gloo_transport(
     than `timeout_s`. `pin`: page-lock the host buffers, for payloads that live on a GPU.
     """
 
-    def build() -> Any:
+    def build() -> ProcessGroupGloo:
         store = connect(store_address, epoch, timeout_s, channel)
         index, timeout = members.index(me), timedelta(seconds=timeout_s)
         return ProcessGroupGloo(store, index, len(members), timeout)

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
-from torch.distributed import AllToAllOptions
+from torch.distributed import AllToAllOptions, ProcessGroup, Work
 
 from revivemoe.comm.fence import CommunicationFailed
 from revivemoe.comm.transport import EVERYBODY, MAX_INTS, Flow
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
+
+T = TypeVar("T")
 
 _GRACE_S = 5.0
 """Beyond its time-out, how long abandoned work is kept before it may be freed."""
@@ -32,7 +34,7 @@ class Graveyard:
     To free a group is to join its threads, which blocks while a collective is stuck in one.
     """
 
-    _graves: list[tuple[float, Any]] = field(default_factory=list)
+    _graves: list[tuple[float, object]] = field(default_factory=list)
 
     def bury(self, remains: object, timeout_s: float, now: float) -> None:
         """Keep `remains` until its time-out has passed for certain."""
@@ -47,10 +49,10 @@ class Graveyard:
 
 
 def build_bounded(
-    build: Callable[[], Any], waiter: Waiter, members: tuple[RankId, ...], me: RankId
-) -> Any:
+    build: Callable[[], T], waiter: Waiter, members: tuple[RankId, ...], me: RankId
+) -> T:
     """Run `build` in a helper thread, which is abandoned at the fence or the time limit."""
-    result: Future[Any] = Future()
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -72,7 +74,7 @@ class GroupTransport:
 
     def __init__(
         self,
-        group: Any,
+        group: ProcessGroup,
         waiter: Waiter,
         epoch: Epoch,
         members: tuple[RankId, ...],
@@ -88,7 +90,8 @@ class GroupTransport:
         self.size = len(members)
         self.epoch = epoch
         self.device = device
-        self.group = group
+        self.group: ProcessGroup | None = group
+        """None once it is freed."""
         self._others = tuple(rank for rank in members if rank != me)
         self._waiter = waiter
         self._pin = pin
@@ -102,7 +105,7 @@ class GroupTransport:
         self._waits = True
         """Whether anybody may send rows here."""
         self._inbox: torch.Tensor | None = None
-        self._in_flight: list[tuple[Any, Any]] = []
+        self._in_flight: list[tuple[Work | None, object]] = []
         """Work that is not known to be complete, with its buffers, oldest first."""
 
     @property
@@ -117,7 +120,7 @@ class GroupTransport:
         mine = torch.tensor(row, dtype=torch.int64, device=self.device)
         all_rows = [torch.empty_like(mine) for _ in range(self.size)]
         self._start(
-            "exchange of ints", lambda: self.group.allgather([all_rows], [mine]), (mine, all_rows)
+            "exchange of ints", lambda group: group.allgather([all_rows], [mine]), (mine, all_rows)
         )
         self._complete("exchange of ints")
         return torch.stack(all_rows).tolist()
@@ -183,17 +186,20 @@ class GroupTransport:
     ) -> None:
         self._start(
             name,
-            lambda: self.group.alltoall_base(received, sent, rows_from, rows_to, AllToAllOptions()),
+            lambda group: group.alltoall_base(
+                received, sent, rows_from, rows_to, AllToAllOptions()
+            ),
             (received, sent),
         )
 
-    def _start(self, name: str, start: Callable[[], Any], buffers: Any) -> None:
+    def _start(self, name: str, start: Callable[[ProcessGroup], Work], buffers: object) -> None:
         """Start a collective; until it is complete its remains stay in `_in_flight`."""
         assert self._leave is not None, "the transport is closed"
+        assert self.group is not None, "the group is freed"
         self._waiter.check_fence()
         self._in_flight.append((None, buffers))
         try:
-            self._in_flight[-1] = (start(), buffers)
+            self._in_flight[-1] = (start(self.group), buffers)
         except RuntimeError as error:
             raise CommunicationFailed(name, self._others, str(error)) from error
 
@@ -202,6 +208,7 @@ class GroupTransport:
         try:
             while self._in_flight:
                 work, _ = self._in_flight[0]
+                assert work is not None, "waited for what did not start"
                 self._waiter.until(work.is_completed, waited_for, lambda: self._others)
                 work.wait()  # complete already: raises what went wrong
                 self._in_flight.pop(0)
@@ -230,9 +237,12 @@ def abort_aside(graveyard: Graveyard, timeout_s: float) -> Callable[[GroupTransp
     """How a transport leaves whose library can abort: in a thread, for an abort may block too."""
 
     def leave(transport: GroupTransport) -> None:
+        group = transport.group
+        assert group is not None, "left twice"
+
         def abort() -> None:
             with contextlib.suppress(RuntimeError):  # the communicator is in error already
-                transport.group.abort()
+                group.abort()
 
         threading.Thread(target=abort, name="abort-group", daemon=True).start()
         graveyard.bury(transport, timeout_s, time.monotonic())

@@ -1,7 +1,6 @@
 """NCCL: one GPU per rank. A domain is left by aborting its communicator from a thread."""
 
 from datetime import timedelta
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ def nccl_transport(
     """Build the group of `epoch` on `device`. Raises DomainLeft or CommunicationFailed."""
     from torch.distributed import ProcessGroupNCCL  # absent from a CPU build
 
-    def build() -> Any:
+    def build() -> ProcessGroupNCCL:
         torch.cuda.set_device(device)
         options = ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=_WATCHDOG_S)

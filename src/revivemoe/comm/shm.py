@@ -30,7 +30,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from multiprocessing import reduction
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -87,6 +87,12 @@ def create_segment(num_ranks: int, region_bytes: int, channels: int = 1) -> int:
     return fd
 
 
+class _Duplicate(Protocol):
+    """Of a descriptor, on its way to another process."""
+
+    def detach(self) -> int: ...
+
+
 class HandedFd:
     """A descriptor that is carried into a process when it is among the arguments it is started with
     (`multiprocessing`, spawn or fork server). `fd` is valid on either side.
@@ -95,10 +101,10 @@ class HandedFd:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> _Duplicate:
         return reduction.DupFd(self.fd)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: _Duplicate) -> None:
         self.fd = state.detach()
 
 

@@ -4,7 +4,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection
-from typing import Any
 
 import torch
 
@@ -94,7 +93,7 @@ def _matches(fault: Inject, step: int, phase: str, layer: int) -> bool:
 
 
 def _concerns(fault: Inject, tokens: Callable[[], Collection[int]]) -> bool:
-    wanted: Any = fault.params.get("prompt_token")
+    wanted = fault.params.get("prompt_token")
     return wanted is None or wanted in tokens()
 
 

@@ -6,11 +6,16 @@ The service account needs `get` on that Node, and for Ascend's device plugin `ge
 
 import json
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from revivemoe.health.kubernetes_state import Ranks, reports_of
 from revivemoe.health.source import Reported, changes, worst
 from revivemoe.recovery.faults import DeviceReport
+
+if TYPE_CHECKING:
+    from kubernetes.client import Configuration, CoreV1Api
+    from urllib3 import HTTPResponse
 
 log = logging.getLogger("revivemoe.health")
 
@@ -29,11 +34,11 @@ class Refused(OSError):
 
 
 class KubernetesSource:
-    """Polls one Node. `api` is a `kubernetes.client.CoreV1Api`; closed with the source."""
+    """Polls one Node. `api` is closed with the source."""
 
     name = "kubernetes"
 
-    def __init__(self, api: Any, node: str, ranks: Ranks) -> None:
+    def __init__(self, api: "CoreV1Api", node: str, ranks: Ranks) -> None:
         self._api = api
         self._node = node
         self._ranks = ranks
@@ -58,7 +63,7 @@ class KubernetesSource:
     def close(self) -> None:
         self._api.api_client.close()
 
-    def _device_info(self, complaints: list[str]) -> Any:
+    def _device_info(self, complaints: list[str]) -> dict[str, object] | None:
         """The device plugin's ConfigMap; None if there is none, or if we may not read it."""
         name = DEVICE_INFO_PREFIX + self._node
         try:
@@ -70,7 +75,7 @@ class KubernetesSource:
                 complaints.append(f"may not read ConfigMap {DEVICE_INFO_NAMESPACE}/{name}")
         return None
 
-    def _read(self, call: Any, *names: str) -> Any:
+    def _read(self, call: "Callable[..., HTTPResponse]", *names: str) -> dict[str, object]:
         """The object as the API's own JSON: the client's models refuse what they do not know."""
         from kubernetes.client import ApiException
 
@@ -91,7 +96,7 @@ class KubernetesSource:
         self._complaints = set(complaints)
 
 
-def connect(configuration: Any = None) -> Any:
+def connect(configuration: "Configuration | None" = None) -> "CoreV1Api":
     """A CoreV1Api: of this configuration, of the pod this runs in, or of the kubeconfig.
 
     One try per request: trying again is the monitor's. Raises ValueError.

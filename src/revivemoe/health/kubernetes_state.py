@@ -16,7 +16,7 @@ Conditions and taints do not name a device: they hold for all ranks of the Node.
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 from revivemoe.ids import RankId
 from revivemoe.recovery.faults import DeviceReport
@@ -105,7 +105,7 @@ class Ranks:
 
 
 def reports_of(
-    node: Mapping[str, Any], ranks: Ranks, device_info: Mapping[str, Any] | None = None
+    node: Mapping[str, object], ranks: Ranks, device_info: Mapping[str, object] | None = None
 ) -> Reading:
     """All that a Node object, and its device plugin's ConfigMap, say is wrong now.
 
@@ -127,7 +127,7 @@ def reports_of(
 # ---- Ascend ---------------------------------------------------------------------------------
 
 
-def _device_list(data: Mapping[str, Any], reading: Reading) -> Mapping[str, Any]:
+def _device_list(data: Mapping[str, object], reading: Reading) -> Mapping[str, object]:
     """`{"DeviceInfo": {"DeviceList": {"huawei.com/Ascend910-Fault": ...}}}`, inside a string."""
     text = data.get("DeviceInfoCfg")
     if text is None:
@@ -136,7 +136,7 @@ def _device_list(data: Mapping[str, Any], reading: Reading) -> Mapping[str, Any]
     return _mapping(_mapping(config.get("DeviceInfo")).get("DeviceList"))
 
 
-def _ascend(values: Mapping[str, Any], ranks: Ranks, reading: Reading) -> None:
+def _ascend(values: Mapping[str, object], ranks: Ranks, reading: Reading) -> None:
     """Faults first: a chip that has one is in `-Unhealthy` too, and needs no second report."""
     ours = {key: text for key, text in values.items() if str(key).startswith("huawei.com/")}
     explained: set[str] = set()
@@ -155,7 +155,7 @@ def _ascend(values: Mapping[str, Any], ranks: Ranks, reading: Reading) -> None:
             _chips(text, UNHEALTHY_LEVEL, code, ranks, reading, but=explained)
 
 
-def _fault(entry: Mapping[str, Any], key: str, ranks: Ranks, reading: Reading) -> None:
+def _fault(entry: Mapping[str, object], key: str, ranks: Ranks, reading: Reading) -> None:
     """One entry of the list; one report per fault code and rank.
 
     `fault_time_and_level_map`, where there is one, gives each code a level of its own. Of the
@@ -177,7 +177,7 @@ def _fault(entry: Mapping[str, Any], key: str, ranks: Ranks, reading: Reading) -
         _add(reading, hit, level, code, f"{name or 'node'} {kind} {handling or 'no level'}")
 
 
-def _ascend_level(handling: Any, reading: Reading) -> int:
+def _ascend_level(handling: object, reading: Reading) -> int:
     if not handling:
         return UNHEALTHY_LEVEL
     if handling not in ASCEND_LEVELS:
@@ -186,7 +186,7 @@ def _ascend_level(handling: Any, reading: Reading) -> int:
 
 
 def _chips(
-    text: Any,
+    text: object,
     level: int,
     code: str,
     ranks: Ranks,
@@ -211,7 +211,7 @@ def _ranks_of_chip(name: str, ranks: Ranks, reading: Reading) -> Sequence[RankId
 # ---- conditions and taints ------------------------------------------------------------------
 
 
-def _conditions(conditions: Any, ranks: Ranks, reading: Reading) -> None:
+def _conditions(conditions: object, ranks: Ranks, reading: Reading) -> None:
     for condition in _mappings(conditions):
         kind, status = str(condition.get("type")), condition.get("status")
         if kind == "Ready":
@@ -223,7 +223,7 @@ def _conditions(conditions: Any, ranks: Ranks, reading: Reading) -> None:
             _add(reading, ranks.all, level, kind, f"node condition {kind} is {status}: {said}")
 
 
-def _taints(taints: Any, ranks: Ranks, reading: Reading) -> None:
+def _taints(taints: object, ranks: Ranks, reading: Reading) -> None:
     for taint in _mappings(taints):
         key, effect = str(taint.get("key")), taint.get("effect")
         other = NO_EXECUTE_LEVEL if effect == "NoExecute" else 0
@@ -245,18 +245,18 @@ def _complain(reading: Reading, line: str) -> None:
     reading.complaints.append(" ".join(line.split())[:MAX_DETAIL])
 
 
-def _json(text: Any, key: str, reading: Reading) -> Any:
+def _json(text: object, key: str, reading: Reading) -> object:
     try:
-        return json.loads(text)
+        return json.loads(cast(str, text))  # anything else is a TypeError
     except (ValueError, TypeError, RecursionError) as error:
         _complain(reading, f"{key} is not JSON: {error}")
         return []
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _mappings(values: Any) -> Iterator[Mapping[str, Any]]:
+def _mappings(values: object) -> Iterator[Mapping[str, object]]:
     if isinstance(values, list):
         yield from (value for value in values if isinstance(value, Mapping))

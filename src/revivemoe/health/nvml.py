@@ -16,7 +16,8 @@ Names of the library: "NVML API Reference", docs.nvidia.com/deploy/nvml-api.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 from revivemoe.health.source import Reported, changes, worst
 from revivemoe.health.xids import xid_level
@@ -66,7 +67,7 @@ class NvmlSource:
 
     def __init__(
         self,
-        nvml: Any,
+        nvml: ModuleType,
         ranks_of_device: Mapping[DeviceId, Sequence[RankId]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -138,13 +139,21 @@ class NvmlSource:
             yield Condition(f"recovery-action-{action}", level, f"GPU {device}: {meaning}")
 
 
+class Event(Protocol):
+    """`nvmlEventData_t`."""
+
+    device: object
+    eventType: int
+    eventData: int
+
+
 class Session:
     """The library, initialised, with an event set and the handles of the watched devices."""
 
-    def __init__(self, nvml: Any) -> None:
+    def __init__(self, nvml: ModuleType) -> None:
         self._nvml = nvml
-        self._events: Any = None
-        self._handles: dict[DeviceId, Any] = {}
+        self._events: object = None
+        self._handles: dict[DeviceId, object] = {}
         self._device_of_uuid: dict[str, DeviceId] = {}
         self.lost_errors: tuple[type[Exception], ...] = (
             nvml.NVMLError_GpuIsLost,
@@ -154,7 +163,7 @@ class Session:
         """What the library raises for a device that is gone."""
 
     @classmethod
-    def open(cls, nvml: Any, devices: Sequence[DeviceId]) -> "Session":
+    def open(cls, nvml: ModuleType, devices: Sequence[DeviceId]) -> "Session":
         """Raises NVMLError; then nothing is left open."""
         nvml.nvmlInit()
         session = cls(nvml)
@@ -181,7 +190,7 @@ class Session:
         except (*self.lost_errors, self._nvml.NVMLError_ResetRequired):
             return
 
-    def _handle(self, device: DeviceId) -> Any:
+    def _handle(self, device: DeviceId) -> object:
         """Found, and registered for events, the first time it can be had."""
         if device not in self._handles:
             handle = self._find(device)
@@ -191,12 +200,12 @@ class Session:
             self._handles[device] = handle
         return self._handles[device]
 
-    def _find(self, device: DeviceId) -> Any:
+    def _find(self, device: DeviceId) -> object:
         if isinstance(device, int):
             return self._nvml.nvmlDeviceGetHandleByIndex(device)
         return self._nvml.nvmlDeviceGetHandleByUUID(device)
 
-    def _register(self, handle: Any) -> None:
+    def _register(self, handle: object) -> None:
         nvml = self._nvml
         try:
             nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
@@ -218,7 +227,7 @@ class Session:
             if device is not None and event.eventType == self._nvml.nvmlEventTypeXidCriticalError:
                 yield device, int(event.eventData)
 
-    def _device_of(self, event: Any) -> DeviceId | None:
+    def _device_of(self, event: Event) -> DeviceId | None:
         """None if the device cannot be asked any more: then the queries find it lost."""
         try:
             return self._device_of_uuid.get(self._nvml.nvmlDeviceGetUUID(event.device))

@@ -8,7 +8,6 @@ shards of a layer, G healthy groups, R rows received, H hidden size.
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -71,6 +70,10 @@ class DenseLayer:
         return linear(self.act(linear(rows, gate)) * linear(rows, up), down)
 
 
+RunDense = Callable[[DenseLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`ExpertExchange.run_dense`."""
+
+
 class ShardedMlp(nn.Module):
     """Stands in the model for a dense feed-forward module."""
 
@@ -78,19 +81,18 @@ class ShardedMlp(nn.Module):
         super().__init__()
         self._layer = layer
         layer.act = act
-        self.revive_exchange: Any = None
+        self.run: RunDense | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.revive_exchange is None:  # shape probe at start-up
+        if self.run is None:  # shape probe at start-up
             return torch.zeros_like(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         slots = self._layer.slots_of(len(flat))
         ones = torch.ones(slots.shape, dtype=torch.float32, device=slots.device)
-        out: torch.Tensor = self.revive_exchange.run_dense(self._layer, flat, slots, ones)
-        return out.view(hidden.shape)
+        return self.run(self._layer, flat, slots, ones).view(hidden.shape)
 
 
-def replace_dense(model: Any, layers: Mapping[LayerId, DenseLayer]) -> None:
+def replace_dense(model: nn.Module, layers: Mapping[LayerId, DenseLayer]) -> None:
     """Put `ShardedMlp` in the place of these decoder layers' feed-forward modules, before the
     checkpoint is read: so their weights never are, as a whole.
 

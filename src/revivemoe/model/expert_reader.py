@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +19,8 @@ from revivemoe.model.expert_recipe import Recipe, learn
 from revivemoe.model.load import (
     EXPERT_KEY,
     CheckpointError,
+    ExpertSlice,
+    Lazy,
     add_expert,
     checkpoint_files,
     construct,
@@ -41,7 +42,7 @@ class _Fake:
     def get_shape(self) -> list[int]:
         return list(self._tensor.shape)
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: object) -> torch.Tensor:
         return self._tensor[index]
 
 
@@ -91,7 +92,7 @@ class ExpertReader:
     def _learn(self, layer: LayerId, expert: ExpertId) -> Recipe | None:
         """Show the converter random numbers in the place of one expert."""
         fakes: dict[str, torch.Tensor] = {}
-        state: dict[str, Any] = {}
+        state: dict[str, Lazy] = {}
         with ExitStack() as stack:
             try:
                 for name, source, match in self._sources(layer, (expert,), stack):
@@ -150,7 +151,7 @@ class ExpertReader:
     def _read(self, layer: LayerId, experts: tuple[ExpertId, ...]) -> dict[str, torch.Tensor]:
         with ExitStack() as stack:
             try:
-                state: dict[str, Any] = {}
+                state: dict[str, Lazy] = {}
                 for _, source, match in self._sources(layer, experts, stack):
                     add_expert(state, match, source, {layer: experts}, self._dtype)
                 rows, problems = self._convert(layer, len(experts), state)
@@ -162,7 +163,7 @@ class ExpertReader:
         return rows
 
     def _convert(
-        self, layer: LayerId, count: int, state: dict[str, Any]
+        self, layer: LayerId, count: int, state: dict[str, Lazy]
     ) -> tuple[dict[str, torch.Tensor], list[str]]:
         """Rows of `count` experts, renumbered from 0, and what was wrong."""
         module = self._experts[layer]
@@ -175,11 +176,11 @@ class ExpertReader:
 
     def _sources(
         self, layer: LayerId, experts: tuple[ExpertId, ...], stack: ExitStack
-    ) -> Iterator[tuple[str, Any, re.Match[str]]]:
+    ) -> Iterator[tuple[str, ExpertSlice, re.Match[str]]]:
         """Each tensor with some of the experts in it: its name within an expert, the slice that
         reads when indexed, and what was matched.
         """
-        opened: dict[Path, Any] = {}
+        opened: dict[Path, safe_open] = {}
         for match, path in self._keys.get(layer, ()):
             number, _, rest = match["rest"].partition(".")
             if number.isdigit() and int(number) not in experts:

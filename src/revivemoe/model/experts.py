@@ -5,9 +5,9 @@ received from all members, H hidden size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
+from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
@@ -32,7 +32,7 @@ class MoeLayer:
     """One layer's local experts and the map from experts to slots of the whole domain."""
 
     def __init__(
-        self, layer: LayerId, module: Any, num_experts: int, top_k: int, held: Sequence[int]
+        self, layer: LayerId, module: nn.Module, num_experts: int, top_k: int, held: Sequence[int]
     ) -> None:
         """`module` holds slots (`load_model`); `held`: the expert in each of them, -1 for none."""
         self.layer = layer
@@ -69,7 +69,7 @@ class MoeLayer:
         for name in self.module.revive_rows:
             old = getattr(self.module, name)
             rows = torch.empty(num_slots, *old.shape[1:], dtype=old.dtype, device=device)
-            setattr(self.module, name, torch.nn.Parameter(rows, requires_grad=False))
+            setattr(self.module, name, nn.Parameter(rows, requires_grad=False))
         self.module.num_experts = num_slots
         self.held = [EMPTY] * num_slots
 
@@ -303,7 +303,10 @@ def choose_slots(membership: Membership, me: RankId) -> dict[LayerId, list[int]]
 
 
 def dispatched_experts(
-    module: Any, hidden_TH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: nn.Module,
+    hidden_TH: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Registered with `ALL_EXPERTS_FUNCTIONS`: the experts modules' forward."""
     exchange = module.revive_exchange

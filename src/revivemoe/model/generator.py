@@ -5,9 +5,9 @@ place where the model calls its experts.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+from torch import nn
 
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
 from revivemoe.ids import ExpertId, LayerId
@@ -35,6 +35,7 @@ class Generator:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        assert loaded.model is not None, "only experts are loaded"
         self.model = loaded.model
         self._exchange = exchange
         self._device, self._dtype = device, dtype
@@ -205,10 +206,10 @@ class Generator:
             layer.module.revive_exchange = self._exchange
         for module in self.model.modules():
             if isinstance(module, ShardedMlp):
-                module.revive_exchange = self._exchange
+                module.run = self._exchange.run_dense
         return [probe.shapes[i] for i in sorted(probe.shapes)]
 
-    def _attention_modules(self) -> list[Any]:
+    def _attention_modules(self) -> list[nn.Module]:
         return [
             m
             for m in self.model.modules()

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
@@ -43,10 +43,10 @@ class CheckpointError(ValueError):
 class LoadedModel:
     """A model whose experts modules hold slots. `experts` maps decoder layer to experts module."""
 
-    model: Any
+    model: PreTrainedModel | None
     """None where only experts are loaded."""
-    model_config: Any
-    experts: dict[LayerId, Any]
+    model_config: PreTrainedConfig
+    experts: dict[LayerId, nn.Module]
     routers: dict[LayerId, tuple[nn.Module, str]]
     """Parent block and attribute name of each MoE layer's router."""
     slots_per_rank: int
@@ -57,7 +57,7 @@ def load_model(
     slots: dict[LayerId, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device,
-    prepare: Callable[[Any], None] = lambda model: None,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
 ) -> LoadedModel:
     """Load the dense part of `model_dir` and, of the experts, those named in `slots`.
 
@@ -85,7 +85,7 @@ def load_experts_only(
     slots: dict[LayerId, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device,
-    prepare: Callable[[Any], None] = lambda model: None,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
 ) -> LoadedModel:
     """Load, of all of `model_dir`, only the experts named in `slots`; as `load_model`."""
     model = construct(model_dir, dtype)
@@ -110,9 +110,9 @@ def load_experts_only(
     return LoadedModel(None, model.config, experts, {}, num_slots)
 
 
-def find_experts(model: nn.Module) -> dict[LayerId, Any]:
+def find_experts(model: nn.Module) -> dict[LayerId, nn.Module]:
     """Modules that call the experts registry, by decoder layer."""
-    found: dict[LayerId, Any] = {}
+    found: dict[LayerId, nn.Module] = {}
     for name, module in model.named_modules():
         if all(hasattr(module, mark) for mark in _EXPERTS_MARKS):
             match = _LAYER_KEY.search(f"{name}.")
@@ -137,7 +137,7 @@ def _find_router(model: nn.Module, experts: nn.Module) -> tuple[nn.Module, str]:
     return parent, ""
 
 
-def construct(model_dir: Path, dtype: torch.dtype) -> Any:
+def construct(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on meta. Raises CheckpointError.
 
     Patches `nn.Module` while it runs: nothing else may build a module then.
@@ -178,7 +178,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original
 
 
-def set_num_experts(experts: Any, count: int) -> tuple[str, ...]:
+def set_num_experts(experts: nn.Module, count: int) -> tuple[str, ...]:
     """Give an experts module `count` experts, on meta. Id `count` is the sentinel for 'not here'.
 
     Returns the names of the parameters that have a row per expert.
@@ -193,7 +193,7 @@ def set_num_experts(experts: Any, count: int) -> tuple[str, ...]:
     return names
 
 
-def _names_of_rows(experts: Any) -> tuple[str, ...]:
+def _names_of_rows(experts: nn.Module) -> tuple[str, ...]:
     params = experts.named_parameters(recurse=False)
     return tuple(name for name, p in params if p.shape[:1] == (experts.num_experts,))
 
@@ -216,23 +216,35 @@ def checkpoint_files(model_dir: Path) -> dict[str, Path]:
         return dict.fromkeys(handle.keys(), single)
 
 
+class Lazy(Protocol):
+    """A tensor that is read when indexed, as the converter does it."""
+
+    def __getitem__(self, index: object, /) -> torch.Tensor: ...
+
+
+class ExpertSlice(Lazy, Protocol):
+    """A slice of safetensors, or what stands for one."""
+
+    def get_shape(self) -> list[int]: ...
+
+
 class _Zeros:
     """Stands for the weights of an empty slot; materialised like a safetensors slice."""
 
     def __init__(self, shape: list[int], dtype: torch.dtype) -> None:
         self._shape, self._dtype = shape, dtype
 
-    def __getitem__(self, _: Any) -> torch.Tensor:
+    def __getitem__(self, _: object) -> torch.Tensor:
         return torch.zeros(self._shape, dtype=self._dtype)
 
 
 class _SlotRows:
     """Rows of a fused [E, ...] tensor, one per slot."""
 
-    def __init__(self, source: Any, experts: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, source: ExpertSlice, experts: tuple[int, ...], dtype: torch.dtype) -> None:
         self._source, self._experts, self._dtype = source, experts, dtype
 
-    def __getitem__(self, _: Any) -> torch.Tensor:
+    def __getitem__(self, _: object) -> torch.Tensor:
         shape = self._source.get_shape()[1:]
         rows = [
             torch.zeros(shape, dtype=self._dtype) if e == EMPTY else self._source[e].to(self._dtype)
@@ -247,14 +259,14 @@ def _lazy_state(
     slots: dict[LayerId, tuple[int, ...]],
     dtype: torch.dtype,
     stack: ExitStack,
-) -> dict[str, Any]:
+) -> dict[str, Lazy]:
     """Checkpoint keys, experts renumbered to slots, to slices that read only when indexed."""
     files = checkpoint_files(model_dir)
     opened = {
         path: stack.enter_context(safe_open(path, framework="pt"))
         for path in sorted(set(files.values()))
     }
-    state: dict[str, Any] = {}
+    state: dict[str, Lazy] = {}
     for key, path in files.items():
         layer = _LAYER_KEY.search(key)
         if layer is not None and int(layer.group(1)) >= num_layers:
@@ -268,9 +280,9 @@ def _lazy_state(
 
 
 def add_expert(
-    state: dict[str, Any],
+    state: dict[str, Lazy],
     match: re.Match[str],
-    source: Any,
+    source: ExpertSlice,
     slots: dict[LayerId, tuple[int, ...]],
     dtype: torch.dtype,
 ) -> None:
@@ -288,7 +300,9 @@ def add_expert(
                 state[f"{match['head']}{slot}.{rest}"] = _Zeros(source.get_shape(), dtype)
 
 
-def _fill(model: Any, state: dict[str, Any], dtype: torch.dtype, model_dir: Path) -> None:
+def _fill(
+    model: PreTrainedModel, state: dict[str, Lazy], dtype: torch.dtype, model_dir: Path
+) -> None:
     problems = convert(model, state, dtype)
     model.tie_weights()
     _materialise_empty(model)
@@ -298,7 +312,7 @@ def _fill(model: Any, state: dict[str, Any], dtype: torch.dtype, model_dir: Path
     _refuse(problems, model_dir)
 
 
-def _materialise_empty(model: Any) -> None:
+def _materialise_empty(model: PreTrainedModel) -> None:
     """Parameters without an element, of experts modules without a slot, have nothing to read."""
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
@@ -315,7 +329,7 @@ def _refuse(problems: list[str], model_dir: Path) -> None:
         )
 
 
-def convert(model: Any, state: dict[str, Any], dtype: torch.dtype) -> list[str]:
+def convert(model: PreTrainedModel, state: dict[str, Lazy], dtype: torch.dtype) -> list[str]:
     """Put what `state` holds into the model, by `transformers`' own rules for its family.
 
     Parameters that `state` does not fill stay on meta. Returns what could not be converted.

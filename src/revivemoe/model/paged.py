@@ -7,9 +7,9 @@ MLA models hand over compressed latents (one "head"); they are expanded after th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from revivemoe.core.step import ScheduledSequence
@@ -113,7 +113,7 @@ class PagedCache:
         """Called with (layer, tokens of the step) before each layer reads its pages."""
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write this step's [1, H, T, D] keys and values (or latents) into their slots."""
         assert self.batch is not None, "the cache is written outside a step"
@@ -133,7 +133,7 @@ class PagedCache:
         return 0
 
     def read(
-        self, module: Any, layer_idx: int, blocks: torch.Tensor
+        self, module: nn.Module, layer_idx: int, blocks: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of block tables [..., N] as [..., L, H, D], latents expanded."""
         batch_shape = blocks.shape[:-1]
@@ -158,7 +158,7 @@ class ProbeCache:
         self.shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.shapes[layer_idx] = (
             (key.shape[1], key.shape[3]),
@@ -174,14 +174,14 @@ _UNSUPPORTED = ("s_aux", "softcap")
 
 
 def paged_attention(
-    module: Any,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of [1, Hq, T, D] queries over the pages; returns ([1, T, Hq, Dv], None).
 
@@ -206,7 +206,7 @@ def paged_attention(
 
 
 def _decode(
-    module: Any,
+    module: nn.Module,
     cache: PagedCache,
     batch: AttentionBatch,
     query: torch.Tensor,
@@ -234,7 +234,7 @@ def _decode(
 
 
 def _prefill(
-    module: Any,
+    module: nn.Module,
     cache: PagedCache,
     item: PrefillItem,
     query: torch.Tensor,

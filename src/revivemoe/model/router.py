@@ -9,20 +9,19 @@ NaN in a hidden state stays NaN in its weights.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear, softmax
 
-MaskedForm = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+MaskedForm = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 NEG_INF = float("-inf")
 TINY = torch.finfo(torch.float32).tiny
 """Below any sum of the K largest of E probabilities: only keeps 0 / 0 from being NaN."""
 
 
 def softmax_then_top_k(
-    router: Any, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+    router: nn.Module, hidden_TH: torch.Tensor, missing_E: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Qwen, Mixtral, OLMoE: masked logits are minus infinity before the softmax.
 
@@ -41,7 +40,7 @@ def softmax_then_top_k(
 
 
 def top_k_then_softmax(
-    router: Any, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+    router: nn.Module, hidden_TH: torch.Tensor, missing_E: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """gpt-oss: the logits chosen are softened among themselves; a masked one has no part in it."""
     hidden_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1])
@@ -52,7 +51,7 @@ def top_k_then_softmax(
 
 
 def grouped_softmax(
-    router: Any, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+    router: nn.Module, hidden_TH: torch.Tensor, missing_E: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """DeepSeek-V2, with and without group limits: masked logits are minus infinity.
 
@@ -72,7 +71,7 @@ def grouped_softmax(
 
 
 def grouped_sigmoid(
-    router: Any, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+    router: nn.Module, hidden_TH: torch.Tensor, missing_E: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """DeepSeek-V3, GLM-4: a masked expert cannot be chosen whatever its correction bias.
 
@@ -136,14 +135,15 @@ class MaskableRouter(nn.Module):
         assert not any_missing or self.form is not None, "this router cannot be masked"
         self._missing_E = missing_E if any_missing else None
 
-    def forward(self, hidden_TH: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_TH: torch.Tensor, *args: object, **kwargs: object) -> object:
+        """What the original returns; the masked form gives a tuple of tensors like its own."""
         if self._missing_E is None or self.form is None:
             return self.original(hidden_TH, *args, **kwargs)
         return self.form(self.original, hidden_TH, self._missing_E)
 
 
 @torch.no_grad()
-def find_masked_form(router: Any) -> MaskedForm | None:
+def find_masked_form(router: nn.Module) -> MaskedForm | None:
     """The masked form that reproduces this router exactly when nothing is masked, if any does."""
     weight = getattr(router, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta:
@@ -161,7 +161,7 @@ def find_masked_form(router: Any) -> MaskedForm | None:
     return None
 
 
-def _same(expected: Any, got: tuple[torch.Tensor, ...]) -> bool:
+def _same(expected: object, got: tuple[torch.Tensor, ...]) -> bool:
     if not isinstance(expected, tuple) or len(expected) != len(got):
         return False
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(expected, got, strict=True))

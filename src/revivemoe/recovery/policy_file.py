@@ -11,62 +11,67 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from revivemoe.recovery.policy import LEVEL_ACTIONS, REPAIRS, LevelAction, Policy
 
-Check = Callable[[Any], Any]
+T = TypeVar("T")
+Check = Callable[[object], object]
 """The value as `Policy` keeps it. Raises ValueError: what it must be."""
 
 
 # ---- what a value may be --------------------------------------------------------------------
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     """bool is an int to Python, and TOML has inf and nan."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError("must be a number")
     return float(value)
 
 
-def _seconds(value: Any) -> float:
-    if _number(value) <= 0:
+def _seconds(value: object) -> float:
+    seconds = _number(value)
+    if seconds <= 0:
         raise ValueError("must be above 0 (seconds)")
-    return float(value)
+    return seconds
 
 
-def _fraction(value: Any) -> float:
-    if not 0 <= _number(value) < 1:
+def _fraction(value: object) -> float:
+    fraction = _number(value)
+    if not 0 <= fraction < 1:
         raise ValueError("must be 0 or more, and below 1")
-    return float(value)
+    return fraction
 
 
-def _factor(value: Any) -> float:
-    if _number(value) < 1:
+def _factor(value: object) -> float:
+    factor = _number(value)
+    if factor < 1:
         raise ValueError("must be 1 or more")
-    return float(value)
+    return factor
 
 
-def _count(value: Any) -> int:
+def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError("must be a whole number, 0 or more")
     return value
 
 
-def _switch(value: Any) -> bool:
+def _switch(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("must be true or false")
     return value
 
 
-def _repairs(value: Any) -> tuple[str, ...]:
-    known = isinstance(value, list) and all(isinstance(v, str) and v in REPAIRS for v in value)
-    if not known or len(set(value)) < len(value):
+def _repairs(value: object) -> tuple[str, ...]:
+    given = value if isinstance(value, list) else [None]
+    known = all(isinstance(v, str) and v in REPAIRS for v in given)
+    if not known or len(set(given)) < len(given):
         raise ValueError(f"must be a list of {_quoted(REPAIRS)}, each at most once")
-    return tuple(value)
+    return tuple(given)
 
 
-def _action(value: Any) -> LevelAction:
+def _action(value: object) -> LevelAction:
     for action in LEVEL_ACTIONS:
         if value == action:
             return action
@@ -140,7 +145,7 @@ def load_policy(path: Path, base: Policy) -> Policy:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> Mapping[str, object]:
     try:
         return tomllib.loads(path.read_bytes().decode())
     except OSError as error:
@@ -151,9 +156,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"is not TOML: {error}") from None
 
 
-def parse_policy(document: Mapping[str, Any], base: Policy) -> Policy:
+def parse_policy(document: Mapping[str, object], base: Policy) -> Policy:
     """`base` with what a parsed document sets. Raises ValueError: one line."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {}  # each is of its field's type: `check` sees to that
     for section, content in document.items():
         if section not in (*SECTIONS, LEVELS):
             raise ValueError(_unknown_section(section))
@@ -171,7 +176,7 @@ def parse_policy(document: Mapping[str, Any], base: Policy) -> Policy:
     return policy
 
 
-def _levels(content: Mapping[str, Any], base: Policy) -> tuple[LevelAction, ...]:
+def _levels(content: Mapping[str, object], base: Policy) -> tuple[LevelAction, ...]:
     """The levels that the table leaves out keep their action."""
     levels = list(base.levels)
     names = [f"L{number}" for number in range(1, len(levels) + 1)]
@@ -182,7 +187,7 @@ def _levels(content: Mapping[str, Any], base: Policy) -> tuple[LevelAction, ...]
     return tuple(levels)
 
 
-def _checked(where: str, value: Any, check: Check) -> Any:
+def _checked(where: str, value: object, check: Callable[[object], T]) -> T:
     try:
         return check(value)
     except ValueError as error:
@@ -235,7 +240,7 @@ def describe_policy(policy: Policy) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """As TOML writes it; what TOML cannot hold in one line, cut short."""
     match value:
         case bool():

@@ -1,11 +1,9 @@
 """The application: wires the routes to an engine. Read this first."""
 
-from typing import Any
-
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from revivemoe.detokenizer import Vocabulary
+from revivemoe.detokenizer import Tokenizer, Vocabulary
 from revivemoe.server.auth import Keys
 from revivemoe.server.errors import install_error_handlers
 from revivemoe.server.fault_tolerance import fault_tolerance_routes
@@ -20,13 +18,13 @@ CLIENT_CLOSED_REQUEST = 499
 
 def create_app(
     engine: ServingEngine,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     api_key: str | None = None,
     admin_api_key: str | None = None,
     enable_fault_injection: bool = False,
 ) -> FastAPI:
-    """The HTTP interface to `engine`. `tokenizer` is a fast tokenizer of `transformers`.
+    """The HTTP interface to `engine`.
 
     `api_key` guards everything under /v1; `admin_api_key` guards `apply` and `inject`, which stay
     shut when only `api_key` is set. `app.state.lifetime` is how `serve_app` ends open streams.

@@ -1,7 +1,6 @@
 """How `/v1/chat/completions` writes a choice."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.messages.tokens import TokenLogprobs
@@ -12,8 +11,8 @@ from revivemoe.streams import Delta, PromptLogprobsReady, Submission
 
 
 class ChatShape:
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
 
     def __init__(self, form: ChatRequest, submission: Submission, vocabulary: Vocabulary) -> None:
         self._form = form
@@ -23,12 +22,12 @@ class ChatShape:
     def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None:
         """Chat never asks for them."""
 
-    def body_extra(self) -> dict[str, Any]:
+    def body_extra(self) -> dict[str, object]:
         if not self._form.return_token_ids:
             return {}
         return {"prompt_token_ids": list(self._prompt_ids)}
 
-    def choice(self, choice: Choice) -> dict[str, Any]:
+    def choice(self, choice: Choice) -> dict[str, object]:
         return {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -38,7 +37,7 @@ class ChatShape:
             **self._token_ids(choice.token_ids),
         }
 
-    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, Any]]:
+    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, object]]:
         if first:
             role = {"role": "assistant", "content": ""}
             yield {
@@ -52,8 +51,8 @@ class ChatShape:
         if delta.text or shown:
             yield self._written(delta)
 
-    def _written(self, delta: Delta) -> dict[str, Any]:
-        written = {
+    def _written(self, delta: Delta) -> dict[str, object]:
+        written: dict[str, object] = {
             "index": delta.index,
             "delta": {"content": delta.text} if delta.text else {},
             "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
@@ -64,12 +63,12 @@ class ChatShape:
             written["stop_reason"] = delta.stop_reason
         return written
 
-    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, object]:
         return {"token_ids": list(token_ids)} if self._form.return_token_ids else {}
 
     def _logprobs(
         self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, object] | None:
         if not self._form.logprobs:
             return None
         return chat_logprobs(self._vocabulary, token_ids, entries)

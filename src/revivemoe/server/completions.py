@@ -1,7 +1,6 @@
 """How `/v1/completions` writes a choice."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.messages.tokens import TokenLogprobs
@@ -13,8 +12,8 @@ from revivemoe.streams import Delta, PromptLogprobsReady, Submission
 
 
 class CompletionShape:
-    object = "text_completion"
-    chunk_object = "text_completion"
+    kind = "text_completion"
+    chunk_kind = "text_completion"
 
     def __init__(
         self,
@@ -34,10 +33,10 @@ class CompletionShape:
     def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None:
         self._prompt_logprobs[ready.prompt_index] = ready.entries
 
-    def body_extra(self) -> dict[str, Any]:
+    def body_extra(self) -> dict[str, object]:
         return {}
 
-    def choice(self, choice: Choice) -> dict[str, Any]:
+    def choice(self, choice: Choice) -> dict[str, object]:
         whole = Delta(
             index=choice.index,
             token_ids=tuple(choice.token_ids),
@@ -48,14 +47,14 @@ class CompletionShape:
         )
         return self._written(whole, first=True)
 
-    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, Any]]:
+    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, object]]:
         written = self._written(delta, first)
         shown = self._form.return_token_ids or delta.logprobs or delta.finish_reason
         if written["text"] or shown:
             yield written
 
-    def _written(self, delta: Delta, first: bool) -> dict[str, Any]:
-        written: dict[str, Any] = {
+    def _written(self, delta: Delta, first: bool) -> dict[str, object]:
+        written: dict[str, object] = {
             "index": delta.index,
             "text": self._echo(delta.index, first) + delta.text,
             "logprobs": self._written_logprobs(delta, first),
@@ -71,7 +70,7 @@ class CompletionShape:
     def _echo(self, index: int, first: bool) -> str:
         return self._echoes[index // self._submission.n] if first and self._form.echo else ""
 
-    def _written_logprobs(self, delta: Delta, first: bool) -> dict[str, Any] | None:
+    def _written_logprobs(self, delta: Delta, first: bool) -> dict[str, object] | None:
         if self._form.logprobs is None:
             return None
         token_ids: tuple[int, ...] = delta.token_ids

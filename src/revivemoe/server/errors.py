@@ -2,7 +2,6 @@
 
 import logging
 import math
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -42,7 +41,7 @@ class ApiError(Exception):
         self.code = code
         self.retry_after_s = retry_after_s
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, object]:
         return {
             "error": {
                 "message": self.message,

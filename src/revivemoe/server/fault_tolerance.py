@@ -3,7 +3,6 @@
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
@@ -23,7 +22,7 @@ KEEP_ALIVE = ": keep-alive\n\n"
 
 class ApplyRequest(Strict):
     instruction: str = Field(min_length=1)
-    params: dict[str, Any] = Field({})
+    params: dict[str, object] = Field({})
     request_id: str | None = Field(None, min_length=1, max_length=256)
 
 
@@ -67,7 +66,7 @@ async def _apply(engine: ServingEngine, form: ApplyRequest) -> Response:
     return JSONResponse({"request_id": request_id}, 202)
 
 
-async def _inject(engine: ServingEngine, fault: dict[str, Any]) -> Response:
+async def _inject(engine: ServingEngine, fault: dict[str, object]) -> Response:
     try:
         injection_id = await engine.inject(fault)
     except ValueError as error:

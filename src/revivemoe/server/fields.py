@@ -1,7 +1,5 @@
 """Request fields this server knows but does not act on: refused, or accepted where harmless."""
 
-from typing import Any
-
 from revivemoe.server.errors import ApiError
 
 HARMLESS = frozenset(
@@ -16,7 +14,7 @@ HARMLESS = frozenset(
 )
 """Without influence on the answer: accepted with any value."""
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[object, ...]] = {
     # OpenAI
     "audio": (),
     "best_of": (),
@@ -60,7 +58,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Features that are not supported, with the values that ask for nothing. `null` always does."""
 
 
-def acted_upon(document: dict[str, Any]) -> dict[str, Any]:
+def acted_upon(document: dict[str, object]) -> dict[str, object]:
     """The fields to act upon. Raises ApiError naming a field that asks for what is not there."""
     kept = {}
     for name, value in document.items():
@@ -76,7 +74,7 @@ def acted_upon(document: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _asks_for_nothing(name: str, value: Any, document: dict[str, Any]) -> bool:
+def _asks_for_nothing(name: str, value: object, document: dict[str, object]) -> bool:
     if name == "best_of":
         return value is None or value == (document.get("n") or 1)
     return value is None or value in NEUTRAL[name]

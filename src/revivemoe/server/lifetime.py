@@ -1,8 +1,8 @@
 """When the server stops: first no new work, then the streams that are still open are cut."""
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.types import Receive
 
@@ -22,7 +22,7 @@ class Lifetime:
         self.draining = asyncio.Event()
         self.cut = asyncio.Event()
 
-    async def run(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    async def run(self, receive: Receive, work: Awaitable[T]) -> T:
         """`work`'s result. It is cancelled, and its cleaning up awaited, when nobody waits for it.
 
         Raises ClientGone when the client disconnects, ApiError when the server stops.
@@ -46,7 +46,7 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def cancel_all(*tasks: asyncio.Future[Any]) -> None:
+async def cancel_all(*tasks: asyncio.Task[object]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,7 +1,6 @@
 """Log-probabilities in the two shapes of OpenAI's API."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.messages.tokens import TokenLogprobs
@@ -19,7 +18,7 @@ class CompletionLogprobs:
 
     def render(
         self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """One entry per token; None for a prompt's first, which has no predecessor."""
         tokens = [self._vocabulary.token_text(i) for i in token_ids]
         return {
@@ -48,7 +47,7 @@ class CompletionLogprobs:
 
 def chat_logprobs(
     vocabulary: Vocabulary, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     content = [
         {
             **_chat_token(vocabulary, token_id, entry.logprob),
@@ -63,7 +62,7 @@ def finite(logprob: float) -> float:
     return max(logprob, _FLOOR)
 
 
-def _chat_token(vocabulary: Vocabulary, token_id: int, logprob: float) -> dict[str, Any]:
+def _chat_token(vocabulary: Vocabulary, token_id: int, logprob: float) -> dict[str, object]:
     return {
         "token": vocabulary.token_text(token_id),
         "logprob": finite(logprob),

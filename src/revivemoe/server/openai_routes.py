@@ -2,9 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
@@ -92,27 +91,25 @@ class Generation:
         return item if isinstance(item, str) else self.vocabulary.decode(item)
 
 
-def openai_routes(
-    generation: Generation, guard: Callable[[Request], Coroutine[Any, Any, None]]
-) -> APIRouter:
+def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[None]]) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(guard)])
     router.post("/completions")(generation.complete)
     router.post("/chat/completions")(generation.chat)
     card = _model_card(generation.engine)
 
     @router.get("/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         return {"object": "list", "data": [card]}
 
     @router.get("/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, object]:
         generation.check_model(name)
         return card
 
     return router
 
 
-def _model_card(engine: ServingEngine) -> dict[str, Any]:
+def _model_card(engine: ServingEngine) -> dict[str, object]:
     return {
         "id": engine.model.name,
         "object": "model",

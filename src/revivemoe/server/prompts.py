@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 from jinja2 import TemplateError
 
+from revivemoe.detokenizer import Tokenizer
 from revivemoe.server.errors import ApiError
 from revivemoe.streams import ModelInfo
 
@@ -20,16 +20,16 @@ TokenIds = tuple[int, ...]
 
 
 class PromptEncoder:
-    def __init__(self, tokenizer: Any, model: ModelInfo) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: ModelInfo) -> None:
         self._tokenizer = tokenizer
         self._model = model
 
-    async def completion(self, prompt: Any, add_special_tokens: bool) -> tuple[TokenIds, ...]:
+    async def completion(self, prompt: object, add_special_tokens: bool) -> tuple[TokenIds, ...]:
         """Token ids of each prompt of a completion request. Raises ApiError."""
         encoded = [await self._item(item, add_special_tokens) for item in prompt_items(prompt)]
         return tuple(self._checked(ids, "prompt") for ids in encoded)
 
-    async def chat(self, messages: list[dict[str, Any]], add_special_tokens: bool) -> TokenIds:
+    async def chat(self, messages: list[dict[str, object]], add_special_tokens: bool) -> TokenIds:
         """Token ids of a conversation up to where the assistant's turn begins. Raises ApiError."""
         plain = [_message(k, message) for k, message in enumerate(messages)]
         text = self._render(plain)
@@ -40,7 +40,7 @@ class PromptEncoder:
             return await self._encode(item, add_special_tokens)
         return item
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, object]]) -> str:
         if not self._tokenizer.chat_template:
             raise ApiError(
                 "this model has no chat template: use /v1/completions", code="no_chat_template"
@@ -89,7 +89,7 @@ def check_vocabulary(ids: Sequence[int], vocab_size: int, field: str) -> None:
         )
 
 
-def prompt_items(prompt: Any) -> list[str | list[int]]:
+def prompt_items(prompt: object) -> list[str | list[int]]:
     """One entry for each prompt: text or token ids."""
     if isinstance(prompt, str):
         return [prompt]
@@ -112,11 +112,11 @@ def prompt_items(prompt: Any) -> list[str | list[int]]:
     )
 
 
-def _is_ids(value: list[Any]) -> bool:
+def _is_ids(value: list[object]) -> bool:
     return all(type(item) is int for item in value)
 
 
-def _message(position: int, message: dict[str, Any]) -> dict[str, Any]:
+def _message(position: int, message: dict[str, object]) -> dict[str, object]:
     """A message with its content as one string. Raises ApiError naming what is not supported."""
     where = f"messages.{position}"
     given = {name: value for name, value in message.items() if value not in (None, [])}
@@ -130,7 +130,7 @@ def _message(position: int, message: dict[str, Any]) -> dict[str, Any]:
     return {**given, "content": _text(f"{where}.content", given.get("content"))}
 
 
-def _text(where: str, content: Any) -> str:
+def _text(where: str, content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -138,7 +138,7 @@ def _text(where: str, content: Any) -> str:
     return "\n".join(_part(f"{where}.{k}", part) for k, part in enumerate(content))
 
 
-def _part(where: str, part: Any) -> str:
+def _part(where: str, part: object) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__

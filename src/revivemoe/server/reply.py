@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.server.errors import ApiError
@@ -39,20 +39,20 @@ class Choice:
 class Shape(Protocol):
     """How an endpoint writes its choices."""
 
-    object: str
-    chunk_object: str
+    kind: str
+    chunk_kind: str
 
     def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None: ...
 
-    def choice(self, choice: Choice) -> dict[str, Any]:
+    def choice(self, choice: Choice) -> dict[str, object]:
         """A finished choice of the body."""
         ...
 
-    def body_extra(self) -> dict[str, Any]:
+    def body_extra(self) -> dict[str, object]:
         """Further fields of the body, and of the first chunk of each choice."""
         ...
 
-    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, Any]]:
+    def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, object]]:
         """Chunk choices for new output; none when there is nothing to show yet."""
         ...
 
@@ -85,7 +85,7 @@ class Reply:
             return {"x-revivemoe-quality": DEGRADED}
         return {}
 
-    async def body(self) -> dict[str, Any]:
+    async def body(self) -> dict[str, object]:
         """The whole answer. Raises ApiError when the stream fails."""
         total = len(self._submission.prompts) * self._submission.n
         choices = [Choice(index) for index in range(total)]
@@ -93,7 +93,7 @@ class Reply:
             async for delta in deltas:
                 choices[delta.index].add(delta)
         return {
-            **self._head(self._shape.object),
+            **self._head(self._shape.kind),
             "choices": [self._shape.choice(choice) for choice in choices],
             "usage": self._usage(),
             **self._shape.body_extra(),
@@ -110,7 +110,7 @@ class Reply:
                 for k, choice in enumerate(self._shape.chunks(delta, first)):
                     yield self._chunk(choice, first and k == 0)
         if self._include_usage:
-            head = self._head(self._shape.chunk_object)
+            head = self._head(self._shape.chunk_kind)
             yield event({**head, "choices": [], "usage": self._usage(), **self._quality()})
 
     def close(self) -> None:
@@ -150,8 +150,8 @@ class Reply:
         self._num_output += len(delta.token_ids)
         return delta
 
-    def _chunk(self, choice: dict[str, Any], first: bool) -> str:
-        chunk = {**self._head(self._shape.chunk_object), "choices": [choice]}
+    def _chunk(self, choice: dict[str, object], first: bool) -> str:
+        chunk = {**self._head(self._shape.chunk_kind), "choices": [choice]}
         if self._include_usage:
             chunk["usage"] = None
         if first:
@@ -160,7 +160,7 @@ class Reply:
             chunk.update(self._quality())
         return event(chunk)
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, object]:
         return {
             "id": self._submission.request_id,
             "object": kind,

@@ -1,7 +1,7 @@
 """The bodies of completion requests, checked strictly: no coercion, no unknown field."""
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=BaseModel)
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
@@ -61,7 +61,7 @@ class GenerationRequest(Strict):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Any
+    prompt: object
     """Text, token ids, or a list of either; see prompts.py."""
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -70,7 +70,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, object]] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -79,7 +79,7 @@ class ChatRequest(GenerationRequest):
     add_special_tokens: bool = False
 
 
-async def read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request) -> dict[str, object]:
     """The body as a JSON object. Raises ApiError."""
     body = await _read_body(request)
     try:
@@ -95,7 +95,7 @@ async def read_generation(request: Request, form: type[M]) -> M:
     return validate(form, acted_upon(await read_json(request)))
 
 
-def validate(form: type[M], document: dict[str, Any]) -> M:
+def validate(form: type[M], document: dict[str, object]) -> M:
     """Raises ApiError that names the first wrong field, what is allowed and what was given."""
     try:
         return form.model_validate(document)
@@ -119,6 +119,6 @@ async def _read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

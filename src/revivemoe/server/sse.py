@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,12 +16,12 @@ logger = logging.getLogger(__name__)
 DONE = "data: [DONE]\n\n"
 
 
-def dumps(document: Any) -> str:
+def dumps(document: object) -> str:
     """Compact and ASCII: U+2028 and the like would end a line for some readers of events."""
     return json.dumps(document, separators=(",", ":"))
 
 
-def event(document: Any) -> str:
+def event(document: object) -> str:
     return f"data: {dumps(document)}\n\n"
 
 

@@ -1,5 +1,7 @@
 """Faults asked for over HTTP: checked, and handed to whoever can bring them about."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from revivemoe.cluster.local import LocalCluster
@@ -53,7 +55,7 @@ class Injector:
         self._engine.devices.report_at(report, inject.step, last_step, now)
 
 
-def _int(document: Document, key: str) -> int:
+def _int(document: Mapping[str, object], key: str) -> int:
     value = document.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{key!r} must be an integer")

@@ -12,7 +12,7 @@ from types import TracebackType
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.cluster.local import Callbacks, LocalCluster
 from revivemoe.config import EngineConfig
-from revivemoe.detokenizer import Vocabulary
+from revivemoe.detokenizer import Tokenizer, Vocabulary
 from revivemoe.engine.engine import Engine
 from revivemoe.engine.metrics import render_metrics
 from revivemoe.engine.operations import Operations
