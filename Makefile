@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-matrix lint type fmt unit gpu-check clean
+.PHONY: setup demo test test-matrix lint type fmt unit figures gpu-check clean
 
 setup: $(STAMP)
 
@@ -33,16 +33,21 @@ test-matrix: setup
 unit: setup
 	$(BIN)/python -m pytest -q tests/unit
 
+# Sizes, circles and layers of src/revivemoe beside what is aimed at; ARGS=--json for all of it.
+figures: setup
+	@$(BIN)/python tools/figures.py $(ARGS)
+
 lint: setup
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests tools
+	$(BIN)/ruff format --check src tests tools
 
 type: setup
 	$(BIN)/mypy
+	$(BIN)/mypy tools
 
 fmt: setup
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests tools
+	$(BIN)/ruff format src tests tools
 
 # On a machine with a CUDA device and torch already there: make gpu-check GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python

@@ -76,9 +76,9 @@ MODULES = read_package()
 
 def modules_of(*packages: str) -> list[Module]:
     """The modules in these packages, named without the leading `revivemoe`."""
-    found = [m for m in MODULES.values() if within(m.name, packages)]
-    assert found, f"{packages} name no module"
-    return found
+    missing = [p for p in packages if f"{ROOT.name}.{p}" not in MODULES]
+    assert not missing, f"{missing} name no module"
+    return [m for m in MODULES.values() if within(m.name, packages)]
 
 
 def within(name: str, packages: Iterable[str]) -> bool:
@@ -125,7 +125,10 @@ def loads(module: Module, libraries: Iterable[str]) -> set[str]:
 
 HEAVY = ("torch", "transformers", "safetensors", "zmq")
 
-TORCH_FREE = modules_of("core", "recovery", "epochs", "engine", "membership", "messages")
+TORCH_FREE = modules_of(
+    *("ids", "sampling_params", "membership", "messages"),
+    *("core", "recovery", "epochs", "engine", "sim"),
+)
 
 
 @pytest.mark.parametrize("module", TORCH_FREE, ids=lambda m: m.name)
@@ -135,21 +138,49 @@ def test_the_control_plane_needs_no_torch(module: Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("packages", "forbidden"),
+    ("ground", "allowed"),
     [
-        (("engine",), ("executor", "comm", "model", "cluster")),
-        (("executor", "model", "comm"), ("recovery", "epochs", "engine", "server", "cluster")),
-        (("recovery",), ("epochs", "engine", "server", "serving", "core", "executor", "cluster")),
-        (("epochs",), ("engine", "server", "serving", "core", "executor", "cluster")),
-        (("core",), ("epochs", "engine", "server", "recovery", "executor", "comm", "model")),
-        (("server",), ("epochs", "engine", "executor", "comm", "model", "cluster", "recovery")),
+        ("ids", ()),
+        ("sampling_params", ()),
+        ("membership", ("ids",)),
+        ("messages", ("ids", "sampling_params", "membership")),
     ],
-    ids=lambda packages: packages[0],
 )
-def test_who_may_import_whom(packages: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
-    for module in modules_of(*packages):
-        wrong = {n for n in reached(module, also_functions=True) if within(n, forbidden)}
+def test_the_ground_reaches_nothing_above_itself(ground: str, allowed: tuple[str, ...]) -> None:
+    for module in modules_of(ground):
+        found = reached(module, also_functions=True) - {ROOT.name}
+        wrong = {n for n in found if not within(n, (ground, *allowed))}
         assert not wrong, f"{module.name} reaches {sorted(wrong)}"
+
+
+RANK = ("comm", "model", "executor")
+"""What runs in a rank with torch, beside `core`."""
+
+HOSTS = ("serving", "server", "cluster", "sim")
+"""What drives an engine: real processes and the API, or the simulation."""
+
+WALLS = {
+    ("recovery",): ("epochs", "engine", "core", *RANK, *HOSTS),
+    ("epochs",): ("engine", "core", *RANK, *HOSTS),
+    ("engine",): (*RANK, *HOSTS),
+    ("core",): ("recovery", "epochs", "engine", *RANK, *HOSTS),
+    RANK: ("recovery", "epochs", "engine", *HOSTS),
+    ("server",): ("recovery", "epochs", "engine", "cluster", *RANK),
+    ("sim",): ("cluster", *RANK),
+}
+"""Packages, and those that they may not reach, be it through others or inside a function."""
+
+
+@pytest.mark.parametrize(("packages", "forbidden"), WALLS.items(), ids="-".join)
+def test_who_may_import_whom(packages: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
+    assert modules_of(*forbidden), "a wall against what there isn't holds nothing"
+    wrong = {
+        f"{module.name} reaches {other}"
+        for module in modules_of(*packages)
+        for other in reached(module, also_functions=True)
+        if within(other, forbidden)
+    }
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 PROCESSES = (
@@ -237,7 +268,7 @@ def test_the_walk_sees_levels_and_names() -> None:
 
 
 def test_the_walk_follows_modules_and_packages() -> None:
-    loop = MODULES["revivemoe.executor.driver"]
-    found = reached(loop, also_functions=False)
+    driver = MODULES["revivemoe.executor.driver"]
+    found = reached(driver, also_functions=False)
     assert {"revivemoe.core.rank", "revivemoe.model.runner", "revivemoe.core"} <= found
-    assert any("torch" in path for path in loads(loop, HEAVY))
+    assert any("torch" in path for path in loads(driver, HEAVY))
