@@ -21,8 +21,9 @@ from revivemoe.core.state import InDomain
 from revivemoe.engine.engine import Engine
 from revivemoe.engine.ledger import Ledger
 from revivemoe.engine.token_log import TokenLog
-from revivemoe.epochs.coordinator import Coordinator, Fencing
+from revivemoe.epochs.coordinator import Coordinator
 from revivemoe.epochs.fleet import Fleet
+from revivemoe.epochs.stages import Fencing
 from revivemoe.ids import BlockId, RankId, SeqId
 from revivemoe.membership.dense_groups import DenseGroups
 from revivemoe.membership.topology import Topology

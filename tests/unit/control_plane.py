@@ -14,7 +14,7 @@ from unit.server.tiny_tokenizer import tiny_tokenizer
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.engine.engine import Engine
-from revivemoe.engine.ledger import LiveRequest
+from revivemoe.engine.requests import LiveRequest
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.membership.placement import place
 from revivemoe.membership.topology import collocated

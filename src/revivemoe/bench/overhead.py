@@ -123,7 +123,7 @@ def _heartbeat_s() -> float:
     encoder = msgspec.msgpack.Encoder()
 
     def act() -> None:
-        paces = list(progress.paces.copy().values())
+        paces = list(progress.paces())
         beat = Heartbeat(
             RankId(0), Incarnation(1), progress.count, RankStats(), progress.activity(), paces
         )

@@ -4,7 +4,7 @@ Written by the step loop, read by whoever sends the heartbeat (another thread). 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from revivemoe.messages.reports import Activity, Pace
 
@@ -14,8 +14,9 @@ ALPHA = 0.1
 """Weight of the newest call in a moving average."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Now:
+class _Now(NamedTuple):
+    """Replaced as a whole: another thread reads it."""
+
     kind: str
     name: str
     layer: int
@@ -32,7 +33,8 @@ class Progress:
         """`clock`: monotonic, seconds."""
         self._clock = clock
         self.count = 0
-        self.paces: dict[tuple[str, int], Pace] = {}
+        self._paces: dict[str, dict[int, Pace]] = {}
+        """By phase and size."""
         self._now = _Now("announced", "load", -1, 0, self._clock(), LOAD_BUDGET_S)
         self._phase_began = self._now.began
         self._waited_s = 0.0
@@ -96,19 +98,21 @@ class Progress:
         if ended.kind not in ("working", "waiting"):
             return
         seconds = now - self._phase_began - self._waited_s
-        key = (ended.name, ended.size)
-        known = self.paces.get(key)
-        if known is not None:
-            seconds = known.seconds + ALPHA * (seconds - known.seconds)
-        count = 1 if known is None else known.count + 1
-        self.paces[key] = Pace(ended.name, ended.size, seconds, count)
+        known = self._paces.setdefault(ended.name, {})
+        before = known.get(ended.size)
+        if before is not None:
+            seconds = before.seconds + ALPHA * (seconds - before.seconds)
+        count = 1 if before is None else before.count + 1
+        known[ended.size] = Pace(ended.name, ended.size, seconds, count)
 
     def _predict(self, name: str, size: int) -> float | None:
         """Seconds for so much work of a kind, from what it took so far; None without experience."""
-        known = [p for (phase, _), p in self.paces.items() if phase == name]
+        known = self._paces.get(name)
         if not known:
             return None
-        nearest = min(known, key=lambda p: abs(p.size - size))
+        if size in known:
+            return known[size].seconds
+        nearest = min(known.values(), key=lambda p: abs(p.size - size))
         return nearest.seconds * float(2 ** max(0, size - nearest.size))
 
     # ---- read by the control thread ----------------------------------------------------------
@@ -118,3 +122,7 @@ class Progress:
         now = self._now
         since_s = max(0.0, self._clock() - now.began)
         return Activity(now.kind, now.name, now.layer, now.step, since_s, now.budget_s)
+
+    def paces(self) -> list[Pace]:
+        """How long each kind of work takes."""
+        return [pace for known in self._paces.copy().values() for pace in known.copy().values()]

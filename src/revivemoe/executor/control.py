@@ -127,5 +127,5 @@ class ControlThread:
             progress.count,
             self._stats(),
             progress.activity(),
-            list(progress.paces.copy().values()) if tell_pace else None,
+            progress.paces() if tell_pace else None,
         )

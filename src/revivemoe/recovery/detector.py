@@ -15,7 +15,7 @@
 The engine drains its inbox before it asks, and tells of every stall of its own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages.reports import STEP_PHASES, Activity, Heartbeat
@@ -28,7 +28,7 @@ CONFIRMED = 2
 the control thread may run again just before the step loop does."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Vitals:
     """The last evidence of life of one rank's present process."""
 
@@ -62,7 +62,7 @@ class Detector:
         """Any message of the rank's present process is evidence of life."""
         vitals = self._vitals.get(rank)
         if vitals is not None and vitals.incarnation == incarnation and not vitals.exited:
-            self._vitals[rank] = replace(vitals, last_seen=now, spoken=True)
+            vitals.last_seen, vitals.spoken = now, True
 
     def beat(self, heartbeat: Heartbeat) -> None:
         """What the rank's step loop is doing."""
@@ -72,12 +72,8 @@ class Detector:
         activity, same = heartbeat.activity, heartbeat.progress == vitals.progress
         limit_s = self._limit_s(activity)
         overdue = limit_s is not None and activity.since_s > limit_s
-        self._vitals[heartbeat.rank] = replace(
-            vitals,
-            progress=heartbeat.progress,
-            activity=activity,
-            overdue_beats=(vitals.overdue_beats if same else 0) + 1 if overdue else 0,
-        )
+        vitals.progress, vitals.activity = heartbeat.progress, activity
+        vitals.overdue_beats = (vitals.overdue_beats if same else 0) + 1 if overdue else 0
 
     def exited(
         self, rank: RankId, incarnation: Incarnation, detail: str, now: float
@@ -86,13 +82,13 @@ class Detector:
         vitals = self._vitals.get(rank)
         if vitals is None or vitals.incarnation != incarnation or vitals.exited:
             return None
-        self._vitals[rank] = replace(vitals, exited=True)
+        vitals.exited = True
         return Fault(rank, "process_exit", detail, detect_s=max(0.0, now - vitals.last_seen))
 
     def postpone(self, seconds: float) -> None:
         """The engine itself stood still for so long: what it did not hear, it could not hear."""
-        for rank, vitals in self._vitals.items():
-            self._vitals[rank] = replace(vitals, last_seen=vitals.last_seen + seconds)
+        for vitals in self._vitals.values():
+            vitals.last_seen += seconds
 
     # ---- judgement ---------------------------------------------------------------------------
 

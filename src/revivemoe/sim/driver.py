@@ -27,7 +27,7 @@ from revivemoe.core.effects import (
 from revivemoe.core.loop import Effects, StepLoop
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
-from revivemoe.core.step import Batch, StepHeader
+from revivemoe.core.step import Batch
 from revivemoe.membership.placement import EMPTY
 from revivemoe.messages.commands import Command, Configure, LoadExperts
 from revivemoe.messages.reports import ExpertsLoaded, Fatal, FenceAck, Ready, Report
@@ -65,6 +65,7 @@ class Driver:
         self._process, self._load_s, self._enter_domain = process, load_s, enter
         self._later, self._mishaps = later, mishaps
         self._steps = 0
+        process.stats = rank.stats
 
     def run(self) -> Steps:
         """As `executor.main` runs one: load, say so, step until told to stop, last words."""
@@ -102,11 +103,14 @@ class Driver:
     def _perform(self, effect: Effect) -> Doing[object]:
         match effect:
             case Commands():
-                return (yield from self._take_commands(effect.wait))
+                if effect.wait and self._is_idle():
+                    yield Idle()
+                return self._take_commands()
             case Reach():
-                yield from self._reach(effect)
+                if not self._reach(effect):
+                    yield Work(effect.phase, -1, 0.0)
             case Exchange():
-                return (yield from self._exchange(effect.header))
+                return (yield Meet("schedule", -1, effect.header))
             case Forward():
                 return (yield from self._forward(effect.batch))
             case Load():
@@ -126,12 +130,12 @@ class Driver:
 
     # ---- commands and steps ------------------------------------------------------------------
 
-    def _take_commands(self, wait: bool) -> Doing[list[Command]]:
+    def _is_idle(self) -> bool:
+        self._process.progress.idle()
+        return not self._process.inbox
+
+    def _take_commands(self) -> list[Command]:
         inbox = self._process.inbox
-        if wait:
-            self._process.progress.idle()
-            if not inbox:
-                yield Idle()
         taken: list[Command] = []
         while inbox:
             match inbox.popleft():
@@ -139,29 +143,22 @@ class Driver:
                     self._process.report(loaded)
                 case command:
                     taken.append(command)
-        self._process.stats = self.rank.stats()
         return taken
 
-    def _reach(self, effect: Reach) -> Steps:
-        """Faults strike here, too; whoever is stuck by one goes no further."""
-        state = self.rank.state
+    def _reach(self, effect: Reach) -> bool:
+        """Faults strike here, too. False: whoever is stuck by one goes no further."""
+        state, process = self.rank.state, self._process
         assert isinstance(state, InDomain)
         if effect.phase == "schedule":
-            self._process.step = state.step
+            process.step = state.step
             self._check_now_and_then()
-        self._process.progress.work(effect.phase, -1, state.step, effect.num_rows)
-        if not self._process.reach(effect.phase):
-            yield Work(effect.phase, -1, 0.0)
+        process.progress.work(effect.phase, -1, state.step, effect.num_rows)
+        return process.reach(effect.phase)
 
     def _check_now_and_then(self) -> None:
         self._steps += 1
         if self._steps % STEPS_PER_CHECK == 0:
             self.forward.check()
-
-    def _exchange(self, header: StepHeader) -> Doing[list[StepHeader]]:
-        headers = yield Meet("schedule", -1, header)
-        assert headers is not None
-        return [h for h in headers if isinstance(h, StepHeader)]
 
     def _forward(self, batch: Batch) -> Doing[Ran]:
         state, began = self.rank.state, self._process.now

@@ -5,6 +5,7 @@ and each read is compared with what the reader believes to be there.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
 from revivemoe.core.digest import Digest, extend_chain
@@ -114,6 +115,7 @@ class FakeKv:
         return table[position // self._block_size], position % self._block_size
 
 
+@lru_cache(maxsize=1 << 16)
 def _extend(prefix: bytes, token: int) -> bytes:
     return blake2b(prefix + token.to_bytes(4, "little"), digest_size=8).digest()
 

@@ -81,6 +81,7 @@ class FakeForward:
         """Rows to and from the experts. NaN may end the step at once, or behind the last layer."""
         if broken:
             self._note(layer, producer, True)
+        self._process.progress.work(phase, layer, self._process.step, 0)
         values = yield Meet(phase, layer, broken)
         if values is not None and any(values) and not broken:
             self._note(layer, victim, False)

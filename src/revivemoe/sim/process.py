@@ -62,7 +62,7 @@ class Process:
         self.fenced = Epoch(0)
         """Every wait in a domain below this epoch ends at once."""
         self.domain: Domain | None = None
-        self.stats = RankStats()
+        self.stats: Callable[[], RankStats] = RankStats
         self.progress = Progress(lambda: host.clock.now)
         self.step = 0
         self.doing: Request = Idle()
@@ -153,10 +153,10 @@ class Process:
             self.fail_wait(f"{self.doing.phase} not complete after {WAIT_TIMEOUT_S:g} s")
         self._beats += 1
         progress, tell_pace = self.progress, self._beats % BEATS_PER_PACE == 0
-        pace = list(progress.paces.values()) if tell_pace else None
+        pace = progress.paces() if tell_pace else None
         activity = progress.activity()
         self.report(
-            Heartbeat(self.rank, self.incarnation, progress.count, self.stats, activity, pace)
+            Heartbeat(self.rank, self.incarnation, progress.count, self.stats(), activity, pace)
         )
         self._host.clock.after(HEARTBEAT_S, self._beat)
 

@@ -24,7 +24,7 @@ def _fingerprint(engine: Engine, report: Report) -> object:
     """What a report could have changed."""
     view, epochs, traffic = engine.ranks[report.rank], engine.epochs, engine.traffic
     return (
-        epochs.fleet.detector._vitals.get(report.rank),
+        repr(epochs.fleet.detector._vitals.get(report.rank)),
         (view.ready, view.pid, view.stats, view.dead, view.last_words),
         type(engine.state),
         repr(epochs.coordinator.state),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from unit.control_plane import Instance, Sink, answer, submission
 
-from revivemoe.engine.engine import FailedState, Recovering, Serving, Starting
+from revivemoe.epochs.state import FailedState, Recovering, Serving, Starting
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages.commands import Abort, Add, Configure, Fence, Inject, Stop, Wake
 from revivemoe.messages.reports import Fatal, FenceAck, Heartbeat, RankStats, Ready, Resumed

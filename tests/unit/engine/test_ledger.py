@@ -1,7 +1,8 @@
 import pytest
 from unit.control_plane import TOKENIZER, VOCABULARY, Sink, submission
 
-from revivemoe.engine.ledger import Ledger, LiveRequest
+from revivemoe.engine.ledger import Ledger
+from revivemoe.engine.requests import LiveRequest
 from revivemoe.ids import Incarnation, RankId, SeqId
 from revivemoe.messages.commands import Abort, Add, Command
 from revivemoe.messages.reports import Tokens

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from unit.server.tiny_tokenizer import tiny_tokenizer
 
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.engine.token_log import StopMatcher, TokenGap, TokenLog
+from revivemoe.engine.stop_strings import StopMatcher
+from revivemoe.engine.token_log import TokenGap, TokenLog
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.sampling_params import SamplingParams
 from revivemoe.streams import StopStrings

@@ -5,23 +5,16 @@ from typing import Any
 
 import pytest
 
-from revivemoe.epochs.coordinator import (
-    Coordinator,
-    Failed,
-    Fencing,
-    Finished,
-    Idle,
-    Recovered,
-    Resuming,
-)
+from revivemoe.epochs.coordinator import Coordinator
+from revivemoe.epochs.stages import Failed, Fencing, Finished, Idle, Recovered, Resuming
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.membership.placement import place
 from revivemoe.membership.topology import Topology, collocated
 from revivemoe.messages.commands import Command, Configure, DomainSpec, Fence
 from revivemoe.messages.reports import FenceAck, Resumed
 from revivemoe.recovery.faults import Fault
-from revivemoe.recovery.planner import SequenceView, World
 from revivemoe.recovery.policy import Policy
+from revivemoe.recovery.world import SequenceView, World
 
 DOMAIN = DomainSpec("shm")
 POLICY = Policy(fence_timeout_s=10, resume_timeout_s=20)

@@ -4,22 +4,13 @@ from typing import Any
 import pytest
 
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
-from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.placement import ExpertPlacement, Reload
 from revivemoe.membership.topology import Topology, collocated
 from revivemoe.recovery.faults import Fault
-from revivemoe.recovery.planner import (
-    DOMAIN_FAILURES,
-    Continue,
-    GiveUp,
-    Migration,
-    RecoveryPlan,
-    Restart,
-    SequenceView,
-    World,
-    plan_recovery,
-)
+from revivemoe.recovery.plan import Continue, GiveUp, Migration, RecoveryPlan, Restart
+from revivemoe.recovery.planner import DOMAIN_FAILURES, plan_recovery
 from revivemoe.recovery.policy import Policy
-from revivemoe.recovery.repair import Reload
+from revivemoe.recovery.world import SequenceView, World
 
 LAYERS = (LayerId(1), LayerId(2))
 

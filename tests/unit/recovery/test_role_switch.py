@@ -7,24 +7,21 @@ import pytest
 
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
 from revivemoe.membership.dense_groups import form_groups
-from revivemoe.membership.placement import ExpertPlacement
+from revivemoe.membership.placement import ExpertPlacement, Reload, Table
 from revivemoe.membership.topology import Topology, collocated, disaggregated, switched
 from revivemoe.recovery.faults import Fault
-from revivemoe.recovery.planner import (
+from revivemoe.recovery.plan import (
     Continue,
     GiveUp,
     Migration,
     RecoveryPlan,
     Restart,
-    SequenceView,
-    World,
     describe_plan,
-    plan_recovery,
-    refuse_switch,
 )
+from revivemoe.recovery.planner import plan_recovery, refuse_switch
 from revivemoe.recovery.policy import Policy
-from revivemoe.recovery.repair import Reload
-from revivemoe.recovery.role_switch import RoleSwitch, Table, choose_switches
+from revivemoe.recovery.role_switch import RoleSwitch, choose_switches
+from revivemoe.recovery.world import SequenceView, World
 
 LAYERS = (LayerId(1), LayerId(2))
 HOME = disaggregated(Epoch(1), 3, 3)
