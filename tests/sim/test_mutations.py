@@ -4,7 +4,7 @@ Each breaks one rule of the engine or of a rank's state machine by a monkeypatch
 in a bounded number of seeds. The same seeds pass without it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +15,9 @@ import pytest
 from revivemoe.core import digest
 from revivemoe.core.blocks import BlockPool
 from revivemoe.core.digest import Digest
+from revivemoe.core.effects import Enter, Load, Loaded
 from revivemoe.core.journal import Preempted, _Undo
+from revivemoe.core.loop import StepLoop
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.engine.engine import Engine
@@ -23,11 +25,12 @@ from revivemoe.engine.ledger import Ledger
 from revivemoe.engine.token_log import TokenLog
 from revivemoe.epochs.coordinator import Coordinator
 from revivemoe.epochs.fleet import Fleet
+from revivemoe.epochs.signals import Signals
 from revivemoe.epochs.stages import Fencing
-from revivemoe.ids import BlockId, RankId, SeqId
+from revivemoe.ids import BlockId, Epoch, RankId, SeqId
 from revivemoe.membership.dense_groups import DenseGroups
 from revivemoe.membership.topology import Topology
-from revivemoe.messages.commands import Wake
+from revivemoe.messages.commands import Configure, Wake
 from revivemoe.messages.reports import FenceAck, Heartbeat, Report, StepAborted, Tokens
 from revivemoe.recovery import role_switch
 from revivemoe.recovery.detector import Detector
@@ -109,13 +112,16 @@ def lose_kv_at_fence(patch: Patch) -> None:
 
 
 def drop_tokens_of_the_old_epoch(patch: Patch) -> None:
-    on_tokens = Engine._on_tokens
+    on_report = Engine.on_report
 
-    def strict(self: Engine, report: Tokens, now: float) -> None:
-        if not self.coordinator.active and report.epoch == self.topology.epoch:
-            on_tokens(self, report, now)
+    def strict(self: Engine, report: Report, now: float) -> None:
+        stale = isinstance(report, Tokens) and (
+            self.epochs.coordinator.active or report.epoch != self.membership.epoch
+        )
+        if not stale:
+            on_report(self, report, now)
 
-    patch.setattr(Engine, "_on_tokens", strict)
+    patch.setattr(Engine, "on_report", strict)
 
 
 def accept_old_processes(patch: Patch) -> None:
@@ -132,18 +138,18 @@ def accept_old_processes(patch: Patch) -> None:
 
 
 def accuse_the_reporter(patch: Patch) -> None:
-    def on_symptom(self: Engine, report: StepAborted, now: float) -> None:
-        self.accuse([Fault(report.rank, "communication", report.detail)], now)
+    def on_symptom(self: Signals, report: StepAborted, now: float) -> None:
+        self._epochs.accuse([Fault(report.rank, "communication", report.detail)], now)
 
-    patch.setattr(Engine, "_on_symptom", on_symptom)
+    patch.setattr(Signals, "_on_symptom", on_symptom)
 
 
 def wake_owners_only(patch: Patch) -> None:
-    def wake(self: Engine) -> None:
-        self._wake += 1
-        self._send(self.topology.members[0], Wake(self._wake))
+    def wake(self: Fleet, members: Sequence[RankId]) -> None:
+        self.wakes += 1
+        self.send(members[0], Wake(self.wakes))
 
-    patch.setattr(Engine, "wake", wake)
+    patch.setattr(Fleet, "wake", wake)
 
 
 def hand_over_without_owner(patch: Patch) -> None:
@@ -161,12 +167,11 @@ def hand_over_without_owner(patch: Patch) -> None:
 def wake_counter_stands_still(patch: Patch) -> None:
     """Every wake looks like the first one."""
 
-    def wake(self: Engine) -> None:
-        self._wake = 1
-        for rank in self.topology.members:
-            self._send(rank, Wake(1))
+    def wake(self: Fleet, members: Sequence[RankId]) -> None:
+        self.wakes = 1
+        self.broadcast(members, Wake(1))
 
-    patch.setattr(Engine, "wake", wake)
+    patch.setattr(Fleet, "wake", wake)
 
 
 def append_from_anybody_anywhere(patch: Patch) -> None:
@@ -241,7 +246,83 @@ def the_last_one_may_go(patch: Patch) -> None:
 
 def shards_are_for_ever(patch: Patch) -> None:
     """Nobody loads the shards of a dense layer when no group is left."""
-    patch.setattr(DenseGroups, "after", lambda self, attention, gone: self)
+    patch.setattr(DenseGroups, "completed", lambda self, attention: self)
+
+
+# ---- the step loop itself -------------------------------------------------------------------
+
+
+def acknowledge_before_the_claim(patch: Patch) -> None:
+    """Whose numbers were broken is said behind the acknowledgement: too late for the plan."""
+    leave, leave_for = StepLoop._leave, StepLoop._leave_for
+    held: dict[int, list[Report]] = {}
+
+    def hold_back(self: StepLoop) -> Any:
+        report = self._report
+        self._report = held.setdefault(id(self), []).append
+        departure = yield from leave(self)
+        self._report = report
+        return departure
+
+    def tell_late(self: StepLoop, epoch: Epoch) -> Any:
+        yield from leave_for(self, epoch)
+        for claim in held.pop(id(self), []):
+            self._report(claim)
+
+    patch.setattr(StepLoop, "_leave", hold_back)
+    patch.setattr(StepLoop, "_leave_for", tell_late)
+
+
+def enter_before_load(patch: Patch) -> None:
+    """A rank meets the others in the new domain, and loads what it is to serve afterwards."""
+    configure = StepLoop._configure
+
+    def hasty(self: StepLoop, command: Configure) -> Any:
+        steps, load, answer = configure(self, command), None, None
+        for_load = Loaded(0.0, 0, {})
+        try:
+            effect = next(steps)
+            while True:
+                if isinstance(effect, Load):
+                    load, answer = effect, for_load
+                else:
+                    answer = yield effect
+                    if isinstance(effect, Enter) and load is not None:
+                        yield load
+                effect = steps.send(answer)
+        except StopIteration:
+            pass
+
+    patch.setattr(StepLoop, "_configure", hasty)
+
+
+def resumed_before_the_agreement(patch: Patch) -> None:
+    """A rank says that all are there as soon as it has entered the domain itself."""
+    configure = StepLoop._configure
+
+    def hasty(self: StepLoop, command: Configure) -> Any:
+        yield from configure(self, command)
+        self._report_resumed()
+
+    patch.setattr(StepLoop, "_configure", hasty)
+
+
+def fence_without_leaving(patch: Patch) -> None:
+    """A rank acknowledges a fence, and stays in the domain it was to leave."""
+
+    def stay(self: StepLoop, epoch: Epoch) -> Any:
+        ack = self._rank.fence(epoch)
+        if ack is not None:
+            self._report(ack)
+        return
+        yield
+
+    patch.setattr(StepLoop, "_leave_for", stay)
+
+
+def commit_what_was_cut(patch: Patch) -> None:
+    """A step that a fence has cut is left open, as if it could go on in the next epoch."""
+    patch.setattr(Rank, "roll_back", lambda self: False)
 
 
 MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
@@ -265,6 +346,11 @@ MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
     (keep_what_it_held, SWITCHES),
     (the_last_one_may_go, SWITCHES),
     (shards_are_for_ever, PROCESS),
+    (acknowledge_before_the_claim, ("nan-twice",)),
+    (enter_before_load, PROCESS),
+    (resumed_before_the_agreement, ANY),
+    (fence_without_leaving, CUTS),
+    (commit_what_was_cut, CUTS),
 ]
 
 

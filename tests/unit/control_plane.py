@@ -16,9 +16,11 @@ from revivemoe.detokenizer import Vocabulary
 from revivemoe.engine.engine import Engine
 from revivemoe.engine.requests import LiveRequest
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
-from revivemoe.membership.placement import place
+from revivemoe.membership.membership import Membership
+from revivemoe.membership.placement import Table, place
 from revivemoe.membership.topology import collocated
 from revivemoe.messages.commands import Abort, Add, Command, Configure, DomainSpec, Fence
+from revivemoe.messages.events import document
 from revivemoe.messages.reports import (
     Activity,
     FenceAck,
@@ -176,9 +178,7 @@ class FakeCluster:
         self.hold_resumed = False
         """Whoever is configured gets no further: it loads."""
 
-    def launch(
-        self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
-    ) -> None:
+    def launch(self, rank: RankId, incarnation: Incarnation, slots: Table) -> None:
         fake = FakeRank(rank, incarnation, self.reports.append)
         self.ranks[rank] = fake
         fake.report(Hello(rank, incarnation, 1000 + rank, "here"))
@@ -217,6 +217,7 @@ class Instance:
         self.cluster = FakeCluster()
         self.events: list[dict[str, Any]] = []
         topology = collocated(Epoch(1), num_ranks)
+        placement = place(8, [0, 1], topology.experts, redundant, spare)
         config = EngineConfig(
             model_dir=Path("/models/some"),
             data_parallel_size=num_ranks,
@@ -226,12 +227,11 @@ class Instance:
         )
         self.engine = Engine(
             config,
-            topology,
-            place(8, [0, 1], topology.experts, redundant, spare),
+            Membership(topology, placement),
             VOCABULARY,
             self.cluster,
             lambda: self.now,
-            self.events.append,
+            lambda event: self.events.append(document(event)),
         )
 
     def start(self) -> "Instance":

@@ -44,6 +44,9 @@ class Suspects:
     def __init__(self) -> None:
         self._suspicions: dict[int, Suspicion] = {}
 
+    def __len__(self) -> int:
+        return len(self._suspicions)
+
     def __contains__(self, request: LiveRequest) -> bool:
         return request.arrival in self._suspicions
 

@@ -244,6 +244,8 @@ class Epochs:
         for switch in plan.switches:
             self.fleet.switch(switch, plan.switch_aside)
         self._retire_leavers(plan.membership)
+        for rank in sorted({*self.membership.attention} - {*plan.membership.attention}):
+            self._host.lost(rank, None)  # what was not moved, such as a suspect, has no rank now
         self._host.planned(plan)
 
     def _retire_leavers(self, membership: Membership) -> None:

@@ -28,6 +28,7 @@ from revivemoe.core.loop import Effects, StepLoop
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch
+from revivemoe.ids import Epoch
 from revivemoe.membership.placement import EMPTY
 from revivemoe.messages.commands import Command, Configure, LoadExperts
 from revivemoe.messages.reports import ExpertsLoaded, Fatal, FenceAck, Ready, Report
@@ -110,7 +111,9 @@ class Driver:
                 if not self._reach(effect):
                     yield Work(effect.phase, -1, 0.0)
             case Exchange():
-                return (yield Meet("schedule", -1, effect.header))
+                headers = yield Meet("schedule", -1, effect.header)
+                self._process.met = Epoch(effect.header.epoch)
+                return headers
             case Forward():
                 return (yield from self._forward(effect.batch))
             case Load():

@@ -65,6 +65,8 @@ class Process:
         self.stats: Callable[[], RankStats] = RankStats
         self.progress = Progress(lambda: host.clock.now)
         self.step = 0
+        self.met = Epoch(0)
+        """The last epoch in which it has met all others."""
         self.doing: Request = Idle()
         self._host, self._say = host, say
         self._loop: StepLoop | None = None
@@ -163,6 +165,7 @@ class Process:
     # ---- the step loop's waits ---------------------------------------------------------------
 
     def enter_domain(self, domain: Domain) -> None:
+        assert self.domain is None, f"rank {self.rank} enters a domain and is still in another"
         self.domain, self._num_exchanges = domain, 0
 
     def leave_domain(self) -> None:

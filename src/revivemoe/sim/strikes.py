@@ -7,7 +7,7 @@ from functools import partial
 
 from revivemoe.core.step import Batch, ScheduledSequence
 from revivemoe.engine.operations import Operations
-from revivemoe.ids import RankId
+from revivemoe.ids import Epoch, RankId
 from revivemoe.messages.reports import Fatal
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.sim.answers import POISON
@@ -56,6 +56,8 @@ class Strikes:
         self._slow: set[Process] = set()
         self._nan: Counter[Process] = Counter()
         self._nan_done: Counter[Process] = Counter()
+        self._nan_at: dict[Process, tuple[Epoch, int]] = {}
+        """The step in which it was last: a rank's numbers break once in a step."""
         self._load_failures = 0
         cluster.on_reach, cluster.mishaps = self.reach, self
 
@@ -100,13 +102,21 @@ class Strikes:
         return True
 
     def corrupts(self, process: Process, phase: str) -> bool:
-        if not self._nan[process] or self._cluster.rng.random() < 0.3:
+        at = (process.met, process.step)
+        if not self._nan[process] or self._nan_at.get(process) == at:
             return False
+        if self._cluster.rng.random() < 0.3:
+            return False
+        self._nan_at[process] = at
         self._nan[process] -= 1
         self._nan_done[process] += 1
         if self._nan_done[process] > 1:
             self.guilty.add(process)
         return True
+
+    def broken_twice(self) -> list[Process]:
+        """Processes that have turned finite numbers into NaN, and did so again."""
+        return [process for process, times in self._nan_done.items() if times > 1]
 
     def runs(self, process: Process, batch: Batch) -> None:
         if self._poison is None or not any(_is_poison(item) for item in batch.items):

@@ -2,8 +2,8 @@
 
 from revivemoe.engine.engine import Engine
 from revivemoe.epochs.state import FailedState
-from revivemoe.ids import RankId
-from revivemoe.messages.events import Accused, Convicted, DrainBegun, Event
+from revivemoe.ids import Epoch, RankId
+from revivemoe.messages.events import Accused, Convicted, DrainBegun, Event, StateEntered
 from revivemoe.sim.client import Client
 from revivemoe.sim.cluster import SimCluster
 from revivemoe.sim.host import stage_of
@@ -28,6 +28,7 @@ class Verdict:
         self._cluster, self._strikes = cluster, strikes
         self._cut_off: set[RankId] = set()
         """Ends of links that were accused."""
+        self._accused: set[Process] = set()
         self._convicted: set[str] = set()
         self._fence_timeouts = 0
         """Ranks that hung while others were being fenced: nothing they ran is suspected."""
@@ -42,12 +43,21 @@ class Verdict:
                 assert event.id in self._strikes.drained, f"drained for nothing: {event}"
             case Convicted():
                 self._check_conviction(event)
+            case StateEntered(state="serving"):
+                self._check_met(event.epoch)
             case _:
                 pass
+
+    def _check_met(self, epoch: Epoch) -> None:
+        """The instance serves only once every member has met all others in the new epoch."""
+        for rank in self._engine.membership.members:
+            process = self._cluster.processes[rank]
+            assert process.met >= epoch, f"rank {rank} has not met the others in epoch {epoch}"
 
     def _check_accusation(self, event: Accused) -> None:
         """Whoever is accused has a fault in this scenario; of a link, one end only."""
         process = self._cluster.processes[event.id]
+        self._accused.add(process)
         if process in self._strikes.guilty or process in self._cluster.never_started:
             return
         for ends in self._strikes.links.suspects():
@@ -91,6 +101,7 @@ class Verdict:
         for client in clients:
             self._check_client(client)
         self._check_poison()
+        self._check_numbers()
         self._check_placement()
         self._check_dense()
         self._check_ranks()
@@ -109,6 +120,13 @@ class Verdict:
         lost = len(set(self._strikes.poisoned) - self._strikes.hit)
         most = MOST_LOST_BY_POISON + self._num_like_poison() + self._fence_timeouts
         assert lost <= most, f"the poison request took {lost} ranks"
+
+    def _check_numbers(self) -> None:
+        """Somebody whose numbers broke twice, while nothing else went wrong, has been found."""
+        broken = self._strikes.broken_twice()
+        if broken and {fault.kind for fault, _ in self._strikes.struck} == {"nan-twice"}:
+            ranks = [process.rank for process in broken]
+            assert self._accused & set(broken), f"the numbers of ranks {ranks} broke twice"
 
     def _num_like_poison(self) -> int:
         return sum(fault.kind in LIKE_POISON for fault, _ in self._strikes.struck)

@@ -1,10 +1,12 @@
 """The engine in one thread: membership, requests and recoveries, with the time passed in."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 from unit.control_plane import Instance, Sink, answer, submission
 
+from revivemoe.engine.operations import Operations
 from revivemoe.epochs.state import FailedState, Recovering, Serving, Starting
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages.commands import Abort, Add, Configure, Fence, Inject, Stop, Wake
@@ -51,7 +53,7 @@ def test_ranks_load_meet_and_serve() -> None:
     instance.deliver()
     assert isinstance(engine.state, Serving)
     configure = instance.cluster.commands(Configure, 1)[0]
-    assert (configure.epoch, configure.step, configure.topology.members) == (1, 0, (0, 1))
+    assert (configure.epoch, configure.step, configure.membership.members) == (1, 0, (0, 1))
     assert [e["state"] for e in instance.named("state")] == ["serving"]
     view = engine.ranks[RankId(1)]
     assert (view.pid, view.host, view.ready) == (1001, "here", True)
@@ -131,9 +133,9 @@ def test_requests_spread_and_stream() -> None:
     assert sorted(owner_counts(instance).values()) == [1, 1, 1, 2]
     instance.step(12)
     assert_whole(sinks)
-    assert instance.engine.totals.generation_tokens == 12 * len(PROMPTS)
-    assert instance.engine.totals.finished == {"length": len(PROMPTS)}
-    assert instance.engine.last_step == 11
+    assert instance.engine.traffic.totals.generation_tokens == 12 * len(PROMPTS)
+    assert instance.engine.traffic.totals.finished == {"length": len(PROMPTS)}
+    assert instance.engine.signals.last_step == 11
 
 
 def test_every_member_is_woken_with_a_growing_counter() -> None:
@@ -174,15 +176,15 @@ def test_a_death_is_not_noticed_by_any_stream() -> None:
     instance.die(1)
     engine = instance.engine
     assert isinstance(engine.state, Serving)
-    assert engine.topology.members == (0, 2, 3)
-    assert engine.topology.epoch == 2
+    assert engine.membership.topology.members == (0, 2, 3)
+    assert engine.membership.topology.epoch == 2
     instance.step(8)
     assert_whole(sinks)
-    (record,) = engine.records
+    (record,) = engine.epochs.records
     assert (record.outcome, record.migrated, record.reconciled) == ("recovered", 1, 0)
-    assert engine.totals.recoveries == {("process_exit", "recovered"): 1}
-    assert engine.totals.migrated == 1
-    assert engine.ledger.gaps == 0
+    assert engine.epochs.outcomes == {("process_exit", "recovered"): 1}
+    assert engine.traffic.totals.migrated == 1
+    assert engine.traffic.ledger.gaps == 0
 
 
 @pytest.mark.parametrize("rank", range(4))
@@ -220,8 +222,8 @@ def test_what_a_survivor_committed_before_the_fence_is_kept() -> None:
     instance.die(1, deliver=False)
     instance.deliver()
     assert sorted(len(sink.token_ids()) for sink in sinks) == [2, 3, 3, 3, 3]
-    assert instance.engine.records[-1].reconciled == 0
-    assert instance.engine.ledger.gaps == 0
+    assert instance.engine.epochs.records[-1].reconciled == 0
+    assert instance.engine.traffic.ledger.gaps == 0
     instance.step(12)
     assert_whole(sinks)
 
@@ -261,12 +263,12 @@ def test_the_stall_is_from_the_last_old_step_to_the_first_new() -> None:
     committed = instance.now
     instance.now += 0.5
     instance.die(1)
-    assert instance.engine.records[-1].stall_s is None, "not yet"
+    assert instance.engine.epochs.records[-1].stall_s is None, "not yet"
     instance.now += 0.5
     instance.step()
-    assert instance.engine.records[-1].stall_s == pytest.approx(instance.now - committed)
+    assert instance.engine.epochs.records[-1].stall_s == pytest.approx(instance.now - committed)
     instance.step(3)
-    assert instance.engine.records[-1].stall_s == pytest.approx(1.01)
+    assert instance.engine.epochs.records[-1].stall_s == pytest.approx(1.01)
 
 
 def test_tokens_in_flight_move_the_last_old_step() -> None:
@@ -278,7 +280,7 @@ def test_tokens_in_flight_move_the_last_old_step() -> None:
     instance.now += 0.125
     instance.deliver()
     instance.step()
-    assert instance.engine.records[-1].stall_s == pytest.approx(0.01)
+    assert instance.engine.epochs.records[-1].stall_s == pytest.approx(0.01)
 
 
 def test_no_stall_where_nobody_had_work() -> None:
@@ -288,7 +290,7 @@ def test_no_stall_where_nobody_had_work() -> None:
     instance.die(1)
     instance.submit()
     instance.step()
-    assert instance.engine.records[-1].stall_s is None
+    assert instance.engine.epochs.records[-1].stall_s is None
 
 
 def test_a_second_death_while_recovering() -> None:
@@ -298,9 +300,9 @@ def test_a_second_death_while_recovering() -> None:
     instance.die(1, deliver=False)
     instance.die(2)
     assert isinstance(instance.engine.state, Serving)
-    assert instance.engine.topology.members == (0, 3)
-    assert instance.engine.topology.epoch == 3
-    (record,) = instance.engine.records
+    assert instance.engine.membership.topology.members == (0, 3)
+    assert instance.engine.membership.topology.epoch == 3
+    (record,) = instance.engine.epochs.records
     assert [f.rank for f in record.faults] == [1, 2]
     instance.step(12)
     assert_whole(sinks)
@@ -315,7 +317,7 @@ def test_one_death_after_another_down_to_the_last_rank() -> None:
         assert isinstance(instance.engine.state, Serving)
     instance.step(6)
     assert_whole(sinks)
-    assert [r.epoch for r in instance.engine.records] == [2, 3, 4]
+    assert [r.epoch for r in instance.engine.epochs.records] == [2, 3, 4]
     instance.submit()
     instance.die(1)
     state = instance.engine.state
@@ -333,10 +335,10 @@ def test_a_survivor_that_does_not_answer_is_taken_out() -> None:
     assert isinstance(instance.engine.state, Recovering)
     instance.wait(0.4)
     assert isinstance(instance.engine.state, Serving)
-    assert instance.engine.topology.members == (0, 2)
+    assert instance.engine.membership.topology.members == (0, 2)
     assert RankId(3) in instance.cluster.killed
     assert instance.engine.ranks[RankId(3)].dead
-    kinds = [f.kind for f in instance.engine.records[-1].faults]
+    kinds = [f.kind for f in instance.engine.epochs.records[-1].faults]
     assert kinds == ["process_exit", "fence_timeout"]
     instance.step(12)
     assert_whole(sinks)
@@ -349,7 +351,7 @@ def test_the_exit_of_a_rank_taken_out_is_no_second_fault() -> None:
     instance.wait(10.3)
     instance.engine.on_exit(RankId(3), Incarnation(1), "killed", instance.now)
     assert isinstance(instance.engine.state, Serving)
-    assert len(instance.engine.records) == 1
+    assert len(instance.engine.epochs.records) == 1
 
 
 # ---- symptoms -------------------------------------------------------------------------------
@@ -363,12 +365,12 @@ def test_an_aborted_step_accuses_nobody() -> None:
     engine = instance.engine
     assert isinstance(engine.state, Serving)
     assert not any(view.dead or view.fault for view in engine.ranks.values())
-    assert engine.totals.symptoms == 3
+    assert engine.signals.symptoms == 3
     instance.die(1)
     assert instance.cluster.killed == [1]
-    assert engine.topology.members == (0, 2, 3)
+    assert engine.membership.topology.members == (0, 2, 3)
     instance.wait(5)
-    assert len(engine.records) == 1, "the symptom is explained"
+    assert len(engine.epochs.records) == 1, "the symptom is explained"
 
 
 def test_an_unexplained_symptom_means_a_new_domain_for_all() -> None:
@@ -379,11 +381,11 @@ def test_an_unexplained_symptom_means_a_new_domain_for_all() -> None:
         fake.abort_step()
     instance.deliver()
     instance.wait(0.9)
-    assert not instance.engine.records
+    assert not instance.engine.epochs.records
     instance.wait(0.2)
     assert isinstance(instance.engine.state, Serving)
-    assert instance.engine.topology.members == (0, 1, 2, 3)
-    (record,) = instance.engine.records
+    assert instance.engine.membership.topology.members == (0, 1, 2, 3)
+    (record,) = instance.engine.epochs.records
     assert (record.cause, record.faults, record.migrated) == ("communication", [], 0)
     assert instance.cluster.killed == []
     instance.step(12)
@@ -401,7 +403,7 @@ def test_symptoms_of_an_epoch_that_is_over_mean_nothing() -> None:
     fake.abort_step()
     instance.deliver()
     instance.wait(5)
-    assert len(instance.engine.records) == 1
+    assert len(instance.engine.epochs.records) == 1
 
 
 def test_a_symptom_that_comes_after_its_cause_is_explained_too() -> None:
@@ -411,7 +413,7 @@ def test_a_symptom_that_comes_after_its_cause_is_explained_too() -> None:
         instance.cluster.ranks[RankId(rank)].abort_step()
     instance.die(1)
     instance.wait(5)
-    assert len(instance.engine.records) == 1
+    assert len(instance.engine.epochs.records) == 1
 
 
 # ---- experts --------------------------------------------------------------------------------
@@ -424,8 +426,8 @@ def test_masked_experts_degrade_what_is_under_way_and_what_comes() -> None:
     assert not instance.engine.degraded
     instance.die(1)
     assert instance.engine.degraded
-    assert instance.engine.placement.missing() == [(0, 2), (0, 3), (1, 2), (1, 3)]
-    assert instance.engine.records[-1].experts_masked == 4
+    assert instance.engine.membership.placement.missing == ((0, 2), (0, 3), (1, 2), (1, 3))
+    assert instance.engine.epochs.records[-1].experts_masked == 4
     instance.step(12)
     assert_whole(sinks)
     for sink in sinks:
@@ -453,9 +455,9 @@ def test_more_than_the_policy_allows_fails_with_the_reason() -> None:
         assert sink.ended == 1
     with pytest.raises(EngineUnavailable, match="experts would be missing"):
         instance.submit()
-    assert instance.engine.records[-1].outcome == "failed"
+    assert instance.engine.epochs.records[-1].outcome == "failed"
     assert sorted(set(instance.cluster.killed)) == [0, 1, 2, 3]
-    assert instance.engine.totals.recoveries == {("process_exit", "failed"): 1}
+    assert instance.engine.epochs.outcomes == {("process_exit", "failed"): 1}
 
 
 def test_a_failed_instance_stays_failed() -> None:
@@ -467,7 +469,7 @@ def test_a_failed_instance_stays_failed() -> None:
     instance.wait(1000)
     assert instance.engine.state == before
     assert all(view.dead for view in instance.engine.ranks.values())
-    assert len(instance.engine.records) == 1
+    assert len(instance.engine.epochs.records) == 1
 
 
 def test_a_router_that_cannot_be_masked() -> None:
@@ -506,7 +508,7 @@ def test_old_recoveries_are_forgiven() -> None:
         instance.wait(1.1)
         instance.wait(60)
     assert isinstance(instance.engine.state, Serving)
-    assert len(instance.engine.records) == 4
+    assert len(instance.engine.epochs.records) == 4
 
 
 # ---- late and repeated ----------------------------------------------------------------------
@@ -547,16 +549,17 @@ def test_what_if_does_nothing() -> None:
     loaded(instance)
     instance.step()
     before = len(instance.cluster.sent)
-    plan = instance.engine.what_if([RankId(1)])
+    what_if = partial(Operations(instance.engine).apply, "whatif", request_id="", now=instance.now)
+    plan = what_if({"ids": [1]})
     assert plan["outcome"] == "recovered"
     assert plan["members"] == [0, 2, 3]
     assert (len(plan["migrations"]), plan["experts_dropped"]) == (1, 8)
     assert plan["experts_masked"] == []
     assert len(instance.cluster.sent) == before
     assert isinstance(instance.engine.state, Serving)
-    with pytest.raises(ValueError, match="id 9 is not a member of epoch 1"):
-        instance.engine.what_if([RankId(9)])
-    everybody = instance.engine.what_if([RankId(r) for r in range(4)])
+    with pytest.raises(ValueError, match="'ids' 9 is not a rank of this instance"):
+        what_if({"ids": [9]})
+    everybody = what_if({"ids": [0, 1, 2, 3]})
     assert everybody["outcome"] == "failed"
 
 
@@ -565,14 +568,15 @@ def test_inject_reaches_a_living_rank_and_no_other() -> None:
     instance.submit()
     instance.step(3)
     fault = Inject("x", "kill", step=7)
-    instance.engine.inject(fault, RankId(2))
+    operations = Operations(instance.engine)
+    operations.inject(fault, RankId(2))
     assert instance.cluster.commands(Inject, 2) == [fault]
     with pytest.raises(ValueError, match=r"step 1 is past: the instance is at 2"):
-        instance.engine.inject(Inject("y", "kill", step=1), RankId(2))
+        operations.inject(Inject("y", "kill", step=1), RankId(2))
     instance.die(2)
     for rank in (2, 9):
         with pytest.raises(ValueError, match=f"id {rank} is not a living rank"):
-            instance.engine.inject(fault, RankId(rank))
+            operations.inject(fault, RankId(rank))
 
 
 def test_stop_asks_the_living() -> None:
@@ -629,7 +633,7 @@ def test_one_rank_stuck_in_the_resume_stage_does_not_take_the_others_with_it() -
     assert not any(instance.engine.ranks[RankId(r)].dead for r in (0, 2, 3)), "nobody accused"
     instance.wait(10.5)
     assert isinstance(instance.engine.state, Serving)
-    assert instance.engine.topology.members == (0, 2)
+    assert instance.engine.membership.topology.members == (0, 2)
     instance.step(12)
     assert_whole(sinks)
 
@@ -640,7 +644,7 @@ def test_a_stall_of_the_engine_accuses_nobody() -> None:
     instance.stall(30.0)
     instance.deliver()
     assert isinstance(instance.engine.state, Serving)
-    assert instance.engine.topology.members == (0, 2, 3)
+    assert instance.engine.membership.topology.members == (0, 2, 3)
 
 
 def test_no_host_goes_on_after_an_internal_error() -> None:
@@ -655,5 +659,5 @@ def test_no_host_goes_on_after_an_internal_error() -> None:
 
 def test_the_fork_server_is_needed_only_while_ranks_start() -> None:
     instance = serving()
-    instance.engine.on_forkserver_gone()
+    instance.engine.signals.on_forkserver_gone()
     assert isinstance(instance.engine.state, Serving)

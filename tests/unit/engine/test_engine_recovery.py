@@ -32,7 +32,7 @@ def serving(redundant: int = 8, **options: Any) -> Instance:
 
 
 def members(instance: Instance) -> tuple[int, ...]:
-    return instance.engine.topology.members
+    return instance.engine.membership.topology.members
 
 
 # ---- restart --------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_all_ranks_at_once_are_started_anew_behind_the_streams() -> None:
     assert {v.incarnation for v in instance.engine.ranks.values()} == {2}
     instance.step(12)
     assert_whole(sinks)
-    assert instance.engine.records[0].outcome == "restarted"
+    assert instance.engine.epochs.records[0].outcome == "restarted"
 
 
 def test_only_the_lost_rank_is_started_anew_and_the_survivors_keep_what_they_hold() -> None:
@@ -61,12 +61,12 @@ def test_only_the_lost_rank_is_started_anew_and_the_survivors_keep_what_they_hol
     held = {r: set(fake.live) for r, fake in instance.cluster.ranks.items() if r != 1}
     instance.cluster.sent.clear()
     instance.die(1)
-    (record,) = instance.engine.records
+    (record,) = instance.engine.epochs.records
     assert (record.outcome, record.restarted) == ("restarted", (1,))
     for rank, sequences in held.items():
         assert not instance.cluster.commands(Abort, rank)
         assert not {a.sequence.seq_id for a in instance.cluster.commands(Add, rank)} & sequences
-    assert instance.engine.missing == []
+    assert instance.engine.membership.missing == ()
     instance.step(12)
     assert_whole(sinks)
 
@@ -122,8 +122,8 @@ def test_a_rank_rejoins_at_a_step_boundary() -> None:
     instance.deliver()
     instance.wait(0.3)
     assert members(instance) == (0, 1, 2, 3)
-    assert instance.engine.records[-1].cause == "rejoin"
-    assert instance.engine.records[-1].request_id == "req"
+    assert instance.engine.epochs.records[-1].cause == "rejoin"
+    assert instance.engine.epochs.records[-1].request_id == "req"
     assert all(fence.at_boundary for fence in instance.cluster.commands(Fence))
     assert not instance.cluster.commands(Abort)
     instance.step(12)
@@ -139,7 +139,7 @@ def test_a_joiner_that_dies_while_loading_disturbs_nobody() -> None:
     instance.engine.on_exit(RankId(1), Incarnation(2), "died", instance.now)
     instance.cluster.launch = launch  # type: ignore[method-assign]
     assert isinstance(instance.engine.state, Serving)
-    assert len(instance.engine.records) == 1
+    assert len(instance.engine.epochs.records) == 1
     assert instance.engine.ranks[RankId(1)].dead
 
 
@@ -160,12 +160,12 @@ def test_a_drain_moves_the_sequences_first_and_undoes_nothing() -> None:
         instance.step()
         instance.wait(0.1)
     assert members(instance) == (0, 2, 3)
-    (record,) = instance.engine.records
+    (record,) = instance.engine.epochs.records
     assert (record.cause, record.outcome, record.migrated) == ("device_fault", "recovered", 0)
     assert instance.cluster.commands(Stop, 1)
     assert all(fence.at_boundary for fence in instance.cluster.commands(Fence))
     instance.engine.on_exit(RankId(1), Incarnation(1), "exited", instance.now)
-    assert len(instance.engine.records) == 1, "that it ends is what was asked for"
+    assert len(instance.engine.epochs.records) == 1, "that it ends is what was asked for"
     instance.step(40)
     assert_whole(sinks, 40)
 
@@ -212,7 +212,7 @@ def test_what_is_drained_may_die_meanwhile() -> None:
     instance.wait(0.5)
     instance.step(40)
     assert_whole(sinks, 40)
-    assert [r.cause for r in instance.engine.records] == ["process_exit"]
+    assert [r.cause for r in instance.engine.epochs.records] == ["process_exit"]
 
 
 # ---- levels ---------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_levels_and_what_they_ask_for(level: int, status: str | None, epochs: in
     view = instance.engine.ranks[RankId(1)]
     assert view.dead == (status == "dead")
     assert (view.fault is not None) == (status is not None)
-    assert len(instance.engine.records) == epochs
+    assert len(instance.engine.epochs.records) == epochs
     device(instance, 0)
     assert view.fault is None or view.dead
 
@@ -260,7 +260,7 @@ def test_masked_at_once_and_whole_when_the_experts_are_there() -> None:
     instance.deliver()
     instance.wait(0.3)
     assert not instance.engine.degraded
-    assert [r.cause for r in instance.engine.records] == ["process_exit", "restore_experts"]
+    assert [r.cause for r in instance.engine.epochs.records] == ["process_exit", "restore_experts"]
     instance.step(12)
     assert_whole(sinks)
 
@@ -270,7 +270,7 @@ def test_what_a_lost_rank_was_loading_is_forgotten() -> None:
     instance.die(1)
     loads = [(r, c) for r, c in instance.cluster.sent if isinstance(c, LoadExperts)]
     instance.die(loads[0][0])
-    _, loading = instance.engine.maintenance.reloads()
+    loading = instance.engine.epochs.loads.loading
     assert loads[0][0] not in {reload.rank for reload in loading}
 
 
@@ -278,8 +278,8 @@ def test_experts_that_cannot_be_loaded_are_not_tried_again_at_once() -> None:
     instance = spare()
     instance.cluster.hold_resumed = True
     instance.die(1)
-    assert instance.engine.coordinator.plan is not None
-    assert instance.engine.coordinator.plan.reloads
+    assert instance.engine.epochs.coordinator.plan is not None
+    assert instance.engine.epochs.coordinator.plan.reloads
     instance.cluster.hold_resumed = False
     failed = ExpertsLoaded(RankId(0), Incarnation(1), 0, 0.1, 0, "no such file")
     instance.cluster.reports.append(failed)
@@ -355,7 +355,7 @@ def test_a_poison_request_ends_alone_after_two_ranks() -> None:
         if number != poison:
             assert sink.failure is None
             assert sink.token_ids() == answer(prompt, 30)
-    assert instance.engine.totals.convicted == 1
+    assert instance.engine.traffic.totals.convicted == 1
 
 
 def test_what_is_killed_from_outside_makes_no_suspects() -> None:
@@ -364,7 +364,7 @@ def test_what_is_killed_from_outside_makes_no_suspects() -> None:
     for rank in (0, 1, 2):
         instance.step(2)
         instance.die(rank)
-        assert not any(r.suspicion for r in instance.engine.ledger.unfinished_requests())
+        assert not instance.engine.traffic.ledger.suspects
     instance.step(30)
     assert_whole(sinks, 30)
 
@@ -374,11 +374,10 @@ def test_innocent_suspects_are_cleared_by_a_token_each() -> None:
     sinks = loaded(instance, 30)
     instance.step(2)
     crash(instance, RankId(1))
-    suspects = [r for r in instance.engine.ledger.unfinished_requests() if r.suspicion]
-    assert len(suspects) == 2
+    assert len(instance.engine.traffic.ledger.suspects) == 2
     for _ in range(4):
         instance.step()
-    assert not any(r.suspicion for r in instance.engine.ledger.unfinished_requests())
+    assert not instance.engine.traffic.ledger.suspects
     instance.step(30)
     assert_whole(sinks, 30)
 
@@ -398,7 +397,10 @@ def test_a_silent_rank_is_accused_and_a_hung_one_too() -> None:
     instance.cluster.ranks[RankId(2)].activity = Activity("working", "experts", 1, 3, 1.4, 0.01)
     instance.wait(0.3)
     assert members(instance) == (0, 3)
-    assert [f.kind for r in instance.engine.records for f in r.faults] == ["heartbeat", "hang"]
+    assert [f.kind for r in instance.engine.epochs.records for f in r.faults] == [
+        "heartbeat",
+        "hang",
+    ]
     for _ in range(30):
         instance.step()
     assert_whole(sinks)
@@ -449,8 +451,8 @@ def test_a_request_id_is_taken_once() -> None:
     for _ in range(2):
         operations.apply("retry", {}, "same", instance.now)
         instance.deliver()
-    assert len(instance.engine.records) == 1
-    assert instance.engine.records[0].cause == "retry"
+    assert len(instance.engine.epochs.records) == 1
+    assert instance.engine.epochs.records[0].cause == "retry"
 
 
 @pytest.mark.parametrize(

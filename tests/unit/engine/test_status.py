@@ -186,7 +186,8 @@ def test_what_one_more_fault_would_cost() -> None:
     assert status(instance)["experts"]["uncovered_by_one_more_fault"] == 0
     instance.die(0)
     costs = [
-        len(instance.engine.placement.without(frozenset({RankId(r)})).missing()) for r in (1, 2, 3)
+        len(instance.engine.membership.placement.without(frozenset({RankId(r)})).missing)
+        for r in (1, 2, 3)
     ]
     assert status(instance)["experts"]["uncovered_by_one_more_fault"] == max(costs)
     assert max(costs) > 0
