@@ -119,6 +119,11 @@ class ServingEngine(Protocol):
         ...
 
     @property
+    def state_name(self) -> str:
+        """As the status document spells it. A look at a field: probes ask often."""
+        ...
+
+    @property
     def alive(self) -> bool:
         """False once the state is `failed`."""
         ...

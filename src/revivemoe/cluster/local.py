@@ -83,6 +83,8 @@ class LocalCluster:
         """Processes that are gone and whose exit status is awaited, for a moment."""
         self._decoder = msgspec.msgpack.Decoder(Report)
         self._encoder = msgspec.msgpack.Encoder()
+        self._last_command: Command | None = None
+        self._last_bytes = b""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -158,7 +160,13 @@ class LocalCluster:
         held = self._outboxes.get(rank)
         if held is not None:
             with contextlib.suppress(zmq.Again):
-                held[1].send(self._encoder.encode(command), zmq.NOBLOCK)
+                held[1].send(self._encoded(command), zmq.NOBLOCK)
+
+    def _encoded(self, command: Command) -> bytes:
+        """A broadcast sends the same object to all: it is encoded once."""
+        if command is not self._last_command:
+            self._last_command, self._last_bytes = command, self._encoder.encode(command)
+        return self._last_bytes
 
     def kill(self, rank: RankId) -> None:
         """SIGKILL the rank's present process. Nobody waits for it."""

@@ -30,7 +30,7 @@ def operations_routes(engine: ServingEngine) -> APIRouter:
 
 
 def _state(engine: ServingEngine, good: bool) -> Response:
-    document = {"status": engine.status()["state"]}
+    document = {"status": engine.state_name}
     if good:
         return JSONResponse(document)
     return JSONResponse(document, 503, {"Retry-After": retry_after(None)})

@@ -194,6 +194,10 @@ class Instance:
         return render_metrics(self.engine, time.monotonic())
 
     @property
+    def state_name(self) -> str:
+        return state_name(self.engine.state)
+
+    @property
     def alive(self) -> bool:
         return not isinstance(self.engine.state, FailedState)
 

@@ -111,6 +111,10 @@ class FakeEngine:
         self.injected: list[Any] = []
 
     @property
+    def state_name(self) -> str:
+        return self.state
+
+    @property
     def alive(self) -> bool:
         return self.state != "failed"
 
