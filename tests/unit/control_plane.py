@@ -119,9 +119,9 @@ class FakeRank:
                 self.live[spec.seq_id] = held
             case Abort(seq_id=seq_id):
                 self.live.pop(seq_id, None)
-            case Fence(epoch=epoch):
+            case Fence(epoch=epoch, at_boundary=planned):
                 self.epoch, self.in_domain = epoch, False
-                self.acknowledge(epoch)
+                self.acknowledge(epoch, rolled_back=not planned)
             case Configure():
                 assert command.step >= self.step
                 self.epoch, self.step, self.in_domain = command.epoch, command.step, True
@@ -131,11 +131,12 @@ class FakeRank:
             case _:
                 pass
 
-    def acknowledge(self, epoch: Epoch) -> None:
+    def acknowledge(self, epoch: Epoch, rolled_back: bool = True) -> None:
         if self.stubborn:
             return
         held = {seq_id: len(output) for seq_id, (_, output, _) in self.live.items()}
-        self.report(FenceAck(self.rank, self.incarnation, epoch, self.step, held, True, 0.125))
+        acknowledged = (epoch, self.step, held, rolled_back, 0.125)
+        self.report(FenceAck(self.rank, self.incarnation, *acknowledged))
 
     def run_step(self) -> None:
         """Commit one token of every sequence."""

@@ -3,14 +3,15 @@
 import threading
 from collections.abc import Sequence
 
+from revivemoe.core.effects import Broken, Left
 from revivemoe.ids import Epoch, RankId
 
 
-class DomainLeft(Exception):
+class DomainLeft(Left):
     """The epoch of this domain is over. Not an error: leave, roll back, await the next epoch."""
 
 
-class CommunicationFailed(Exception):
+class CommunicationFailed(Broken):
     """A transport failed or ran out of time. A symptom, never an accusation.
 
     `waited_for` says what did not come; `silent` are the ranks from which nothing had come by then

@@ -13,69 +13,31 @@ from typing import TypeVar, assert_never
 
 import msgspec
 
-from revivemoe.core.effects import (
-    Broken,
-    Commands,
-    Departure,
-    Effect,
-    Enter,
-    Exchange,
-    Forward,
-    GiveUpAttention,
-    Leave,
-    Left,
-    Load,
-    LoadBeside,
-    Loaded,
-    LoadFailed,
-    Place,
-    Ran,
-    Reach,
-)
+from revivemoe.core import effects
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, Park, Retry, Run
 from revivemoe.core.step import Leave as LeaveTogether
 from revivemoe.ids import Epoch
-from revivemoe.messages.commands import (
-    Abort,
-    Add,
-    Command,
-    Configure,
-    Fence,
-    Inject,
-    LoadExperts,
-    Stop,
-    SwitchRole,
-    Wake,
-)
-from revivemoe.messages.reports import (
-    ExpertsLoaded,
-    FenceAck,
-    NonFinite,
-    Ready,
-    Report,
-    Resumed,
-    StepAborted,
-)
+from revivemoe.messages import commands, reports
 
 T = TypeVar("T")
-Effects = Generator[Effect, object, None]
+Effects = Generator[effects.Effect, object, None]
 
 
 @dataclass(frozen=True)
 class Entered:
     """An epoch that has been entered, until its first agreement."""
 
-    configure: Configure
-    loaded: Loaded
+    configure: commands.Configure
+    loaded: effects.Loaded
     domain_s: float
 
 
 class StepLoop:
     """Owns the order of things on one rank."""
 
-    def __init__(self, rank: Rank, device: str, report: Callable[[Report], None]) -> None:
+    def __init__(self, rank: Rank, device: str, report: Callable[[reports.Report], None]) -> None:
         self._rank, self._device, self._report = rank, device, report
         self._in_domain = False
         self._entered: Entered | None = None
@@ -88,7 +50,7 @@ class StepLoop:
     def run(self) -> Effects:
         """Take commands and steps until told to stop."""
         while not self._stopped:
-            for command in _of((yield Commands(wait=not self._stepping)), list):
+            for command in _of((yield effects.Commands(wait=not self._stepping)), list):
                 if not self._stopped:
                     yield from self._handle(command)
             if self._stepping and not self._stopped:
@@ -100,30 +62,30 @@ class StepLoop:
 
     # ---- commands ----------------------------------------------------------------------------
 
-    def _handle(self, command: Command) -> Effects:
+    def _handle(self, command: commands.Command) -> Effects:
         match command:
-            case Add():
+            case commands.Add():
                 self._rank.add(command.sequence)
-            case Abort():
+            case commands.Abort():
                 self._rank.abort(command.seq_id)
-            case Wake():
+            case commands.Wake():
                 self._rank.wake(command.counter)
-            case Fence():
+            case commands.Fence():
                 yield from self._fence(command)
-            case Configure():
+            case commands.Configure():
                 yield from self._configure(command)
-            case LoadExperts():
-                yield LoadBeside(command)
-            case SwitchRole():
+            case commands.LoadExperts():
+                yield effects.LoadBeside(command)
+            case commands.SwitchRole():
                 yield from self._switch_role(command)
-            case Stop():
+            case commands.Stop():
                 self._stopped = True
-            case Inject():
+            case commands.Inject():
                 raise AssertionError("a driver keeps injected faults to itself")
             case _:
                 assert_never(command)
 
-    def _fence(self, command: Fence) -> Effects:
+    def _fence(self, command: commands.Fence) -> Effects:
         if command.at_boundary:
             ack = self._rank.leave_at_boundary(command.epoch)
             if ack is not None:  # outside the step loop: here and now is a boundary
@@ -135,13 +97,13 @@ class StepLoop:
     def _leave_for(self, epoch: Epoch) -> Effects:
         """Leave the domain, and say what is held."""
         departure = yield from self._leave()
-        ack: FenceAck | None = self._rank.fence(epoch)
+        ack: reports.FenceAck | None = self._rank.fence(epoch)
         if ack is not None:
             undone, self._rolled_back = self._rolled_back, False
             seconds = departure.seconds
             self._report(msgspec.structs.replace(ack, rollback_s=seconds, rolled_back=undone))
 
-    def _configure(self, command: Configure) -> Effects:
+    def _configure(self, command: commands.Configure) -> Effects:
         rank, membership = self._rank, command.membership
         if not rank.configure(command.epoch, command.step, membership.mask_key, command.wake):
             return
@@ -150,33 +112,35 @@ class StepLoop:
             if self._has_attention and rank.rank_id not in membership.attention:
                 yield from self._become_expert_rank(len(table[0]))
             shards = membership.shards_of(rank.rank_id)
-            loaded = _of((yield Load(membership, table, command.domain, shards)), Loaded)
-            domain_s = _of((yield Enter(command)), float)
-        except Left:
+            loaded = _of(
+                (yield effects.Load(membership, table, command.domain, shards)), effects.Loaded
+            )
+            domain_s = _of((yield effects.Enter(command)), float)
+        except effects.Left:
             return
-        except Broken as failure:
+        except effects.Broken as failure:
             yield from self._abort_step(failure)
             return
-        except LoadFailed as failure:
+        except effects.LoadFailed as failure:
             self._report(self._not_loaded(failure))
             return
         self._in_domain, self._entered = True, Entered(command, loaded, domain_s)
 
-    def _switch_role(self, command: SwitchRole) -> Effects:
+    def _switch_role(self, command: commands.SwitchRole) -> Effects:
         """Outside of the domain, while the others go on: ready when the experts are loaded."""
         rank = self._rank
         if self._has_attention:
             yield from self._become_expert_rank(len(command.table[0]))
         try:
-            load = Load(command.membership, command.table, command.domain)
-            loaded = _of((yield load), Loaded)
-        except Left:
+            load = effects.Load(command.membership, command.table, command.domain)
+            loaded = _of((yield load), effects.Loaded)
+        except effects.Left:
             return
-        except LoadFailed as failure:
+        except effects.LoadFailed as failure:
             self._report(self._not_loaded(failure))
             raise
         self._report(
-            Ready(
+            reports.Ready(
                 rank.rank_id, rank.incarnation, self._device, kv_blocks_total=0,
                 load_s=loaded.seconds, load_bytes=loaded.num_bytes, load_sources=loaded.sources,
             )
@@ -188,26 +152,26 @@ class StepLoop:
 
     def _become_expert_rank(self, num_slots: int) -> Effects:
         self._rank.give_up_attention()
-        yield GiveUpAttention(num_slots)
+        yield effects.GiveUpAttention(num_slots)
 
-    def _not_loaded(self, failure: LoadFailed) -> ExpertsLoaded:
+    def _not_loaded(self, failure: effects.LoadFailed) -> reports.ExpertsLoaded:
         rank = self._rank
-        return ExpertsLoaded(rank.rank_id, rank.incarnation, 0, 0.0, 0, str(failure))
+        return reports.ExpertsLoaded(rank.rank_id, rank.incarnation, 0, 0.0, 0, str(failure))
 
     # ---- the step ----------------------------------------------------------------------------
 
     def _step(self) -> Effects:
         try:
             yield from self._run_step()
-        except Left:
+        except effects.Left:
             yield from self._leave()
-        except Broken as failure:
+        except effects.Broken as failure:
             yield from self._abort_step(failure)
 
     def _run_step(self) -> Effects:
-        yield Reach("schedule")
+        yield effects.Reach("schedule")
         batch = self._rank.begin_step()
-        headers = yield Exchange(self._rank.header())
+        headers = yield effects.Exchange(self._rank.header())
         agreement = self._rank.agree(_of(headers, list))
         self._report_resumed()
         match agreement:
@@ -222,11 +186,11 @@ class StepLoop:
 
     def _execute(self, batch: Batch) -> Effects:
         self._begun = batch
-        yield Reach("attention", batch.num_tokens)
+        yield effects.Reach("attention", batch.num_tokens)
         if batch.items:
             self._rank.mark_executing()
-        ran = _of((yield Forward(batch)), Ran)
-        yield Reach("commit", batch.num_tokens)
+        ran = _of((yield effects.Forward(batch)), effects.Ran)
+        yield effects.Reach("commit", batch.num_tokens)
         tokens = self._rank.commit(ran.results, ran.seconds)
         self._begun = None
         if tokens.tokens or tokens.prompt_logprobs:
@@ -238,7 +202,7 @@ class StepLoop:
         entered, rank, self._entered = self._entered, self._rank, None
         loaded = entered.loaded
         self._report(
-            Resumed(
+            reports.Resumed(
                 rank.rank_id, rank.incarnation, entered.configure.epoch, entered.configure.step,
                 domain_s=entered.domain_s, experts_s=loaded.seconds,
                 experts_loaded=sum(loaded.sources.values()), experts_bytes=loaded.num_bytes,
@@ -246,30 +210,32 @@ class StepLoop:
             )
         )  # fmt: skip
 
-    def _abort_step(self, failure: Broken) -> Effects:
+    def _abort_step(self, failure: effects.Broken) -> Effects:
         """Undo the step and say what was seen; then wait for the engine."""
         state, rank = self._rank.state, self._rank
         assert isinstance(state, InDomain)
         yield from self._leave()
-        told = StepAborted(rank.rank_id, rank.incarnation, state.epoch, state.step, str(failure))
+        told = reports.StepAborted(
+            rank.rank_id, rank.incarnation, state.epoch, state.step, str(failure)
+        )
         self._report(told)
 
-    def _leave(self) -> Generator[Effect, object, Departure]:
+    def _leave(self) -> Generator[effects.Effect, object, effects.Departure]:
         """Roll the open step back, if any, and leave the domain. Waits for nobody.
 
         Whose numbers they were is said before the fence is acknowledged: no later claim comes.
         """
         state, begun, self._begun = self._rank.state, self._begun, None
-        departure = _of((yield Leave(begun)), Departure)
+        departure = _of((yield effects.Leave(begun)), effects.Departure)
         if begun is not None and departure.place is not None and isinstance(state, InDomain):
             self._report(self._claim(state, departure.place))
         self._rolled_back |= self._rank.roll_back()
         self._in_domain = False
         return departure
 
-    def _claim(self, state: InDomain, place: Place) -> NonFinite:
+    def _claim(self, state: InDomain, place: effects.Place) -> reports.NonFinite:
         rank = self._rank
-        return NonFinite(rank.rank_id, rank.incarnation, state.epoch, state.step, *place)
+        return reports.NonFinite(rank.rank_id, rank.incarnation, state.epoch, state.step, *place)
 
 
 def _of(answer: object, kind: type[T]) -> T:

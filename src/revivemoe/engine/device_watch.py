@@ -27,11 +27,12 @@ class DeviceWatch:
         self._tell(DeviceReported(*told))
         if view.dead:
             return
+        if action == "clear":
+            view.fault = None
+            return
         detail = f"{report.code}: {report.detail}" if report.detail else report.code
         fault = Fault(report.rank, "device_fault", detail, level)
         match action:
-            case "clear":
-                view.fault = None
             case "watch":
                 view.fault = fault
             case "retry" if epochs.serving:

@@ -109,6 +109,7 @@ class Coordinator:
         record = self._open_record(present, faults, now, cause)
         accused = {f.rank for f in self._current}
         members = {*present.members, *configured} - accused - set(absent)
+        assert record.epoch > present.epoch, "a fence to an epoch that has begun"
         self._fence(record, members, now, at_boundary=False)
         for rank in accused:
             self._ranks.kill(rank)
@@ -183,6 +184,7 @@ class Coordinator:
         if isinstance(state, Fencing) and ack.epoch == state.epoch and ack.rank in state.waiting:
             state.waiting.discard(ack.rank)
             state.acks[ack.rank] = ack
+            assert not ack.rolled_back or not state.at_boundary, "rolled back at a boundary"
             state.record.rolled_back += ack.rolled_back
             self._step = max(self._step, ack.next_step)
 
@@ -287,6 +289,7 @@ class Coordinator:
     ) -> None:
         """Tell everybody who has left the old epoch what becomes of it."""
         present, fenced = plan.membership, self._fenced(state)
+        assert not {f.rank for f in self._current} & set(present.members), "accused, and a member"
         configure = Configure(self._step, present, domain, wake)
         for rank in present.members:
             self._ranks.send(rank, configure)
@@ -304,6 +307,7 @@ class Coordinator:
         state = self.state
         if not isinstance(state, Resuming) or resumed.epoch != state.plan.membership.epoch:
             return None
+        assert resumed.rank in state.plan.membership.members, "resumed, and no member"
         state.waiting.discard(resumed.rank)
         state.domain_s = max(state.domain_s, resumed.domain_s)
         state.experts_s = max(state.experts_s, resumed.experts_s)

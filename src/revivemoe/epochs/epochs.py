@@ -282,6 +282,7 @@ class Epochs:
     def restart(self, rank: RankId) -> None:
         """A new process for a rank, once the present one is gone."""
         now, view = self._clock(), self.fleet.views[rank]
+        assert self.coordinator.active, f"rank {rank} is restarted outside of a recovery"
         self.attempts.restarted(self.coordinator.record.epoch, now)
         if not view.dead:
             view.condemn(None)

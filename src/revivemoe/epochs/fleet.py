@@ -56,6 +56,7 @@ class Fleet:
     def launch(self, rank: RankId, now: float) -> None:
         """Start a (new) process for a rank, with the experts it had at the start."""
         view = self.views[rank]
+        assert not view.incarnation or self.detector.gone(rank), f"two processes of rank {rank}"
         incarnation = view.relaunch()
         view.table = self.home.slots.get(rank, ())
         self.switched.pop(rank, None)
@@ -157,6 +158,7 @@ class Fleet:
         no member in its old role any more. `aside`: it says when it is ready for the new one.
         """
         view = self.views[switch.rank]
+        assert not view.dead, f"rank {switch.rank} is out, and switches its role"
         self.switched[switch.rank] = switch.replaces
         view.table, view.ready, view.draining = switch.table, not aside, False
         view.stats = RankStats()

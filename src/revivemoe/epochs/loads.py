@@ -82,6 +82,7 @@ class Loads:
         loading = self._under_way.pop(report.request, None)
         if loading is None:
             return
+        assert loading.rank == report.rank, "loaded by another rank than was told to"
         count = len(loading.reloads)
         self._tell(LoadedBeside(report.rank, count, report.seconds, report.error))
         if report.error is None:

@@ -45,6 +45,7 @@ class RankView:
 
     def relaunch(self) -> Incarnation:
         """Turn to a new process."""
+        assert not self.ready, f"rank {self.rank} has a process that takes part"
         self.incarnation = Incarnation(self.incarnation + 1)
         self.pid, self.fault, self.slow, self.last_words = None, None, None, ""
         self.launched, self.ready, self.dead = True, False, False

@@ -13,29 +13,7 @@ from revivemoe.epochs.stages import Restarting
 from revivemoe.epochs.start import StartUp
 from revivemoe.epochs.state import FailedState, Paused, Recovering, Serving, Starting
 from revivemoe.ids import Incarnation, RankId
-from revivemoe.messages.events import (
-    ExpertsTaken,
-    ForkserverGone,
-    LoadRefused,
-    NumbersBroken,
-    RankReady,
-    SymptomSeen,
-    Tell,
-)
-from revivemoe.messages.reports import (
-    ExpertsLoaded,
-    Fatal,
-    FenceAck,
-    Heartbeat,
-    Hello,
-    NonFinite,
-    RankStats,
-    Ready,
-    Report,
-    Resumed,
-    StepAborted,
-    Tokens,
-)
+from revivemoe.messages import events, reports
 from revivemoe.recovery.faults import Fault
 
 log = logging.getLogger("revivemoe.epochs")
@@ -44,7 +22,7 @@ log = logging.getLogger("revivemoe.epochs")
 class Signals:
     """Takes in what ranks say and do."""
 
-    def __init__(self, epochs: Epochs, start_timeout_s: float, tell: Tell) -> None:
+    def __init__(self, epochs: Epochs, start_timeout_s: float, tell: events.Tell) -> None:
         self._epochs, self._fleet, self._tell = epochs, epochs.fleet, tell
         self._start_up = StartUp(epochs.fleet, epochs.membership.members, start_timeout_s)
         self.last_step = 0
@@ -116,38 +94,38 @@ class Signals:
 
     # ---- what ranks report -------------------------------------------------------------------
 
-    def heard(self, report: Report, now: float) -> bool:
+    def heard(self, report: reports.Report, now: float) -> bool:
         """A message has come. Whether it counts: those of accused or earlier processes do not."""
         return not isinstance(self._epochs.state, FailedState) and self._fleet.heard(report, now)
 
-    def committed(self, tokens: Tokens, now: float) -> None:
+    def committed(self, tokens: reports.Tokens, now: float) -> None:
         """A rank has committed a step."""
         self._epochs.stall.committed(tokens.epoch, now)
         self.last_step = max(self.last_step, tokens.step)
 
-    def on_report(self, report: Report, now: float) -> None:
+    def on_report(self, report: reports.Report, now: float) -> None:
         """Take one message that counts (`heard`). `Tokens` are the host's."""
         view = self._fleet.views[report.rank]
         match report:
-            case Hello():
+            case reports.Hello():
                 view.pid, view.host = report.pid, report.host
-            case Ready():
+            case reports.Ready():
                 self._on_ready(report, now)
-            case Heartbeat():
+            case reports.Heartbeat():
                 self._fleet.on_heartbeat(report)
-            case FenceAck():
+            case reports.FenceAck():
                 self._epochs.on_ack(report, now)
-            case Resumed():
+            case reports.Resumed():
                 self._on_resumed(report, now)
-            case StepAborted():
+            case reports.StepAborted():
                 self._on_symptom(report, now)
-            case NonFinite():
+            case reports.NonFinite():
                 self._on_non_finite(report, now)
-            case ExpertsLoaded():
+            case reports.ExpertsLoaded():
                 self._on_experts_loaded(report, now)
-            case Fatal():
+            case reports.Fatal():
                 self._on_fatal(report)
-            case Tokens():
+            case reports.Tokens():
                 raise AssertionError("tokens belong to whoever owns the sequences")
             case _:
                 assert_never(report)
@@ -179,64 +157,64 @@ class Signals:
 
     def on_forkserver_gone(self) -> None:
         """Its ranks live on. Only ranks that are still to start need it."""
-        self._tell(ForkserverGone())
+        self._tell(events.ForkserverGone())
         if isinstance(self._epochs.state, Starting) and not self._start_up.loaded:
             self._epochs.fail("the fork server ended while ranks were starting")
 
-    def _on_ready(self, ready: Ready, now: float) -> None:
+    def _on_ready(self, ready: reports.Ready, now: float) -> None:
         log.info(
             "rank %d ready on %s: %d KV blocks, weights in %.2f s",
             ready.rank, ready.device, ready.kv_blocks_total, ready.load_s,
         )  # fmt: skip
         view = self._fleet.views[ready.rank]
         view.ready, view.maskable = True, ready.maskable
-        view.stats = RankStats(kv_blocks_total=ready.kv_blocks_total)
+        view.stats = reports.RankStats(kv_blocks_total=ready.kv_blocks_total)
         if ready.load_sources:
             loaded = (ready.load_s, ready.load_bytes, ready.load_sources)
-            self._tell(ExpertsTaken(view.rank, *loaded))
+            self._tell(events.ExpertsTaken(view.rank, *loaded))
         if not isinstance(self._epochs.state, Starting):
-            self._tell(RankReady(view.rank, view.incarnation))
+            self._tell(events.RankReady(view.rank, view.incarnation))
             self._epochs.proceed(now)
         elif self._start_up.loaded:
             self._epochs.meet()
 
-    def _on_resumed(self, report: Resumed, now: float) -> None:
+    def _on_resumed(self, report: reports.Resumed, now: float) -> None:
         if isinstance(self._epochs.state, Starting):
             if self._start_up.met(report.rank):
                 self._epochs.begin(self._start_up.exited, now)
             return
         if report.experts_loaded:
             loaded = (report.experts_s, report.experts_bytes, report.experts_sources)
-            self._tell(ExpertsTaken(report.rank, *loaded))
+            self._tell(events.ExpertsTaken(report.rank, *loaded))
         self._epochs.on_resumed(report, now)
 
-    def _on_symptom(self, report: StepAborted, now: float) -> None:
+    def _on_symptom(self, report: reports.StepAborted, now: float) -> None:
         self.symptoms += 1
-        self._tell(SymptomSeen(report.rank, report.detail))
+        self._tell(events.SymptomSeen(report.rank, report.detail))
         if isinstance(self._epochs.state, Starting):
             self._epochs.fail(f"the ranks could not meet: {report.detail}")
         elif self._epochs.is_present(report.epoch):
             self._epochs.symptoms.reported(report.rank, now)
 
-    def _on_non_finite(self, report: NonFinite, now: float) -> None:
+    def _on_non_finite(self, report: reports.NonFinite, now: float) -> None:
         """Redo the step. Whom to blame is clear when all have left it: no later claim comes."""
         where = f"{report.phase}, layer {report.layer}"
-        self._tell(NumbersBroken(report.rank, where, report.produced_here))
+        self._tell(events.NumbersBroken(report.rank, where, report.produced_here))
         self._epochs.numbers.claim(report)
         if not isinstance(self._epochs.state, Starting) and self._epochs.is_present(report.epoch):
             self._epochs.redo("non_finite", now)
 
-    def _on_fatal(self, report: Fatal) -> None:
+    def _on_fatal(self, report: reports.Fatal) -> None:
         view, lines = self._fleet.views[report.rank], report.detail.strip().splitlines()
         view.last_words = lines[-1] if lines else ""
         if report.user_error and isinstance(self._epochs.state, Starting):
             self._epochs.fail(view.last_words, user_error=True)
 
-    def _on_experts_loaded(self, report: ExpertsLoaded, now: float) -> None:
+    def _on_experts_loaded(self, report: reports.ExpertsLoaded, now: float) -> None:
         if report.request or report.error is None:
             self._epochs.loads.on_loaded(report)
             return
-        self._tell(LoadRefused(report.rank, report.error))
+        self._tell(events.LoadRefused(report.rank, report.error))
         log.warning("rank %d could not load experts: %s", report.rank, report.error)
         self._epochs.attempts.load_failed(now)
         if report.rank in self._fleet.switched:

@@ -24,6 +24,7 @@ class StallClock:
 
     def committed(self, epoch: Epoch, now: float) -> None:
         """A step of this epoch has been committed."""
+        assert self._last_commit is None or now >= self._last_commit, "time runs backwards"
         record, self._last_commit = self._record, now
         if record is None:
             return

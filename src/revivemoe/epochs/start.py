@@ -25,6 +25,7 @@ class StartUp:
 
     def begin(self, now: float) -> None:
         """Launch every rank."""
+        assert self._deadline == float("inf"), "started twice"
         self._deadline = now + self._timeout_s
         for rank in sorted(self._unmet):
             self._fleet.launch(rank, now)

@@ -12,44 +12,26 @@ import msgspec
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.comm.domain import Domains
-from revivemoe.comm.fence import CommunicationFailed, DomainLeft
 from revivemoe.comm.transport import Transport
-from revivemoe.core.effects import (
-    Broken,
-    Commands,
-    Departure,
-    Effect,
-    Enter,
-    Exchange,
-    Forward,
-    GiveUpAttention,
-    Leave,
-    Left,
-    Load,
-    LoadBeside,
-    Loaded,
-    LoadFailed,
-    Place,
-    Ran,
-    Reach,
-)
+from revivemoe.core import effects
 from revivemoe.core.loop import StepLoop
 from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
-from revivemoe.core.step import Batch, StepHeader
+from revivemoe.core.step import Batch, StepHeader, StepResult
 from revivemoe.executor.injection import Injections
 from revivemoe.executor.loading import LOAD_BUDGET_S, Loader
 from revivemoe.membership.membership import Membership
 from revivemoe.messages.commands import Command, Configure, Inject
 from revivemoe.messages.reports import ExpertsLoaded, RankStats, Report
 from revivemoe.model.dense import dense_servers
-from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.runner import ModelRunner
 
 IDLE_WAIT_S = 0.4
 """How long a parked or fenced rank sleeps between ticks of its progress counter."""
 STATS_EVERY_S = 0.05
+DOMAIN_BUDGET_S = 5.0
+"""What entering a domain may take, waits for the others not counted."""
 Inbox = queue.SimpleQueue[Command | ExpertsLoaded]
 
 
@@ -86,7 +68,7 @@ class Driver:
             try:
                 try:
                     answer = self._perform(effect)
-                except (Left, Broken, LoadFailed) as interruption:
+                except (effects.Left, effects.Broken, effects.LoadFailed) as interruption:
                     effect = steps.throw(interruption)
                 else:
                     effect = steps.send(answer)
@@ -97,25 +79,25 @@ class Driver:
         """Called from the control thread: the last published snapshot."""
         return self._stats
 
-    def _perform(self, effect: Effect) -> object:
+    def _perform(self, effect: effects.Effect) -> object:
         match effect:
-            case Commands():
+            case effects.Commands():
                 return self._take_commands(effect.wait)
-            case Reach():
+            case effects.Reach():
                 self._reach_of_loop(effect)
-            case Exchange():
+            case effects.Exchange():
                 return self._exchange(effect.header)
-            case Forward():
+            case effects.Forward():
                 return self._forward(effect.batch)
-            case Load():
+            case effects.Load():
                 return self._load(effect)
-            case LoadBeside():
+            case effects.LoadBeside():
                 self._loader.load_beside(effect.command, self._inbox.put)
-            case GiveUpAttention():
+            case effects.GiveUpAttention():
                 self._give_up_attention(effect.num_slots)
-            case Enter():
+            case effects.Enter():
                 return self._enter(effect.configure)
-            case Leave():
+            case effects.Leave():
                 return self._leave(effect.begun)
             case _:
                 assert_never(effect)
@@ -164,26 +146,17 @@ class Driver:
 
     def _exchange(self, header: StepHeader) -> list[StepHeader]:
         assert self._transport is not None
-        try:
-            return [StepHeader(*row) for row in self._transport.all_gather_ints(header)]
-        except DomainLeft as left:
-            raise Left(str(left)) from left
-        except CommunicationFailed as failure:
-            raise Broken(str(failure)) from failure
+        return [StepHeader(*row) for row in self._transport.all_gather_ints(header)]
 
-    def _forward(self, batch: Batch) -> Ran:
-        began = time.monotonic()
-        try:
-            if batch.items:
-                return Ran(self._runner.execute(batch), time.monotonic() - began)
+    def _forward(self, batch: Batch) -> effects.Ran:
+        began, results = time.monotonic(), list[StepResult]()
+        if batch.items:
+            results = self._runner.execute(batch)
+        else:
             self._runner.serve()
-        except DomainLeft as left:
-            raise Left(str(left)) from left
-        except (CommunicationFailed, NonFiniteStep) as failure:
-            raise Broken(str(failure)) from failure
-        return Ran([], time.monotonic() - began)
+        return effects.Ran(results, time.monotonic() - began)
 
-    def _reach_of_loop(self, effect: Reach) -> None:
+    def _reach_of_loop(self, effect: effects.Reach) -> None:
         now = time.monotonic()
         if effect.phase == "schedule":
             self._step_began, self._waited_before_s = now, self._progress.total_waited_s
@@ -211,7 +184,7 @@ class Driver:
 
     # ---- roles and experts -------------------------------------------------------------------
 
-    def _load(self, wanted: Load) -> Loaded:
+    def _load(self, wanted: effects.Load) -> effects.Loaded:
         loaded = self._loader.load(wanted)
         self._memory_bytes = self._runner.num_bytes()
         return loaded
@@ -225,13 +198,8 @@ class Driver:
     def _enter(self, configure: Configure) -> float:
         began, membership, domain = time.monotonic(), configure.membership, configure.domain
         me = self._rank.rank_id
-        self._progress.announce("domain", domain.timeout_s)
-        try:
-            channels = self._domains.enter(domain, membership.epoch, membership.members, me)
-        except DomainLeft as left:
-            raise Left(str(left)) from left
-        except CommunicationFailed as failure:
-            raise Broken(str(failure)) from failure
+        self._progress.announce("domain", DOMAIN_BUDGET_S)
+        channels = self._domains.enter(domain, membership.epoch, membership.members, me)
         self._loader.entered(membership, domain)
         self._runner.enter(_dispatchers(channels, membership), membership, me)
         if membership.dense is not None:
@@ -239,7 +207,7 @@ class Driver:
         self._transport = channels[0]
         return time.monotonic() - began
 
-    def _leave(self, begun: Batch | None) -> Departure:
+    def _leave(self, begun: Batch | None) -> effects.Departure:
         """What the forward wrote is zeroed: if there is a NaN in it, it would leak through
         attention. The domain is left first: a device that is stuck must not hold the others.
         """
@@ -248,11 +216,10 @@ class Driver:
         self._domains.leave()
         self._transport = None
         if begun is not None:
-            found = self._runner.non_finite()
-            place = Place(*found) if found is not None else None
+            place = self._runner.non_finite()
             if begun.items:
                 self._runner.zero_written(begun)
-        return Departure(place, time.monotonic() - began)
+        return effects.Departure(place, time.monotonic() - began)
 
 
 def _dispatchers(channels: tuple[Transport, ...], membership: Membership) -> list[Dispatcher]:

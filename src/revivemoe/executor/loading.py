@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from revivemoe.comm.domain import Domains
-from revivemoe.comm.fence import DomainLeft
-from revivemoe.core.effects import Left, Load, Loaded, LoadFailed
+from revivemoe.core.effects import Load, Loaded, LoadFailed
 from revivemoe.core.progress import Progress
 from revivemoe.executor.weights import PeerSource
 from revivemoe.ids import Incarnation, RankId
@@ -54,8 +53,6 @@ class Loader:
             if wanted.shards:
                 self._progress.announce("load", LOAD_BUDGET_S)
                 self._runner.load_shards(wanted.shards)
-        except DomainLeft as left:
-            raise Left(str(left)) from left
         except (CheckpointError, OSError) as error:
             raise LoadFailed(str(error)) from error
         return Loaded(time.monotonic() - began, num_bytes, dict(sources))

@@ -11,11 +11,12 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
+from revivemoe.core.effects import Place
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import EMPTY, Holder
 from revivemoe.model.dense import DenseLayer
-from revivemoe.model.finite import FiniteCheck, NonFinitePlace
+from revivemoe.model.finite import FiniteCheck
 
 EXPERTS_BACKEND = "grouped_mm"
 """The fastest of `transformers`' own implementations on CPU and CUDA (docs/decisions.md)."""
@@ -25,7 +26,7 @@ PhaseHook = Callable[[str, int, int], None]
 to be expected of the phase, and where faults strike."""
 SpoilHook = Callable[[str, int, torch.Tensor], torch.Tensor]
 """Given (phase, layer, what the phase produced), returns that, or what an injected fault makes of
-it. Phases as in `NonFinitePlace`."""
+it. Phases as in `Place`."""
 
 
 class MoeLayer:
@@ -178,7 +179,7 @@ class ExpertExchange:
         for lane in self.lanes:
             lane.finite.reset()
 
-    def non_finite(self) -> NonFinitePlace | None:
+    def non_finite(self) -> Place | None:
         """The first place of the step where NaN or infinity appeared, of any micro-batch; one where
         it was produced before others.
         """

@@ -6,10 +6,10 @@ kernel, which lets NaN through (as `torch.aminmax` promises), and cannot overflo
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from revivemoe.core.effects import Broken, Place
 from revivemoe.ids import LayerId
 
 STAGES = ("attention", "router", "rows", "weights", "experts", "combine")
@@ -19,19 +19,10 @@ LOGITS = LayerId(-1)
 """Stands for the layer of what comes after the last one."""
 
 
-class NonFinitePlace(NamedTuple):
-    layer: int
-    """Decoder layer; -1 for the logits."""
-    phase: str
-    """attention | experts | combine | sample"""
-    produced_here: bool
-    """What came in was finite on this rank, and what came out was not."""
-
-
-class NonFiniteStep(Exception):
+class NonFiniteStep(Broken):
     """The step has met NaN or infinity on this rank and must be undone; nothing was drawn."""
 
-    def __init__(self, place: NonFinitePlace) -> None:
+    def __init__(self, place: Place) -> None:
         origin = "produced here" if place.produced_here else "from elsewhere"
         super().__init__(f"non-finite numbers in {place.phase} of layer {place.layer}, {origin}")
         self.layer, self.phase, self.produced_here = place
@@ -70,7 +61,7 @@ class FiniteCheck:
     def note_logits(self, logits: torch.Tensor) -> None:
         self.note(LOGITS, "logits", logits)
 
-    def first(self) -> NonFinitePlace | None:
+    def first(self) -> Place | None:
         """The earliest place that was produced here; else the earliest at all; None: all finite.
 
         Waits for the device.
@@ -87,19 +78,19 @@ class FiniteCheck:
         finite: list[bool] = wide.isfinite().all(-1).all(0).tolist()
         return {place for place, i in self._place_of.items() if not finite[i]}
 
-    def _events(self, broken: set[tuple[LayerId, str]]) -> list[NonFinitePlace]:
+    def _events(self, broken: set[tuple[LayerId, str]]) -> list[Place]:
         """All broken outputs, in the order of the step."""
         events = []
         others_fine = True  # nothing broken has come back from the experts so far
         for layer in self._layers:
             if {(layer, "attention"), (layer, "router")} & broken:
-                events.append(NonFinitePlace(layer, "attention", others_fine))
+                events.append(Place(layer, "attention", others_fine))
             if (layer, "experts") in broken:
                 arrived_fine = not {(layer, "rows"), (layer, "weights")} & broken
-                events.append(NonFinitePlace(layer, "experts", arrived_fine))
+                events.append(Place(layer, "experts", arrived_fine))
             if (layer, "combine") in broken:
                 others_fine = False
-                events.append(NonFinitePlace(layer, "combine", False))
+                events.append(Place(layer, "combine", False))
         if (LOGITS, "logits") in broken:
-            events.append(NonFinitePlace(LOGITS, "sample", others_fine))
+            events.append(Place(LOGITS, "sample", others_fine))
         return events

@@ -14,6 +14,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
+from revivemoe.core.effects import Place
 from revivemoe.core.microbatches import split
 from revivemoe.core.step import Batch, StepResult
 from revivemoe.ids import LayerId, RankId
@@ -22,7 +23,7 @@ from revivemoe.model import experts as experts_hook
 from revivemoe.model.dense import DenseLayer, DenseReader, replace_dense
 from revivemoe.model.expert_worker import ExpertWorker
 from revivemoe.model.experts import ExpertExchange, MoeLayer
-from revivemoe.model.finite import NonFinitePlace, NonFiniteStep
+from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.generator import Generator
 from revivemoe.model.load import ATTENTION, EXPERTS, LoadedModel, load_experts_only, load_model
 from revivemoe.model.paged import paged_attention
@@ -179,7 +180,7 @@ class ModelRunner:
         self._refuse_non_finite()
         return self.generator.draw(batch.items, logits)
 
-    def non_finite(self) -> NonFinitePlace | None:
+    def non_finite(self) -> Place | None:
         """(layer, phase, produced here) of the step just run, or interrupted: where the first NaN
         or infinity appeared on this rank.
         """

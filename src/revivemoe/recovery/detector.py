@@ -94,6 +94,7 @@ class Detector:
 
     def judge(self, watched: frozenset[RankId], now: float) -> list[Fault]:
         """Accusations among the ranks `watched` (members that are not accused yet)."""
+        assert watched <= self._vitals.keys(), "a rank is watched that never had a process"
         alive = {r: v for r, v in self._vitals.items() if r in watched and not v.exited}
         hung = [fault for rank in sorted(alive) if (fault := self._hung(rank, now)) is not None]
         hung = hung or self._left_behind(alive, now)

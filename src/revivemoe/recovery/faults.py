@@ -37,6 +37,10 @@ class Fault:
     signature: str = ""
     """Of a fault that a request may have brought about: kind and place. Empty for any other."""
 
+    def __post_init__(self) -> None:
+        assert 1 <= self.level <= ISOLATE, f"level {self.level}"
+        assert self.detect_s >= 0, "accused before the last evidence of life"
+
 
 @dataclass(frozen=True)
 class DeviceReport:
@@ -48,3 +52,6 @@ class DeviceReport:
     detail: str
     source: str
     """nvml | kubernetes | report | injected"""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.level <= ISOLATE, f"level {self.level}"

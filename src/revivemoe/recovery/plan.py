@@ -42,6 +42,21 @@ class Continue:
     role_switched: RankId | None = None
     """A rank whose role changes, or has changed, with this plan."""
 
+    def __post_init__(self) -> None:
+        present, placement = self.membership, self.membership.placement
+        assert present.attention, "a plan without an attention rank"
+        assert present.experts, "a plan without an expert rank"
+        assert set(self.masked) <= set(present.missing), "an expert is masked and there"
+        targets = {move.to for move in self.migrations}
+        assert targets <= set(present.attention), f"sequences move to {sorted(targets)}"
+        for load in self.reloads:
+            held = placement.holders(load.layer, load.expert)
+            assert (load.rank, load.slot) in held, f"the map does not name {load}"
+        loading = {load.rank for load in self.background}
+        assert loading <= set(present.experts), f"ranks {sorted(loading)} have no slots"
+        for switch in self.switches:
+            assert (switch.rank in present.experts) != self.switch_aside, f"the role of {switch}"
+
 
 @dataclass(frozen=True)
 class Restart:

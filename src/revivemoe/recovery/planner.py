@@ -293,4 +293,5 @@ def _migrate(world: World, present: Membership) -> list[Migration]:
         target = min(load, key=lambda rank: (load[rank], rank))
         load[target] += view.num_tokens
         migrations.append(Migration(view.seq_id, target, view.num_tokens))
+    assert len({move.seq_id for move in migrations}) == len(migrations), "a sequence moves twice"
     return migrations

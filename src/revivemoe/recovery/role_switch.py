@@ -23,6 +23,10 @@ class RoleSwitch:
     table: Table
     """What its slots shall hold."""
 
+    def __post_init__(self) -> None:
+        assert self.rank != self.replaces, "a rank in its own place"
+        assert len({len(row) for row in self.table}) <= 1, "slots are the same in all layers"
+
     def loads(self, layers: Sequence[LayerId]) -> tuple[Reload, ...]:
         """Each expert it has to load."""
         return tuple(

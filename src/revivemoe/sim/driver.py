@@ -6,24 +6,7 @@ The loop itself is the real one (`core.loop`).
 from collections.abc import Callable
 from typing import assert_never
 
-from revivemoe.core.effects import (
-    Broken,
-    Commands,
-    Departure,
-    Effect,
-    Enter,
-    Exchange,
-    Forward,
-    GiveUpAttention,
-    Leave,
-    Left,
-    Load,
-    LoadBeside,
-    Loaded,
-    LoadFailed,
-    Ran,
-    Reach,
-)
+from revivemoe.core import effects
 from revivemoe.core.loop import Effects, StepLoop
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
@@ -75,11 +58,11 @@ class Driver:
         yield Work("load", -1, self._load_s)
         try:
             if self._mishaps.load_fails(process):
-                raise LoadFailed("weights: read error")
+                raise effects.LoadFailed("weights: read error")
             num_blocks = rank.limits.num_blocks
             process.report(Ready(rank.rank_id, rank.incarnation, "sim", num_blocks, self._load_s))
             yield from self._drive(StepLoop(rank, "sim", self._report).run())
-        except LoadFailed as failure:
+        except effects.LoadFailed as failure:
             process.report(Fatal(rank.rank_id, rank.incarnation, str(failure)))
             process.die("exited with status 1")
 
@@ -89,7 +72,7 @@ class Driver:
             try:
                 try:
                     answer = yield from self._perform(effect)
-                except (Left, Broken, LoadFailed) as interruption:
+                except (effects.Left, effects.Broken, effects.LoadFailed) as interruption:
                     effect = steps.throw(interruption)
                 else:
                     effect = steps.send(answer)
@@ -101,32 +84,32 @@ class Driver:
             self.forward.check()
         self._process.report(report)
 
-    def _perform(self, effect: Effect) -> Doing[object]:
+    def _perform(self, effect: effects.Effect) -> Doing[object]:
         match effect:
-            case Commands():
+            case effects.Commands():
                 if effect.wait and self._is_idle():
                     yield Idle()
                 return self._take_commands()
-            case Reach():
+            case effects.Reach():
                 if not self._reach(effect):
                     yield Work(effect.phase, -1, 0.0)
-            case Exchange():
+            case effects.Exchange():
                 headers = yield Meet("schedule", -1, effect.header)
                 self._process.met = Epoch(effect.header.epoch)
                 return headers
-            case Forward():
+            case effects.Forward():
                 return (yield from self._forward(effect.batch))
-            case Load():
+            case effects.Load():
                 return (yield from self._load(effect))
-            case LoadBeside():
+            case effects.LoadBeside():
                 self._load_beside(effect.command)
-            case GiveUpAttention():
+            case effects.GiveUpAttention():
                 self.slots[:] = [[EMPTY] * effect.num_slots for _ in range(NUM_LAYERS)]
-            case Enter():
+            case effects.Enter():
                 return (yield from self._enter(effect.configure))
-            case Leave():
+            case effects.Leave():
                 self._process.leave_domain()
-                return Departure(self.forward.place, 0.0)
+                return effects.Departure(self.forward.place, 0.0)
             case _:
                 assert_never(effect)
         return None
@@ -148,7 +131,7 @@ class Driver:
                     taken.append(command)
         return taken
 
-    def _reach(self, effect: Reach) -> bool:
+    def _reach(self, effect: effects.Reach) -> bool:
         """Faults strike here, too. False: whoever is stuck by one goes no further."""
         state, process = self.rank.state, self._process
         assert isinstance(state, InDomain)
@@ -163,11 +146,11 @@ class Driver:
         if self._steps % STEPS_PER_CHECK == 0:
             self.forward.check()
 
-    def _forward(self, batch: Batch) -> Doing[Ran]:
+    def _forward(self, batch: Batch) -> Doing[effects.Ran]:
         state, began = self.rank.state, self._process.now
         assert isinstance(state, InDomain)
         yield from self.forward.run(batch, state.mask_key)
-        return Ran(results_of(batch), self._process.now - began)
+        return effects.Ran(results_of(batch), self._process.now - began)
 
     # ---- epochs and experts ------------------------------------------------------------------
 
@@ -178,11 +161,11 @@ class Driver:
         self._process.progress.announce("domain", 1.0)
         yield Work("domain", -1, DOMAIN_S)
         if self._process.fenced > configure.epoch:
-            raise Left
+            raise effects.Left
         self._process.enter_domain(self._enter_domain(configure, self._process))
         return DOMAIN_S
 
-    def _load(self, wanted: Load) -> Doing[Loaded]:
+    def _load(self, wanted: effects.Load) -> Doing[effects.Loaded]:
         """What the slots do not hold yet, one after another: a fence must not wait for all."""
         count, began = 0, self._process.now
         for layer, row in enumerate(wanted.table):
@@ -190,14 +173,14 @@ class Driver:
                 if expert in (EMPTY, self.slots[layer][slot]):
                     continue
                 if self._process.fenced > wanted.epoch:
-                    raise Left
+                    raise effects.Left
                 self._process.progress.announce("load", 10 * LOAD_EXPERT_S)
                 yield Work("load", -1, LOAD_EXPERT_S)
                 if self._mishaps.load_fails(self._process):
-                    raise LoadFailed("read error")
+                    raise effects.LoadFailed("read error")
                 self.slots[layer][slot] = expert
                 count += 1
-        return Loaded(self._process.now - began, 0, {"disk": count} if count else {})
+        return effects.Loaded(self._process.now - began, 0, {"disk": count} if count else {})
 
     def _load_beside(self, command: LoadExperts) -> None:
         """A thread of its own loads them; the steps go on."""

@@ -3,7 +3,7 @@
 from revivemoe.engine.engine import Engine
 from revivemoe.epochs.state import FailedState
 from revivemoe.ids import Epoch, RankId
-from revivemoe.messages.events import Accused, Convicted, DrainBegun, Event, StateEntered
+from revivemoe.messages import events
 from revivemoe.sim.client import Client
 from revivemoe.sim.cluster import SimCluster
 from revivemoe.sim.host import stage_of
@@ -33,17 +33,17 @@ class Verdict:
         self._fence_timeouts = 0
         """Ranks that hung while others were being fenced: nothing they ran is suspected."""
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: events.Event) -> None:
         """What the engine tells of what it does."""
         match event:
-            case Accused():
+            case events.Accused():
                 self._fence_timeouts += event.kind == "fence_timeout"
                 self._check_accusation(event)
-            case DrainBegun():
+            case events.DrainBegun():
                 assert event.id in self._strikes.drained, f"drained for nothing: {event}"
-            case Convicted():
+            case events.Convicted():
                 self._check_conviction(event)
-            case StateEntered(state="serving"):
+            case events.StateEntered(state="serving"):
                 self._check_met(event.epoch)
             case _:
                 pass
@@ -54,7 +54,7 @@ class Verdict:
             process = self._cluster.processes[rank]
             assert process.met >= epoch, f"rank {rank} has not met the others in epoch {epoch}"
 
-    def _check_accusation(self, event: Accused) -> None:
+    def _check_accusation(self, event: events.Accused) -> None:
         """Whoever is accused has a fault in this scenario; of a link, one end only."""
         process = self._cluster.processes[event.id]
         self._accused.add(process)
@@ -68,7 +68,7 @@ class Verdict:
             f"rank {process.rank} is accused of {event.kind} ({event.detail}), but is healthy"
         )
 
-    def _check_conviction(self, event: Convicted) -> None:
+    def _check_conviction(self, event: events.Convicted) -> None:
         """Two faults of a rank's own while a request is on trial cannot be told from poison."""
         innocent = event.request != POISONED
         assert not innocent or self._num_like_poison() > 1, (
