@@ -216,6 +216,9 @@ class Signals:
             return
         self._tell(events.LoadRefused(report.rank, report.error))
         log.warning("rank %d could not load experts: %s", report.rank, report.error)
+        if isinstance(self._epochs.state, Starting):
+            self._epochs.fail(f"rank {report.rank} could not load its experts: {report.error}")
+            return
         self._epochs.attempts.load_failed(now)
         if report.rank in self._fleet.switched:
             self._fleet.forget_table(report.rank)

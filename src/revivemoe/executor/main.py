@@ -14,6 +14,7 @@ import zmq
 
 from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import FenceFlag
+from revivemoe.core.effects import LoadFailed
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
@@ -53,7 +54,7 @@ def run_rank(
 
         try:
             _serve(spec, lifeline, segment_fd, cache_fd, report)
-        except (CheckpointError, OutOfMemoryForKV, NotImplementedError) as error:
+        except (CheckpointError, LoadFailed, OutOfMemoryForKV, NotImplementedError) as error:
             report(Fatal(spec.rank, spec.incarnation, str(error), user_error=True))
             return USER_ERROR
         except Exception:
