@@ -35,6 +35,7 @@ from revivemoe.core.rank import Rank
 from revivemoe.core.state import Fenced, InDomain, Parked
 from revivemoe.core.step import Batch, StepHeader, StepResult
 from revivemoe.ids import Epoch, ExpertId, Incarnation, LayerId, RankId, SeqId, SlotId
+from revivemoe.membership.dense_groups import DenseGroups
 from revivemoe.membership.membership import Membership
 from revivemoe.messages.commands import (
     Abort,
@@ -204,6 +205,17 @@ def test_from_configure_to_tokens() -> None:
     assert (tokens.epoch, tokens.step, tokens.step_s) == (1, 5, 0.25)
     assert [(t.seq_id, t.position, t.token_id) for t in tokens.tokens] == [(0, 0, TOKEN)]
     assert hand.wants == Commands(wait=False)
+
+
+def test_an_epoch_brings_its_shards_and_its_mask() -> None:
+    dense = DenseGroups(2, (), extra=((ME, ME),))
+    degraded = membership(placed({0: ((0,), (1,))}, 2), dense=dense)
+    hand = Hand()
+    hand.command(configure(degraded), add())
+    assert hand.wants == Load(degraded, ((0,), (1,)), DOMAIN, frozenset({0, 1}))
+    hand.answer(Load, QUICKLY)
+    hand.answer(Enter, 0.0)
+    assert hand.rank.state == InDomain(Epoch(1), 0, b"1.1,2.0")
 
 
 def test_a_sequence_to_its_end_then_it_parks() -> None:
