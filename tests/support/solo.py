@@ -15,6 +15,7 @@ from revivemoe.core.limits import RankLimits
 from revivemoe.core.rank import Rank
 from revivemoe.core.step import Run, StepHeader
 from revivemoe.ids import Epoch, Incarnation, LayerId, RankId, SeqId
+from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import EMPTY, ExpertPlacement
 from revivemoe.membership.topology import collocated
 from revivemoe.messages.tokens import SequenceSpec
@@ -44,7 +45,7 @@ class SoloRank:
         self.runner.allocate(limits.num_blocks, limits.block_size)
         transport = SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, ME, device)
         dispatcher = Dispatcher(transport, placement.slots_per_rank)
-        self.runner.enter([dispatcher], placement, collocated(EPOCH, 1), ME)
+        self.runner.enter([dispatcher], Membership(collocated(EPOCH, 1), placement), ME)
         self.rank = Rank(ME, Incarnation(1), limits)
         self.rank.configure(EPOCH, 0, b"", 0)
         self._wake = 0

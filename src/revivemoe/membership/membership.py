@@ -121,12 +121,9 @@ class Membership(msgspec.Struct, frozen=True, dict=True):
     ) -> "Membership":
         """With `back` in the roles and the order they have in `home`, holding `tables`."""
         assert not set(back) & set(self.members), f"{sorted(back)} are members already"
-        placement = self.placement
-        for rank in back:
-            if tables.get(rank):
-                placement = placement.with_rank(rank, tables[rank])
+        held = {rank: tables[rank] for rank in back if tables.get(rank)}
         topology = roles.joined(self.topology, tuple(back), home)
-        return Membership(topology, placement, self.dense)
+        return Membership(topology, self.placement.with_ranks(held), self.dense)
 
     def with_reloads(self, reloads: Iterable[Reload]) -> "Membership":
         """Once these experts are in their slots."""

@@ -3,7 +3,7 @@
 Legend for shapes: L MoE layers, S slots per rank and layer, E experts per layer.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,9 +100,9 @@ class ExpertPlacement(msgspec.Struct, frozen=True, dict=True):
         kept = {rank: table for rank, table in self.slots.items() if rank not in lost}
         return msgspec.structs.replace(self, slots=kept) if len(kept) < len(self.slots) else self
 
-    def with_rank(self, rank: RankId, table: Table) -> "ExpertPlacement":
-        """The map with a rank's slots added, or replaced."""
-        return msgspec.structs.replace(self, slots={**self.slots, rank: table})
+    def with_ranks(self, tables: Mapping[RankId, Table]) -> "ExpertPlacement":
+        """The map with these ranks' slots added, or replaced."""
+        return msgspec.structs.replace(self, slots={**self.slots, **tables}) if tables else self
 
     def with_reloads(self, reloads: Iterable[Reload]) -> "ExpertPlacement":
         """The map once these are in their slots."""

@@ -69,7 +69,8 @@ def donors(topology: Topology) -> tuple[RankId, ...]:
     """Attention ranks that could become expert ranks: those without experts, never the last."""
     if len(topology.attention) < 2:
         return ()
-    return tuple(r for r in topology.attention if r not in topology.experts)
+    experts = set(topology.experts)
+    return tuple(r for r in topology.attention if r not in experts)
 
 
 def switched(topology: Topology, donor: RankId, replaced: RankId | None) -> Topology:
@@ -98,7 +99,7 @@ def joined(topology: Topology, ranks: tuple[RankId, ...], home: Topology) -> Top
     """`topology` with `ranks` back in the roles and the order they have in `home`."""
 
     def add(present: tuple[RankId, ...], role: tuple[RankId, ...]) -> tuple[RankId, ...]:
-        both = {*present, *(r for r in ranks if r in role)}
+        both = {*present, *set(ranks).intersection(role)}
         return tuple(sorted(both, key=home.logical_rank))
 
     attention = add(topology.attention, home.attention)

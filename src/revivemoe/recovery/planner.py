@@ -211,7 +211,8 @@ def _places(world: World, present: Membership) -> list[RankId]:
     home = world.home or world.membership.topology
     there = {*present.members, *world.launching, *world.ready}
     taken = {replaced for rank, replaced in world.switched.items() if rank in there}
-    return [rank for rank in home.experts if rank not in {*there, *taken, *world.switched}]
+    not_free = {*there, *taken, *world.switched}
+    return [rank for rank in home.experts if rank not in not_free]
 
 
 def _being_loaded(world: World, present: Membership) -> set[ExpertOfLayer]:

@@ -92,7 +92,7 @@ def asked_switch(
     for layer, expert in placement.missing:
         missing[layer].append(expert)
     table = tuple(_row(missing[layer][:num_slots], num_slots) for layer in placement.layers)
-    for reload in assign_replicas(placement.with_rank(rank, table), home):
+    for reload in assign_replicas(placement.with_ranks({rank: table}), home):
         if reload.rank == rank:
             table = _with(table, placement.index_of[reload.layer], reload.slot, reload.expert)
     if all(expert == EMPTY for row in table for expert in row):

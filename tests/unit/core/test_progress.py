@@ -2,23 +2,26 @@
 
 import pytest
 
-from revivemoe.core import progress as module
 from revivemoe.core.progress import Progress
+from revivemoe.messages.reports import Pace
 
 
 class Clock:
     def __init__(self) -> None:
         self.now = 100.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    fake = Clock()
-    monkeypatch.setattr(module.time, "monotonic", fake.monotonic)
-    return fake
+def clock() -> Clock:
+    return Clock()
+
+
+def pace_of(progress: Progress, phase: str, size: int) -> Pace:
+    (pace,) = [p for p in progress.paces() if (p.phase, p.size) == (phase, size)]
+    return pace
 
 
 def call(progress: Progress, clock: Clock, phase: str, rows: int, seconds: float) -> None:
@@ -27,14 +30,14 @@ def call(progress: Progress, clock: Clock, phase: str, rows: int, seconds: float
 
 
 def test_it_begins_with_a_long_load(clock: Clock) -> None:
-    activity = Progress().activity()
+    activity = Progress(clock).activity()
     assert (activity.kind, activity.name) == ("announced", "load")
     assert activity.budget_s is not None
     assert activity.budget_s > 60
 
 
 def test_waits_are_not_own_work(clock: Clock) -> None:
-    progress = Progress()
+    progress = Progress(clock)
     progress.work("combine", 2, 7, 4)
     clock.now += 0.01
     progress.waits(True)
@@ -46,11 +49,11 @@ def test_waits_are_not_own_work(clock: Clock) -> None:
     clock.now += 0.02
     assert progress.own_s == pytest.approx(0.03)
     progress.work("experts", 2, 7, 4)
-    assert progress.paces[("combine", 3)].seconds == pytest.approx(0.03)
+    assert pace_of(progress, "combine", 3).seconds == pytest.approx(0.03)
 
 
 def test_what_rows_predict(clock: Clock) -> None:
-    progress = Progress()
+    progress = Progress(clock)
     progress.work("experts", 0, 0, 4)
     assert progress.activity().budget_s is None, "no experience"
     clock.now += 0.1
@@ -64,7 +67,7 @@ def test_what_rows_predict(clock: Clock) -> None:
 
 
 def test_every_phase_and_wait_is_progress(clock: Clock) -> None:
-    progress = Progress()
+    progress = Progress(clock)
     counts = [progress.count]
     for act in (
         lambda: progress.work("attention", 0, 1, 4),
@@ -79,10 +82,10 @@ def test_every_phase_and_wait_is_progress(clock: Clock) -> None:
 
 
 def test_an_average_moves_towards_what_is_new(clock: Clock) -> None:
-    progress = Progress()
+    progress = Progress(clock)
     for seconds in (0.1, 0.1, 1.1):
         call(progress, clock, "experts", 4, seconds)
     progress.idle()
-    pace = progress.paces[("experts", 3)]
+    pace = pace_of(progress, "experts", 3)
     assert pace.count == 3
     assert 0.1 < pace.seconds < 0.3

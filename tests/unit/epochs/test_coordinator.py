@@ -4,15 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from unit.memberships import membership, placed, ranks
 
 from revivemoe.epochs.coordinator import Coordinator
+from revivemoe.epochs.record import RecoveryRecord
 from revivemoe.epochs.stages import Failed, Fencing, Finished, Idle, Recovered, Resuming
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
-from revivemoe.membership.placement import place
-from revivemoe.membership.topology import Topology, collocated
+from revivemoe.membership.membership import Membership
+from revivemoe.membership.placement import EMPTY, place
+from revivemoe.membership.topology import Topology
 from revivemoe.messages.commands import Command, Configure, DomainSpec, Fence
+from revivemoe.messages.events import Configured, Event, Fenced
 from revivemoe.messages.reports import FenceAck, Resumed
 from revivemoe.recovery.faults import Fault
+from revivemoe.recovery.plan import Continue
 from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.world import SequenceView, World
 
@@ -21,17 +26,25 @@ POLICY = Policy(fence_timeout_s=10, resume_timeout_s=20)
 
 
 class Host:
-    """Both ports of `recovery.ports`, and the world as a host engine would describe it."""
+    """Both ports of `epochs.ports`, and the world as a host engine would describe it."""
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.topology = collocated(Epoch(1), 4)
-        self.placement = place(8, [0], self.topology.experts, redundant=8)
+        self.members = membership(place(8, [0], ranks(0, 1, 2, 3), redundant=8))
         self.owners: dict[SeqId, RankId | None] = {}
         self.log: list[tuple[Any, ...]] = []
         self.mended = 0
+        self.told: list[Event] = []
         self.coordinator = Coordinator(
-            self, self, POLICY, lambda: self.now, lambda kind, detail: None
+            self, self.restart, self, POLICY, lambda: self.now, self.told.append
+        )
+
+    def keep_all_on(self, *survivors: int) -> None:
+        """So that no expert is lost with the others: their slots are empty."""
+        kept = place(8, [0], ranks(*survivors))
+        nothing = ((EMPTY,) * kept.slots_per_rank,)
+        self.members = membership(
+            placed(dict.fromkeys(self.members.experts, nothing) | kept.slots, 8, kept.layers)
         )
 
     # RankPort
@@ -45,6 +58,25 @@ class Host:
         self.log.append(("restart", rank))
 
     # SequenceOwner
+    busy = True
+    trials: frozenset[RankId] = frozenset()
+
+    def lost(self, rank: RankId, fault: Fault | None) -> None:
+        self.log.append(("lost", rank, fault))
+
+    def planned(self, plan: Continue) -> None:
+        self.log.append(("planned", plan))
+
+    def epoch_left(self) -> None:
+        self.log.append(("epoch_left",))
+
+    def epoch_began(self, membership: Membership, record: RecoveryRecord | None) -> None:
+        self.log.append(("epoch_began", membership, record))
+
+    def failed(self, reason: str) -> int:
+        self.log.append(("failed", reason))
+        return 0
+
     def unfinished(self) -> tuple[SequenceView, ...]:
         return tuple(SequenceView(s, o, 10, s) for s, o in self.owners.items())
 
@@ -62,7 +94,7 @@ class Host:
         self.accuse(faults)
 
     def accuse(self, faults: Sequence[Fault]) -> None:
-        self.coordinator.begin(self.topology, faults, self.now)
+        self.coordinator.begin(self.members, faults, self.now)
 
     def ack(self, rank: int, epoch: int, next_step: int = 0, **held: int) -> Finished | None:
         num_output = {SeqId(int(k[1:])): v for k, v in held.items()}
@@ -76,7 +108,7 @@ class Host:
         return self.coordinator.on_resumed(report, self.now)
 
     def world(self) -> World:
-        return World(self.topology, self.placement, self.unfinished(), True, 0)
+        return World(self.members, self.unfinished(), True, 0)
 
     def commands(self, kind: str) -> list[tuple[RankId, Any]]:
         return [(entry[1], entry[-1]) for entry in self.log if entry[0] == kind]
@@ -118,10 +150,11 @@ def test_the_whole_way(host: Host) -> None:
     assert host.log[3] == ("hand_over", 1, 1)
     configure = host.commands("Configure")[0][1]
     assert configure == Configure(
-        epoch=Epoch(2),
         step=8,
-        topology=Topology(Epoch(2), (0, 1, 3), (0, 1, 3), (0, 1, 3)),
-        placement=host.placement.without(frozenset({RankId(2)})),
+        membership=Membership(
+            Topology(Epoch(2), (0, 1, 3), (0, 1, 3), (0, 1, 3)),
+            host.members.placement.without(frozenset({RankId(2)})),
+        ),
         domain=DOMAIN,
         wake=5,
     )
@@ -132,12 +165,16 @@ def test_the_whole_way(host: Host) -> None:
     assert host.resumed(1, 2) is None
     finished = recovered(host.resumed(3, 2))
     assert not coordinator.active
-    assert finished.plan.topology == configure.topology
+    assert finished.plan.membership == configure.membership
     record = finished.record
     assert (record.epoch, record.cause, record.outcome) == (2, "process_exit", "recovered")
     assert (record.migrated, record.recomputed_tokens, record.experts_dropped) == (1, 10, 4)
     assert record.detect_s == 0.2
     assert record.reason
+    assert host.told == [
+        Fenced(Epoch(2), "process_exit", [RankId(2)], survivors=3, at_boundary=False),
+        Configured(Epoch(2), record.reason, migrated=1),
+    ]
     assert record.phases == {
         "fence": 0.375, "rollback": 0.125, "plan": 0, "migrate": 0, "experts": 0,
         "domain": 0.25, "graphs": 0, "resume": 0.25,
@@ -147,7 +184,7 @@ def test_the_whole_way(host: Host) -> None:
 def test_the_accused_is_never_waited_for(host: Host) -> None:
     host.begin(0, 1, 2)
     assert host.to("kill") == [0, 1, 2]
-    host.placement = place(8, [0], [RankId(3)])
+    host.keep_all_on(3)
     host.ack(3, 2)
     assert host.to("Configure") == [3]
     recovered(host.resumed(3, 2))
@@ -168,7 +205,7 @@ def test_steps_never_go_back(host: Host) -> None:
     host.begin(3)
     host.ack(0, 2, next_step=9)
     host.begin(0)  # the one that was ahead dies
-    host.placement = place(8, [0], [RankId(1), RankId(2)])
+    host.keep_all_on(1, 2)
     for rank in (1, 2):
         host.ack(rank, 3, next_step=8)
     assert host.commands("Configure")[0][1].step == 9
@@ -195,10 +232,10 @@ def test_a_fault_during_the_fence_starts_again_with_both(host: Host) -> None:
     record = host.coordinator.record
     assert [f.rank for f in record.faults] == [2, 0]
     assert record.started == 100.0, "one recovery: it began with the first fault"
-    host.placement = place(8, [0], [RankId(1), RankId(3)])
+    host.keep_all_on(1, 3)
     host.ack(1, 3)
     host.ack(3, 3)
-    assert host.commands("Configure")[0][1].topology.members == (1, 3)
+    assert host.commands("Configure")[0][1].membership.members == (1, 3)
     host.resumed(1, 3)
     assert recovered(host.resumed(3, 3)).record.epoch == 3
 
@@ -214,7 +251,7 @@ def test_a_fault_while_resuming_starts_again_with_both(host: Host) -> None:
     host.log.clear()
     host.begin(1)
     assert host.commands("Fence") == [(r, Fence(Epoch(3))) for r in (0, 3)]
-    host.placement = place(8, [0], [RankId(0), RankId(3)])
+    host.keep_all_on(0, 3)
     assert host.resumed(3, 2) is None, "of the epoch that was given up"
     host.ack(0, 3)
     host.ack(3, 3)
@@ -245,7 +282,7 @@ def test_the_last_survivor_dies_too(host: Host) -> None:
 
 
 def test_what_the_policy_does_not_cover_configures_nobody(host: Host) -> None:
-    host.placement = place(8, [0], host.topology.experts)
+    host.members = membership(place(8, [0], host.members.experts))
     host.begin(2)
     host.ack(0, 2)
     host.ack(1, 2)
@@ -269,7 +306,7 @@ def test_stale_acknowledgements_count_for_nothing(host: Host) -> None:
     assert host.ack(1, 3, next_step=70) is None, "an accused rank's"
     assert host.ack(0, 3, next_step=90) is None, "a second one"
     assert isinstance(host.coordinator.state, Fencing)
-    host.placement = place(8, [0], [RankId(0), RankId(3)])
+    host.keep_all_on(0, 3)
     host.ack(3, 3, next_step=2)
     assert host.commands("Configure")[0][1].step == 2
 
@@ -321,7 +358,7 @@ def test_survivors_that_do_not_acknowledge_are_accused(host: Host) -> None:
     host.now = 110.0
     host.accuse(overdue)
     assert host.coordinator.overdue(119.9) is None, "the fence that starts again has its own time"
-    host.placement = place(8, [0], [RankId(1)])
+    host.keep_all_on(1)
     host.ack(1, 3)
     assert {f.kind for f in recovered(host.resumed(1, 3)).record.faults} == {
         "process_exit",

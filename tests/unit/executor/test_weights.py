@@ -7,17 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from unit.memberships import membership, placed
 
 from revivemoe.executor import weights
 from revivemoe.executor.weights import PeerSource, Rows, WeightServer, pack, unpack
 from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.membership.placement import ExpertPlacement
 
 ME, PEER, OTHER = RankId(0), RankId(1), RankId(2)
 LAYER = LayerId(3)
-MAP = ExpertPlacement(
-    num_experts=4, layers=(LAYER,), slots={ME: ((0,),), PEER: ((1,),), OTHER: ((1,),)}
-)
+MEMBERS = membership(placed({ME: ((0,),), PEER: ((1,),), OTHER: ((1,),)}, 4, [LAYER]))
 ROWS = {
     "gate_up": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
     "down": torch.randn(2, 3),
@@ -51,25 +49,25 @@ def test_rows_survive_the_wire() -> None:
 
 
 def test_a_replica_comes_from_the_peer_that_holds_it(served: str) -> None:
-    got = PeerSource(MAP, {PEER: served}, ME).fetch(LAYER, ExpertId(1))
+    got = PeerSource(MEMBERS, {PEER: served}, ME).fetch(LAYER, ExpertId(1))
     assert got is not None
     assert same(got, ROWS)
 
 
 def test_nobody_else_is_asked_for_what_only_we_hold(served: str) -> None:
-    assert PeerSource(MAP, {ME: served}, ME).fetch(LAYER, ExpertId(0)) is None
+    assert PeerSource(MEMBERS, {ME: served}, ME).fetch(LAYER, ExpertId(0)) is None
 
 
 def test_a_peer_that_does_not_have_it_yet_says_so(served: str) -> None:
     """By the map it will hold it; it is loading it itself."""
-    assert PeerSource(MAP, {PEER: served}, ME).fetch(LAYER, ExpertId(2)) is None
+    assert PeerSource(MEMBERS, {PEER: served}, ME).fetch(LAYER, ExpertId(2)) is None
 
 
 def test_a_silent_peer_is_passed_over_and_not_asked_again(
     served: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "PEER_TIMEOUT_S", 0.2)
-    source = PeerSource(MAP, {PEER: f"{endpoint}-nobody", OTHER: served}, ME)
+    source = PeerSource(MEMBERS, {PEER: f"{endpoint}-nobody", OTHER: served}, ME)
     for limit_s in (2.0, 0.15):
         began = time.monotonic()
         got = source.fetch(LAYER, ExpertId(1))

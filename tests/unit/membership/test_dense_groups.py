@@ -21,6 +21,13 @@ def gone(*numbers: int) -> frozenset[RankId]:
 PAIRS = form_groups(ranks(0, 1, 2, 3), 2)
 
 
+def after(
+    groups: DenseGroups, attention: tuple[RankId, ...], lost: frozenset[RankId]
+) -> DenseGroups:
+    """The groups of the next epoch: `lost` went out, and `attention` are there now."""
+    return groups.without(lost).completed(attention)
+
+
 # ---- at the start ---------------------------------------------------------------------------
 
 
@@ -52,19 +59,19 @@ def test_too_few_ranks_for_one_group() -> None:
 
 
 def test_a_group_that_has_lost_a_shard_is_out_as_a_whole() -> None:
-    after = PAIRS.after(ranks(0, 2, 3), gone(1))
-    assert after == PAIRS, "the other group is healthy: no new one"
-    assert after.healthy(ranks(0, 2, 3)) == ((2, 3),)
-    assert after.shards_of(RankId(0), ranks(0, 2, 3)) == set(), "its shard is of no use alone"
-    assert after.shards_of(RankId(3), ranks(0, 2, 3)) == {1}
+    formed = after(PAIRS, ranks(0, 2, 3), gone(1))
+    assert formed == PAIRS, "the other group is healthy: no new one"
+    assert formed.healthy(ranks(0, 2, 3)) == ((2, 3),)
+    assert formed.shards_of(RankId(0), ranks(0, 2, 3)) == set(), "its shard is of no use alone"
+    assert formed.shards_of(RankId(3), ranks(0, 2, 3)) == {1}
 
 
 def test_when_no_group_is_healthy_the_survivors_form_one() -> None:
     left = ranks(0, 3)
-    after = PAIRS.after(ranks(0, 2, 3), gone(1)).after(left, gone(2))
-    assert (after.home, after.extra) == (PAIRS.home, ((0, 3),))
-    assert after.healthy(left) == ((0, 3),)
-    assert [after.shards_of(RankId(r), left) for r in (0, 3)] == [{0}, {1}]
+    formed = after(after(PAIRS, ranks(0, 2, 3), gone(1)), left, gone(2))
+    assert (formed.home, formed.extra) == (PAIRS.home, ((0, 3),))
+    assert formed.healthy(left) == ((0, 3),)
+    assert [formed.shards_of(RankId(r), left) for r in (0, 3)] == [{0}, {1}]
 
 
 @pytest.mark.parametrize(
@@ -76,16 +83,16 @@ def test_too_few_survivors_hold_several_shards_each(
     attention: tuple[int, ...], group: tuple[int, ...]
 ) -> None:
     before = DenseGroups(4, (ranks(0, 1, 2, 5),))
-    after = before.after(ranks(*attention), gone(0))
-    assert after.extra == (group,)
-    shards = [after.shards_of(RankId(r), ranks(*attention)) for r in attention]
-    assert set.union(*shards) == {0, 1, 2, 3}
+    formed = after(before, ranks(*attention), gone(0))
+    assert formed.extra == (group,)
+    shards = [formed.shards_of(RankId(r), ranks(*attention)) for r in attention]
+    assert frozenset().union(*shards) == {0, 1, 2, 3}
     assert sum(map(len, shards)) == 4, "each by one of them"
 
 
 def test_who_comes_back_has_its_old_shard_and_its_old_group() -> None:
-    broken = PAIRS.after(ranks(0, 3), gone(1, 2))
-    back = broken.after(ranks(0, 1, 3), gone())
+    broken = after(PAIRS, ranks(0, 3), gone(1, 2))
+    back = after(broken, ranks(0, 1, 3), gone())
     assert back.healthy(ranks(0, 1, 3)) == ((0, 1), (0, 3)), "the old one, and that of meanwhile"
     assert back.shards_of(RankId(0), ranks(0, 1, 3)) == {0}
 
@@ -100,21 +107,21 @@ def test_a_rank_in_two_healthy_groups_holds_the_shards_of_both() -> None:
 
 def test_a_new_process_has_no_part_in_an_extra_group() -> None:
     """Rank 3 was lost and is back before the next epoch: it has only what it starts with."""
-    broken = PAIRS.after(ranks(0, 3), gone(1, 2))
+    broken = after(PAIRS, ranks(0, 3), gone(1, 2))
     assert broken.extra == ((0, 3),)
-    again = broken.after(ranks(0, 1, 3), gone(3))
+    again = after(broken, ranks(0, 1, 3), gone(3))
     assert again.extra == ()
     assert again.healthy(ranks(0, 1, 3)) == ((0, 1),)
 
 
 def test_a_group_of_meanwhile_is_not_formed_twice() -> None:
-    broken = PAIRS.after(ranks(0, 3), gone(1, 2))
-    assert broken.after(ranks(0, 3), gone()) == broken
+    broken = after(PAIRS, ranks(0, 3), gone(1, 2))
+    assert after(broken, ranks(0, 3), gone()) == broken
 
 
 def test_without_attention_ranks_there_is_no_group() -> None:
-    after = PAIRS.after((), gone(0, 1, 2, 3))
-    assert (after.extra, after.healthy(())) == ((), ())
+    formed = after(PAIRS, (), gone(0, 1, 2, 3))
+    assert (formed.extra, formed.healthy(())) == ((), ())
 
 
 # ---- any history ----------------------------------------------------------------------------
@@ -132,7 +139,7 @@ class History:
         """`lost` go out and `back` come in. Whoever does both has been replaced in between."""
         left = [r for r in self.attention if r not in lost]
         self.attention = tuple(r for r in self.home if r in left or r in back)
-        self.groups = self.groups.after(self.attention, gone(*lost))
+        self.groups = after(self.groups, self.attention, gone(*lost))
 
 
 EVENTS = st.lists(

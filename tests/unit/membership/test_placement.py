@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from revivemoe.ids import ExpertId, LayerId, RankId
-from revivemoe.membership.placement import EMPTY, ExpertPlacement, missing_fraction, place
+from revivemoe.membership.placement import EMPTY, ExpertPlacement, place
 
 
 def ranks(count: int) -> list[RankId]:
@@ -89,7 +89,7 @@ def test_every_placement_is_sound(sizes: tuple[int, int, int, int]) -> None:
     if redundant % experts == 0 and experts % num_ranks == 0:
         assert len({len(on_rank) for on_rank in held}) == 1
     assert min(row.count(EMPTY) for row in rows(placement)) == spare
-    assert placement.missing() == []
+    assert placement.missing == ()
 
 
 @given(SIZES)
@@ -99,9 +99,7 @@ def test_the_budget_covers_as_many_ranks_as_it_can(sizes: tuple[int, int, int, i
     """Covering a rank costs a replica of each of its experts, so cheap ranks are covered first."""
     experts, num_ranks, redundant, _ = sizes
     placement = place(experts, [0], ranks(num_ranks), redundant)
-    unhurt = [
-        rank for rank in ranks(num_ranks) if not placement.without(frozenset({rank})).missing()
-    ]
+    unhurt = [rank for rank in ranks(num_ranks) if not placement.without(frozenset({rank})).missing]
     prices = sorted(len(own) for own in owned(experts, num_ranks))
     affordable = sum(total <= redundant for total in accumulate(prices))
     assert len(unhurt) == (affordable if num_ranks > 1 else 0)
@@ -112,7 +110,7 @@ def test_the_budget_covers_as_many_ranks_as_it_can(sizes: tuple[int, int, int, i
 )
 def test_each_rank_covered_costs_its_experts(redundant: int, unhurt: int) -> None:
     placement = place(16, [0, 1], ranks(4), redundant)
-    lost = [placement.without(frozenset({r})).missing() for r in ranks(4)]
+    lost = [placement.without(frozenset({r})).missing for r in ranks(4)]
     assert sum(not missing for missing in lost) == unhurt
 
 
@@ -120,7 +118,7 @@ def test_two_replicas_each_survive_any_two_losses() -> None:
     placement = place(8, [0], ranks(4), 16)
     for a in ranks(4):
         for b in ranks(4):
-            assert placement.without(frozenset({a, b})).missing() == []
+            assert placement.without(frozenset({a, b})).missing == ()
 
 
 @pytest.mark.parametrize(
@@ -149,23 +147,23 @@ LITERAL = ExpertPlacement(
 
 
 def test_holders() -> None:
-    assert LITERAL.holders(0, ExpertId(0)) == [(0, 0), (1, 2)]
-    assert LITERAL.holders(1, ExpertId(3)) == [(1, 1)]
+    assert LITERAL.holders(LayerId(1), ExpertId(0)) == [(0, 0), (1, 2)]
+    assert LITERAL.holders(LayerId(2), ExpertId(3)) == [(1, 1)]
     assert LITERAL.slots_per_rank == 3
 
 
 def test_sole_holders_are_what_a_death_would_cost() -> None:
-    assert LITERAL.sole_holders() == {
+    assert LITERAL.sole_holders == {
         0: {(1, 1), (2, 1)},
         1: {(1, 2), (1, 3), (2, 3)},
     }
-    for rank, sole in LITERAL.sole_holders().items():
-        assert set(LITERAL.without(frozenset({rank})).missing()) == sole
+    for rank, sole in LITERAL.sole_holders.items():
+        assert set(LITERAL.without(frozenset({rank})).missing) == sole
 
 
 def test_missing_is_sorted_and_counted_by_layer() -> None:
     left = LITERAL.without(frozenset({RankId(1)}))
-    assert left.missing() == [(1, 2), (1, 3), (2, 3)]
-    assert missing_fraction(left) == 2 / 4
-    assert missing_fraction(LITERAL) == 0
-    assert missing_fraction(left.without(frozenset({RankId(0)}))) == 1
+    assert left.missing == ((1, 2), (1, 3), (2, 3))
+    assert left.missing_fraction == 2 / 4
+    assert LITERAL.missing_fraction == 0
+    assert left.without(frozenset({RankId(0)})).missing_fraction == 1

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.solo import EPOCH, ME, SoloRank
 from torch import nn
 from transformers import AutoModelForCausalLM
+from unit.memberships import membership, without_experts
 
 from revivemoe.checkpoint.inspect import inspect_checkpoint
 from revivemoe.comm.dispatch import Dispatcher
@@ -287,7 +288,7 @@ def test_without_shared_layers_nothing_is_replaced() -> None:
 
 def entered(groups: DenseGroups, me: int, num_ranks: int = 4) -> DenseLayer:
     layer = DenseLayer(FIRST, groups.size, CPU)
-    layer.enter(groups, collocated(Epoch(1), num_ranks), RankId(me))
+    layer.enter(without_experts(collocated(Epoch(1), num_ranks), groups), RankId(me))
     return layer
 
 
@@ -312,10 +313,10 @@ def test_tokens_go_to_healthy_groups_under_their_present_logical_ranks() -> None
     topology = disaggregated(Epoch(1), 5, 1)
     groups = form_groups(topology.attention, 2)
     left = tuple(RankId(r) for r in (1, 2, 3, 4))
-    after = groups.after(left, frozenset({RankId(0)}))
+    after = groups.without(frozenset({RankId(0)})).completed(left)
     moved = type(topology)(Epoch(2), (*left, RankId(5)), left, (RankId(5),))
     layer = DenseLayer(FIRST, 2, CPU)
-    layer.enter(after, moved, RankId(1))
+    layer.enter(without_experts(moved, after), RankId(1))
     assert layer.slots_of(2).tolist() == [[2, 5]] * 2, "logical ranks 1 and 2"
     assert dense_servers(after, moved) == (1, 2)
     assert dense_servers(groups, topology) == (0, 1, 2, 3), "rank 4 holds no shard"
@@ -361,12 +362,12 @@ def test_a_model_with_sharded_layers_gives_the_same_tokens(
     dense = DenseSpec((FIRST,), num_shards, tuple(range(num_shards)))
     runner = ModelRunner(made[arch], slots, 16, info.top_k, torch.float32, CPU, dense=dense)
     runner.allocate(LIMITS.num_blocks, LIMITS.block_size)
-    topology = collocated(EPOCH, 1)
     groups = DenseGroups(num_shards, (), extra=((ME,) * num_shards,))
     placement = ExpertPlacement(16, tuple(slots), {ME: tuple(slots.values())})
     experts, shards = (_counting(microbatches, slots) for slots in (16, num_shards))
-    runner.enter(experts, placement, topology, ME)
-    runner.enter_dense(shards, groups, topology, ME)
+    alone = membership(placement, dense=groups)
+    runner.enter(experts, alone, ME)
+    runner.enter_dense(shards, alone, ME)
     solo.runner = runner
     assert solo.run(prompts, params) == expected
     assert shards[0].num_sent > 10, "the dense layer goes through the exchange, on its own way"

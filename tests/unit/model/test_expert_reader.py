@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.solo import SoloRank
 from transformers import AutoModelForCausalLM
+from unit.memberships import membership
 
 from revivemoe.checkpoint import ARCHS
 from revivemoe.core.limits import RankLimits
-from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SlotId
+from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
 from revivemoe.membership.placement import ExpertPlacement
-from revivemoe.membership.topology import collocated
 from revivemoe.messages.commands import SlotLoad
 from revivemoe.model import expert_reader
 from revivemoe.model.expert_reader import ExpertReader
@@ -197,7 +197,7 @@ def kept_logits(solo: SoloRank, monkeypatch: pytest.MonkeyPatch) -> list[torch.T
 
 
 def full_placement(solo: SoloRank) -> ExpertPlacement:
-    layers = tuple(solo.runner.held())
+    layers = tuple(solo.runner.worker.held())
     return ExpertPlacement(16, layers, {RankId(0): (tuple(range(16)),) * len(layers)})
 
 
@@ -208,19 +208,19 @@ def test_a_model_mended_gives_the_logits_of_a_whole_one(
     expected = kept_logits(SoloRank(made[arch], LIMITS), monkeypatch)
     solo = SoloRank(made[arch], LIMITS, {2: {5}, 3: {0, 15}})
     placement = full_placement(solo)
-    loads = solo.runner.to_load(placement, RankId(0))
+    loads = solo.runner.worker.to_load(placement.layers, placement.slots[RankId(0)])
     assert set(loads) == {load(5, 5, layer=2), load(0, 0), load(15, 15)}
-    assert solo.runner.to_load(placement, RankId(1)) == ()
+    assert solo.runner.worker.to_load(placement.layers, ()) == (), "without the expert role"
     before = [p.data_ptr() for p in solo.runner.generator.model.parameters()]
-    report = solo.runner.load_experts(loads)
+    report = solo.runner.worker.load(loads)
     assert [p.data_ptr() for p in solo.runner.generator.model.parameters()] == before, "in place"
     assert report.sources == {"disk": 3}
     assert report.num_bytes == 3 * 3 * 64 * 32 * 4
-    assert solo.runner.to_load(placement, RankId(0)) == ()
-    assert set(solo.runner.held().values()) == {tuple(range(16))}
+    assert solo.runner.worker.to_load(placement.layers, placement.slots[RankId(0)]) == ()
+    assert set(solo.runner.worker.held().values()) == {tuple(range(16))}
     dispatcher = solo.runner.exchange.lanes[0].dispatcher
     assert dispatcher is not None
-    solo.runner.enter([dispatcher], placement, collocated(Epoch(1), 1), RankId(0))
+    solo.runner.enter([dispatcher], membership(placement), RankId(0))
     got = kept_logits(solo, monkeypatch)
     assert len(got) == len(expected) > 20
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -230,7 +230,7 @@ def test_another_slot_and_another_expert(made: dict[str, Path]) -> None:
     """A slot that held one expert takes another; its neighbours stay as they are."""
     solo = SoloRank(made["qwen3_moe"], LIMITS)
     theirs, layer = whole(made["qwen3_moe"]), solo.runner.exchange.layers[LAST]
-    solo.runner.load_experts([load(2, 11), load(9, 11), load(4, 3)])
+    solo.runner.worker.load([load(2, 11), load(9, 11), load(4, 3)])
     expected = [0, 1, 11, 3, 3, 5, 6, 7, 8, 11, 10, 11, 12, 13, 14, 15]
     assert layer.held == expected
     for slot, expert in enumerate(expected):
@@ -279,7 +279,7 @@ class Peer:
 def test_sources_are_asked_in_their_order(made: dict[str, Path]) -> None:
     solo = SoloRank(made["qwen3_moe"], LIMITS)
     sources = [Peer("a", {1, 2}), Peer("bb", {2, 3})]
-    report = solo.runner.load_experts([load(s, s) for s in (1, 2, 3, 4)], sources)
+    report = solo.runner.worker.load([load(s, s) for s in (1, 2, 3, 4)], sources)
     assert report.sources == {"a": 2, "bb": 1, "disk": 1}
     layer = solo.runner.exchange.layers[LAST]
     firsts = [float(layer.read_slot(SlotId(s))["down_proj"][0, 0]) for s in (1, 2, 3)]
@@ -298,7 +298,7 @@ def test_loading_beside_a_running_model_disturbs_nobody(made: dict[str, Path]) -
         expert = 0
         while not stop.is_set():
             try:
-                solo.runner.load_experts([load(0, expert, layer=k) for k in range(4)])
+                solo.runner.worker.load([load(0, expert, layer=k) for k in range(4)])
                 for name, row in layer.read_slot(SlotId(0)).items():
                     assert torch.equal(row, getattr(theirs, name)[expert])
             except Exception as error:

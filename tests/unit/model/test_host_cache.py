@@ -153,8 +153,8 @@ def test_another_process_gets_it_and_puts_its_own(fd: int) -> None:
 
 
 def cache_for(solo: SoloRank, path: Path) -> int:
-    fd = create_host_cache(list(solo.runner.held()), 16, expert_bytes(path, torch.float32))
-    solo.runner.attach_host_cache(fd)
+    fd = create_host_cache(list(solo.runner.worker.held()), 16, expert_bytes(path, torch.float32))
+    solo.runner.worker.attach_host_cache(fd)
     return fd
 
 
@@ -163,10 +163,10 @@ def test_an_expert_comes_back_from_host_memory(made: dict[str, Path], arch: str)
     """One rank fills it, another, without these experts, loads from it without the disk."""
     holder, needy = SoloRank(made[arch], LIMITS), SoloRank(made[arch], LIMITS, {3: {2, 5}})
     fd = cache_for(holder, made[arch])
-    assert holder.runner.fill_host_cache() == 16 * len(holder.runner.held())
-    needy.runner.attach_host_cache(fd)
+    assert holder.runner.worker.fill_host_cache() == 16 * len(holder.runner.worker.held())
+    needy.runner.worker.attach_host_cache(fd)
     loads = [SlotLoad(LayerId(3), SlotId(s), ExpertId(s)) for s in (2, 5)]
-    report = needy.runner.load_experts(loads)
+    report = needy.runner.worker.load(loads)
     assert report.sources == {"host": 2}
     for slot in range(16):
         ours, theirs = (
@@ -182,8 +182,8 @@ def test_what_came_from_disk_is_kept(made: dict[str, Path]) -> None:
     solo = SoloRank(path, LIMITS, {3: {2}})
     fd = cache_for(solo, path)
     again = [SlotLoad(LayerId(3), SlotId(2), ExpertId(2))]
-    assert solo.runner.load_experts(again).sources == {"disk": 1}
-    assert solo.runner.load_experts(again).sources == {"host": 1}
+    assert solo.runner.worker.load(again).sources == {"disk": 1}
+    assert solo.runner.worker.load(again).sources == {"host": 1}
     os.close(fd)
 
 
@@ -191,17 +191,17 @@ def test_a_peer_is_asked_before_host_memory(made: dict[str, Path]) -> None:
     path = made["qwen3_moe"]
     solo = SoloRank(path, LIMITS)
     fd = cache_for(solo, path)
-    solo.runner.fill_host_cache()
+    solo.runner.worker.fill_host_cache()
 
     class Peer:
         name = "peer"
 
         def fetch(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
-            shapes = solo.runner.row_shapes().items()
+            shapes = solo.runner.worker.row_shapes().items()
             return {n: torch.ones(s) for n, (s, _) in shapes} if expert == 2 else None
 
     loads = [SlotLoad(LayerId(3), SlotId(s), ExpertId(s)) for s in (2, 5)]
-    assert solo.runner.load_experts(loads, [Peer()]).sources == {"peer": 1, "host": 1}
+    assert solo.runner.worker.load(loads, [Peer()]).sources == {"peer": 1, "host": 1}
     os.close(fd)
 
 
@@ -209,8 +209,8 @@ def test_empty_slots_are_not_cached(made: dict[str, Path]) -> None:
     path = made["qwen3_moe"]
     solo = SoloRank(path, LIMITS, {3: {2}, 1: {0, 1}})
     fd = cache_for(solo, path)
-    assert solo.runner.fill_host_cache() == 4 * 16 - 3
-    cache = HostCache(fd, solo.runner.row_shapes())
+    assert solo.runner.worker.fill_host_cache() == 4 * 16 - 3
+    cache = HostCache(fd, solo.runner.worker.row_shapes())
     assert cache.get(LayerId(3), ExpertId(2)) is None
     assert cache.get(LayerId(3), ExpertId(3)) is not None
     os.close(fd)

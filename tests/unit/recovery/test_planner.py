@@ -2,35 +2,39 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from unit.memberships import LAYERS, membership, placed
 
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
 from revivemoe.membership.placement import ExpertPlacement, Reload
-from revivemoe.membership.topology import Topology, collocated
+from revivemoe.membership.topology import Topology, collocated, disaggregated
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.plan import Continue, GiveUp, Migration, RecoveryPlan, Restart
 from revivemoe.recovery.planner import DOMAIN_FAILURES, plan_recovery
 from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.world import SequenceView, World
 
-LAYERS = (LayerId(1), LayerId(2))
+
+def held(*ranks: tuple[int, ...], num_experts: int = 4) -> ExpertPlacement:
+    """What each rank holds, of both layers; -1 for an empty slot, () without the expert role."""
+    return placed({r: (row, row) for r, row in enumerate(ranks) if row}, num_experts)
 
 
-def placed(*ranks: tuple[int, ...]) -> ExpertPlacement:
-    """Four experts in two layers; what each rank holds of both, -1 for an empty slot."""
-    slots = {RankId(r): (held, held) for r, held in enumerate(ranks)}
-    return ExpertPlacement(num_experts=4, layers=LAYERS, slots=slots)
-
-
-TWICE = placed((0, 1, 3), (1, 2, 0), (2, 3, -1))
+TWICE = held((0, 1, 3), (1, 2, 0), (2, 3, -1))
 """Every expert on two ranks."""
-ONCE = placed((0, 1), (2,), (3,))
+ONCE = held((0,), (1,), (2,), (3,))
+"""Every expert on one rank, and no room."""
+ONE_EACH, TWO_AND_ONE = disaggregated(Epoch(4), 1, 1), disaggregated(Epoch(4), 2, 1)
+APART = held((), (), (0, 1, 2, 3))
+"""The experts on a rank of their own."""
 ALL_MAY = Policy(max_missing_fraction=0.99)
 
 
-def world(placement: ExpertPlacement = TWICE, **fields: Any) -> World:
+def world(
+    placement: ExpertPlacement = TWICE, topology: Topology | None = None, **fields: Any
+) -> World:
+    """Without a topology: collocated, those that have slots."""
     given: dict[str, Any] = {
-        "topology": collocated(Epoch(4), 3),
-        "placement": placement,
+        "membership": membership(placement, topology, epoch=4),
         "sequences": (),
         "maskable": True,
         "recent_recoveries": 0,
@@ -63,8 +67,8 @@ def give_up(plan: RecoveryPlan) -> str:
 
 def test_replicas_cover_a_loss() -> None:
     plan = go_on(plan_recovery(world(), lost(1), Policy()))
-    assert plan.topology == Topology(Epoch(5), (0, 2), (0, 2), (0, 2))
-    assert plan.placement.slots == {r: TWICE.slots[r] for r in (0, 2)}
+    survivors = Topology(Epoch(5), (0, 2), (0, 2), (0, 2))
+    assert plan.membership == membership(TWICE.without(frozenset({RankId(1)})), survivors)
     assert plan.experts_dropped == 3 * 2, "three replicas in each of two layers"
     assert plan.masked == ()
     assert plan.migrations == ()
@@ -80,8 +84,7 @@ def test_empty_slots_are_no_replicas() -> None:
 def test_no_fault_is_the_same_members_in_a_new_domain() -> None:
     sequences = (view(1, 0), view(2, None))
     plan = go_on(plan_recovery(world(ONCE, sequences=sequences), [], Policy()))
-    assert plan.topology == collocated(Epoch(5), 3)
-    assert plan.placement == ONCE
+    assert plan.membership == membership(ONCE, collocated(Epoch(5), 4))
     assert (plan.migrations, plan.masked, plan.experts_dropped) == ((), (), 0)
     assert "no rank is accused" in plan.reason
 
@@ -90,14 +93,14 @@ def test_the_dead_of_earlier_epochs_are_not_lost_again() -> None:
     topology = Topology(Epoch(7), (0, 2), (0, 2), (0, 2))
     left = TWICE.without(frozenset({RankId(1)}))
     plan = go_on(plan_recovery(world(left, topology=topology), lost(1), Policy()))
-    assert plan.topology == Topology(Epoch(8), (0, 2), (0, 2), (0, 2))
+    assert plan.membership.topology == Topology(Epoch(8), (0, 2), (0, 2), (0, 2))
     assert plan.experts_dropped == 0
 
 
 def test_masking_within_the_bound() -> None:
     policy = Policy(max_missing_fraction=0.25)
     plan = go_on(plan_recovery(world(ONCE), lost(1), policy))
-    assert plan.masked == ((1, 2), (2, 2))
+    assert plan.masked == ((1, 1), (2, 1))
     assert plan.experts_dropped == 0
     assert "2 experts over 2 layers" in plan.reason
     assert "degraded" in plan.reason
@@ -117,34 +120,34 @@ def test_the_bound_is_over_all_that_is_missing_by_now() -> None:
     """One expert is masked already; the second goes beyond what is allowed for both."""
     policy = Policy(max_missing_fraction=0.25)
     first = go_on(plan_recovery(world(ONCE), lost(1), policy))
-    later = world(first.placement, topology=first.topology)
+    later = world(membership=first.membership)
     assert "50.0%" in give_up(plan_recovery(later, lost(2), policy))
 
 
 def test_only_the_newly_missing_are_reported_as_masked() -> None:
     first = go_on(plan_recovery(world(ONCE), lost(1), ALL_MAY))
-    later = world(first.placement, topology=first.topology)
-    assert go_on(plan_recovery(later, lost(2), ALL_MAY)).masked == ((1, 3), (2, 3))
+    later = world(membership=first.membership)
+    assert go_on(plan_recovery(later, lost(2), ALL_MAY)).masked == ((1, 2), (2, 2))
 
 
 def test_a_loss_that_is_covered_goes_on_although_experts_are_masked() -> None:
-    degraded = placed((0, 1), (0, 1), (2,))
+    degraded = held((0, 1), (0, 1), (2, 3), num_experts=5)
     plan = go_on(plan_recovery(world(degraded), lost(1), Policy(max_missing_fraction=0)))
+    assert plan.membership.missing == ((1, 4), (2, 4)), "as before"
     assert plan.masked == ()
     assert plan.experts_dropped == 4
 
 
 def test_a_small_layer_counts_by_itself() -> None:
     """Missing from one layer only: its fraction decides."""
-    slots = {RankId(0): ((0, 1, 2), (0, 1, 2)), RankId(1): ((3, -1, -1), (3, 2, -1))}
-    placement = ExpertPlacement(num_experts=4, layers=LAYERS, slots=slots)
-    topology = collocated(Epoch(1), 2)
+    tables = {0: ((0, 1, 2), (0, 1, 2)), 1: ((3, -1, -1), (3, 2, -1))}
+    two = world(placed(tables, 4))
     mask = replace(ALL_MAY, repair=("mask",))
-    plan = go_on(plan_recovery(world(placement, topology=topology), lost(0), mask))
+    plan = go_on(plan_recovery(two, lost(0), mask))
     assert plan.masked == ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1))
     assert plan.experts_dropped == 1
     half = Policy(max_missing_fraction=0.5, repair=("mask",))
-    assert "75.0%" in give_up(plan_recovery(world(placement, topology=topology), lost(0), half))
+    assert "75.0%" in give_up(plan_recovery(two, lost(0), half))
 
 
 def test_a_router_that_cannot_be_masked() -> None:
@@ -154,15 +157,15 @@ def test_a_router_that_cannot_be_masked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("topology", "dead", "says"),
+    ("asked", "dead", "says"),
     [
-        (collocated(Epoch(1), 3), (0, 1, 2), "no attention rank is left (ranks 0, 1, 2 lost)"),
-        (Topology(Epoch(1), (0, 1, 2), (0, 1), (2,)), (0, 1), "no attention rank is left"),
-        (Topology(Epoch(1), (0, 1, 2), (0, 1), (2,)), (2,), "no expert rank is left (rank 2 lost)"),
+        (world(), (0, 1, 2), "no attention rank is left (ranks 0, 1, 2 lost)"),
+        (world(APART, TWO_AND_ONE), (0, 1), "no attention rank is left"),
+        (world(held((), (0, 1, 2, 3)), ONE_EACH), (1,), "no expert rank is left (rank 1 lost)"),
     ],
 )
-def test_nobody_left(topology: Topology, dead: tuple[int, ...], says: str) -> None:
-    assert says in give_up(plan_recovery(world(topology=topology), lost(*dead), ALL_MAY))
+def test_nobody_left(asked: World, dead: tuple[int, ...], says: str) -> None:
+    assert says in give_up(plan_recovery(asked, lost(*dead), ALL_MAY))
 
 
 def test_too_many_recoveries_in_the_window() -> None:
@@ -196,17 +199,15 @@ def test_sequences_that_wait_are_the_routers_affair() -> None:
 
 
 def test_sequences_go_to_attention_ranks_only() -> None:
-    topology = Topology(Epoch(1), (0, 1, 2), (0, 1), (2,))
-    placement = placed((), (), (0, 1, 2, 3))
-    asked = world(placement, topology=topology, sequences=(view(1, 0), view(2, 0)))
+    asked = world(APART, TWO_AND_ONE, sequences=(view(1, 0), view(2, 0)))
     plan = go_on(plan_recovery(asked, lost(0), Policy()))
     assert {m.to for m in plan.migrations} == {1}
 
 
 def test_an_owner_that_left_in_an_earlier_epoch() -> None:
     """Compound faults: it was moved to a rank that has died since."""
-    topology = Topology(Epoch(9), (0, 2), (0, 2), (0, 2))
-    asked = world(topology=topology, sequences=(view(1, 1), view(2, 2)))
+    left = TWICE.without(frozenset({RankId(1)}))
+    asked = world(left, sequences=(view(1, 1), view(2, 2)))
     plan = go_on(plan_recovery(asked, lost(2), ALL_MAY))
     assert plan.migrations == (Migration(SeqId(1), 0, 10), Migration(SeqId(2), 0, 10))
 
@@ -219,7 +220,7 @@ def test_the_plan_is_a_function_of_its_input() -> None:
 
 # ---- reload ---------------------------------------------------------------------------------
 
-SPARE = placed((0, 1, -1), (2, -1, -1), (3, -1, -1))
+SPARE = held((0, 1, -1), (2, -1, -1), (3, -1, -1))
 """Every expert once; room on each rank."""
 
 
@@ -231,7 +232,7 @@ def test_lost_experts_are_loaded_into_empty_slots() -> None:
     plan = go_on(plan_recovery(world(SPARE), lost(0), Policy()))
     assert plan.masked == ()
     assert plan.experts_dropped == 0
-    assert plan.placement.missing() == []
+    assert plan.membership.missing == ()
     assert {(r.layer, r.expert) for r in plan.reloads} == {(1, 0), (1, 1), (2, 0), (2, 1)}
     assert {r.rank for r in plan.reloads} == {1, 2}, "in parallel over the survivors"
     for r in plan.reloads:
@@ -241,21 +242,20 @@ def test_lost_experts_are_loaded_into_empty_slots() -> None:
 
 def test_a_slot_whose_expert_has_another_replica_counts_as_spare() -> None:
     """0 and 1 are on two ranks; the loss of rank 2 takes the only 3."""
-    placement = placed((0, 1), (0, 1), (2, 3), (2, -1))
-    four = world(placement.without(frozenset({RankId(3)})), topology=collocated(Epoch(4), 3))
-    plan = go_on(plan_recovery(four, lost(2), Policy()))
-    assert plan.placement.missing() == []
-    held = {e for r in (0, 1) for e in plan.placement.slots[RankId(r)][0]}
-    assert held == {0, 1, 2, 3}, "one replica of each of the others makes room"
+    placement = held((0, 1), (0, 1), (2, 3), (2, -1))
+    three = world(placement.without(frozenset({RankId(3)})))
+    plan = go_on(plan_recovery(three, lost(2), Policy()))
+    assert plan.membership.missing == ()
+    left = {e for r in (0, 1) for e in plan.membership.placement.slots[RankId(r)][0]}
+    assert left == {0, 1, 2, 3}, "one replica of each of the others makes room"
 
 
 def test_no_room_then_mask_within_the_bound() -> None:
-    full = placed((0, 1), (2, -1), (3, -1))
+    full = held((0, 1), (2, -1), (3, -1))
     plan = go_on(plan_recovery(world(full), lost(0), Policy(max_missing_fraction=0.5)))
     assert len(plan.reloads) == 4
-    tight = placed((0, 1, 2), (3, -1, -1))
-    two = world(tight, topology=collocated(Epoch(4), 2))
-    plan = go_on(plan_recovery(two, lost(0), Policy(max_missing_fraction=0.25)))
+    tight = held((0, 1, 2), (3, -1, -1))
+    plan = go_on(plan_recovery(world(tight), lost(0), Policy(max_missing_fraction=0.25)))
     assert (len(plan.reloads), len(plan.masked)) == (4, 2), "two of three fit; the rest is masked"
 
 
@@ -264,7 +264,7 @@ def test_masked_meanwhile_if_the_policy_says_so() -> None:
     plan = go_on(plan_recovery(world(SPARE), lost(0), policy))
     assert plan.reloads == ()
     assert len(plan.background) == len(plan.masked) == 4
-    assert set(plan.placement.missing()) == set(plan.masked)
+    assert set(plan.membership.missing) == set(plan.masked)
     assert "while they are loaded" in plan.reason
     strict = replace(policy, max_missing_fraction=0.25)
     assert go_on(plan_recovery(world(SPARE), lost(0), strict)).reloads, "beyond it: loaded first"
@@ -282,7 +282,7 @@ def test_slots_that_are_being_loaded_into_are_taken() -> None:
     """Rank 1 loads expert 0 into its slot 1 beside the steps; the loss of 2 must not use that."""
     left = SPARE.without(frozenset({RankId(0)}))
     loading = tuple(reload(1, layer, 1, 0) for layer in LAYERS)
-    now = world(left, topology=Topology(Epoch(4), (1, 2), (1, 2), (1, 2)), loading=loading)
+    now = world(left, loading=loading)
     plan = go_on(plan_recovery(now, lost(2), ALL_MAY))
     assert not {(r.layer, r.slot) for r in plan.reloads} & {(1, 1), (2, 1)}
     assert {r.expert for r in plan.reloads} <= {1, 3}, "0 is on its way"
@@ -291,9 +291,9 @@ def test_slots_that_are_being_loaded_into_are_taken() -> None:
 def test_experts_loaded_meanwhile_are_taken_into_use() -> None:
     left = SPARE.without(frozenset({RankId(0)}))
     loaded = tuple(reload(1, layer, s, e) for layer in LAYERS for s, e in ((1, 0), (2, 1)))
-    now = world(left, topology=Topology(Epoch(4), (1, 2), (1, 2), (1, 2)), loaded=loaded)
+    now = world(left, loaded=loaded)
     plan = go_on(plan_recovery(now, [], Policy()))
-    assert plan.placement.missing() == []
+    assert plan.membership.missing == ()
     assert plan.reloads == plan.masked == ()
 
 
@@ -309,14 +309,13 @@ def test_what_cannot_be_repaired_is_started_anew() -> None:
 
 
 def test_a_restarted_rank_is_taken_in_with_its_experts() -> None:
-    home = collocated(Epoch(1), 3)
+    home = collocated(Epoch(1), 4)
     back = world(
-        ONCE, gone=(RankId(1),), ready=(RankId(1),), home=home, tables={RankId(1): ((2,), (2,))},
+        ONCE, gone=(RankId(1),), ready=(RankId(1),), home=home, tables={RankId(1): ((1,), (1,))},
         sequences=(view(0, None), view(1, 0)),
     )  # fmt: skip
     plan = go_on(plan_recovery(back, [], Policy()))
-    assert plan.topology.members == (0, 1, 2)
-    assert plan.placement.missing() == []
+    assert plan.membership == membership(ONCE, collocated(Epoch(5), 4))
     assert plan.migrations == (), "what has never had a rank waits for the router"
 
 

@@ -141,9 +141,11 @@ def test_slow_against_its_peers_for_long_enough() -> None:
     for rank, seconds in enumerate((0.01, 0.012, 0.011, 0.05)):
         slow.heard(RankId(rank), [pace(seconds)])
     assert slow.judge(10.0) == {}
+    assert slow.judge(11.0) == {}
     assert slow.judge(11.9) == {}
     assert list(slow.judge(12.0)) == [3]
     slow.heard(RankId(3), [pace(0.012)])
+    assert list(slow.judge(12.9)) == [3], "looked at once a second"
     assert slow.judge(13.0) == {}
 
 
@@ -167,7 +169,7 @@ def test_few_calls_say_nothing() -> None:
 def test_without_peers_its_own_best_counts() -> None:
     slow = slowness()
     slow.heard(RankId(0), [pace(0.01)])
-    assert slow.ratio(RankId(0)) == 1.0
+    assert slow.ratios() == {RankId(0): 1.0}
     slow.heard(RankId(0), [pace(0.05)])
     slow.judge(10.0)
     assert list(slow.judge(20.0)) == [0]

@@ -4,9 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from unit import memberships
+from unit.memberships import LAYERS, membership, of_roles
 
 from revivemoe.ids import Epoch, ExpertId, LayerId, RankId, SeqId, SlotId
-from revivemoe.membership.dense_groups import form_groups
+from revivemoe.membership.dense_groups import DenseGroups, form_groups
 from revivemoe.membership.placement import ExpertPlacement, Reload, Table
 from revivemoe.membership.topology import Topology, collocated, disaggregated, switched
 from revivemoe.recovery.faults import Fault
@@ -23,7 +25,6 @@ from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.role_switch import RoleSwitch, choose_switches
 from revivemoe.recovery.world import SequenceView, World
 
-LAYERS = (LayerId(1), LayerId(2))
 HOME = disaggregated(Epoch(1), 3, 3)
 """Attention on 0, 1, 2; experts on 3, 4, 5."""
 TABLES: dict[int, Table] = {
@@ -40,18 +41,19 @@ MEANWHILE = Policy(serve_masked_meanwhile=True, max_missing_fraction=0.9)
 
 
 def placed(tables: dict[int, Table]) -> ExpertPlacement:
-    slots = {RankId(rank): table for rank, table in tables.items()}
-    return ExpertPlacement(num_experts=6, layers=LAYERS, slots=slots)
+    return memberships.placed(tables, num_experts=6)
 
 
-def of_roles(epoch: int, attention: tuple[int, ...], experts: tuple[int, ...]) -> Topology:
-    return Topology(Epoch(epoch), (*attention, *experts), attention, experts)
-
-
-def world(**fields: Any) -> World:
+def world(
+    topology: Topology | None = None,
+    placement: ExpertPlacement | None = None,
+    dense: DenseGroups | None = None,
+    **fields: Any,
+) -> World:
+    """What is not given is as at the start, in epoch 4."""
+    topology = topology or of_roles(4, (0, 1, 2), (3, 4, 5))
     given: dict[str, Any] = {
-        "topology": of_roles(4, (0, 1, 2), (3, 4, 5)),
-        "placement": placed(TABLES),
+        "membership": membership(placement or placed(TABLES), topology, dense),
         "sequences": (),
         "maskable": True,
         "recent_recoveries": 0,
@@ -87,9 +89,9 @@ def go_on(plan: RecoveryPlan) -> Continue:
 
 def roles(plan: Continue) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Attention ranks and expert ranks; the members are just these, in this order."""
-    topology = plan.topology
-    assert topology.members == (*topology.attention, *topology.experts)
-    return topology.attention, topology.experts
+    present = plan.membership
+    assert present.members == (*present.attention, *present.experts)
+    return present.attention, present.experts
 
 
 BUSY = (view(1, 0, 30), view(2, 1, 5), view(3, 2, 20), view(4, 1, 6), view(5, None, 99))
@@ -101,7 +103,7 @@ BUSY = (view(1, 0, 30), view(2, 1, 5), view(3, 2, 20), view(4, 1, 6), view(5, No
 
 def test_the_cheapest_attention_rank_takes_the_lost_ones_place() -> None:
     plan = go_on(plan_recovery(world(sequences=BUSY), lost(3), Policy()))
-    assert plan.topology == of_roles(5, (0, 2), (1, 4, 5))
+    assert plan.membership.topology == of_roles(5, (0, 2), (1, 4, 5))
     assert plan.switches == (RoleSwitch(RankId(1), RankId(3), LOST_WITH_3),)
     assert plan.reloads == (
         Reload(RankId(1), LayerId(1), SlotId(0), ExpertId(0)),
@@ -109,7 +111,7 @@ def test_the_cheapest_attention_rank_takes_the_lost_ones_place() -> None:
         Reload(RankId(1), LayerId(2), SlotId(0), ExpertId(2)),
         Reload(RankId(1), LayerId(2), SlotId(1), ExpertId(5)),
     )
-    assert plan.placement == placed({1: LOST_WITH_3, 4: TABLES[4], 5: TABLES[5]})
+    assert plan.membership.placement == placed({1: LOST_WITH_3, 4: TABLES[4], 5: TABLES[5]})
     assert (plan.switch_aside, plan.role_switched) == (False, 1)
     assert (plan.masked, plan.background, plan.experts_dropped) == ((), (), 0)
     assert plan.reason == (
@@ -150,7 +152,7 @@ def test_of_equals_the_lowest_id_is_the_donor() -> None:
 def test_an_attention_rank_lost_with_it_is_no_donor() -> None:
     """Rank 1 would have been; of the two that are left, rank 2 costs less."""
     plan = go_on(plan_recovery(world(sequences=BUSY), lost(3, 1), Policy()))
-    assert plan.topology == of_roles(5, (0,), (2, 4, 5))
+    assert plan.membership.topology == of_roles(5, (0,), (2, 4, 5))
     assert plan.switches == (RoleSwitch(RankId(2), RankId(3), LOST_WITH_3),)
     assert [(m.seq_id, m.to) for m in plan.migrations] == [(2, 0), (3, 0), (4, 0)]
     assert plan.reason.startswith("ranks 1, 3 lost; rank 2 becomes an expert rank in the place of")
@@ -176,7 +178,7 @@ def test_only_what_has_no_replica_is_loaded() -> None:
         Reload(RankId(0), LayerId(1), SlotId(0), ExpertId(1)),
         Reload(RankId(0), LayerId(2), SlotId(0), ExpertId(5)),
     )
-    assert plan.placement.missing() == []
+    assert plan.membership.missing == ()
     assert plan.experts_dropped == 4
 
 
@@ -191,8 +193,8 @@ def test_what_was_missing_before_is_loaded_as_well() -> None:
     assert (first.replaces, second.replaces) == (4, 5)
     assert first.table == ((2, 3), (0, 1))
     assert second.table == ((4, 5), (3, 4))
-    assert plan.topology == of_roles(7, (0,), (3, 1, 2))
-    assert plan.placement.missing() == []
+    assert plan.membership.topology == of_roles(7, (0,), (3, 1, 2))
+    assert plan.membership.missing == ()
 
 
 def test_two_expert_ranks_at_once_take_two_donors() -> None:
@@ -202,9 +204,9 @@ def test_two_expert_ranks_at_once_take_two_donors() -> None:
     assert (second.rank, second.replaces) == (2, 4), "the next cheapest"
     assert first.table == ((0, 1), (0, 2))
     assert second.table == ((2, 3), (4, 5))
-    assert plan.topology == of_roles(5, (0,), (1, 2, 5))
+    assert plan.membership.topology == of_roles(5, (0,), (1, 2, 5))
     assert plan.reloads == (*loads(1, first.table), *loads(2, second.table))
-    assert plan.placement == placed({1: first.table, 2: second.table, 5: TABLES[5]})
+    assert plan.membership.placement == placed({1: first.table, 2: second.table, 5: TABLES[5]})
     assert plan.role_switched == 1
     assert plan.reason.endswith(
         "rank 1 becomes an expert rank in the place of rank 3 and rank 2 becomes an expert rank "
@@ -234,8 +236,8 @@ def test_a_place_whose_rank_comes_back_is_not_taken() -> None:
 def test_groups_of_dense_layers_do_without_the_donor() -> None:
     dense = form_groups((RankId(0), RankId(1)), 2)
     plan = go_on(plan_recovery(world(sequences=BUSY, dense=dense), lost(3), Policy()))
-    assert plan.dense is not None
-    assert plan.dense.healthy(plan.topology.attention) == ((0, 2),)
+    assert plan.membership.dense is not None
+    assert plan.membership.dense.healthy(plan.membership.attention) == ((0, 2),)
 
 
 # ---- the policy's order ---------------------------------------------------------------------
@@ -338,13 +340,13 @@ ANYTHING = Policy(serve_masked_meanwhile=True, max_missing_fraction=1)
 @pytest.mark.parametrize("policy", [Policy(), ANYTHING], ids=["default", "meanwhile"])
 def test_without_any_expert_rank_everybody_waits_for_the_switch(policy: Policy) -> None:
     plan = go_on(plan_recovery(world(**TWO), lost(3, 4), policy))
-    assert plan.topology == of_roles(5, (0,), (1, 2))
+    assert plan.membership.topology == of_roles(5, (0,), (1, 2))
     table_1, table_2 = ((0, 1, 2),) * 2, ((3, 4, 5),) * 2
     assert plan.switches == (
         RoleSwitch(RankId(1), RankId(3), table_1),
         RoleSwitch(RankId(2), RankId(4), table_2),
     )
-    assert plan.placement == placed({1: table_1, 2: table_2})
+    assert plan.membership.placement == placed({1: table_1, 2: table_2})
     assert plan.reloads == (*loads(1, table_1), *loads(2, table_2))
     assert (plan.switch_aside, plan.masked) == (False, ())
 
@@ -377,9 +379,9 @@ def test_experts_do_not_become_attention_ranks() -> None:
 def test_in_the_background_the_donor_is_outside_and_the_experts_are_masked() -> None:
     plan = go_on(plan_recovery(world(sequences=BUSY), lost(3), MEANWHILE))
     assert plan.switch_aside
-    assert plan.topology == of_roles(5, (0, 2), (4, 5))
+    assert plan.membership.topology == of_roles(5, (0, 2), (4, 5))
     assert plan.switches == (RoleSwitch(RankId(1), RankId(3), LOST_WITH_3),)
-    assert plan.placement == placed({4: TABLES[4], 5: TABLES[5]})
+    assert plan.membership.placement == placed({4: TABLES[4], 5: TABLES[5]})
     assert plan.masked == ((1, 0), (1, 1), (2, 2), (2, 5))
     assert (plan.reloads, plan.background) == ((), ()), "the donor knows from its switch"
     assert [(m.seq_id, m.to) for m in plan.migrations] == [(2, 2), (4, 2)]
@@ -402,7 +404,7 @@ def test_what_may_not_be_masked_is_loaded_before_the_next_step(case: str) -> Non
     )
     plan = go_on(plan_recovery(world(maskable=case != "router"), lost(3), policy))
     assert (plan.switch_aside, plan.masked) == (False, ())
-    assert plan.placement.missing() == []
+    assert plan.membership.missing == ()
     assert roles(plan) == ((1, 2), (0, 4, 5))
 
 
@@ -430,7 +432,7 @@ def test_what_one_rank_is_loading_is_not_promised_to_another() -> None:
 def test_a_loss_without_experts_leaves_the_switch_alone() -> None:
     sequences = (view(1, 0, 10), view(2, 2, 10))
     plan = go_on(plan_recovery(world(**SWITCHING, sequences=sequences), lost(0), MEANWHILE))
-    assert plan.topology == of_roles(6, (2,), (4, 5))
+    assert plan.membership.topology == of_roles(6, (2,), (4, 5))
     assert (plan.switches, plan.masked, plan.reloads) == ((), (), ())
     assert plan.migrations == (Migration(SeqId(1), RankId(2), 10),)
 
@@ -438,7 +440,7 @@ def test_a_loss_without_experts_leaves_the_switch_alone() -> None:
 def test_a_new_domain_does_not_begin_the_switch_anew() -> None:
     plan = go_on(plan_recovery(world(**SWITCHING), [], MEANWHILE))
     assert (plan.switches, plan.role_switched) == ((), None)
-    assert plan.topology == of_roles(6, (0, 2), (4, 5))
+    assert plan.membership.topology == of_roles(6, (0, 2), (4, 5))
 
 
 def test_when_the_donor_dies_meanwhile_another_one_takes_over() -> None:
@@ -460,8 +462,8 @@ READY = SWITCHING | {"launching": (), "ready": (RankId(1),)}
 
 def test_the_donor_that_is_ready_is_taken_in_as_an_expert_rank() -> None:
     plan = go_on(plan_recovery(world(**READY), [], MEANWHILE))
-    assert plan.topology == of_roles(6, (0, 2), (1, 4, 5))
-    assert plan.placement == placed({1: LOST_WITH_3, 4: TABLES[4], 5: TABLES[5]})
+    assert plan.membership.topology == of_roles(6, (0, 2), (1, 4, 5))
+    assert plan.membership.placement == placed({1: LOST_WITH_3, 4: TABLES[4], 5: TABLES[5]})
     assert plan.role_switched == 1
     assert (plan.switches, plan.reloads, plan.masked, plan.migrations) == ((), (), (), ())
     assert plan.reason == "ranks 1 are taken in"
@@ -470,14 +472,14 @@ def test_the_donor_that_is_ready_is_taken_in_as_an_expert_rank() -> None:
 def test_the_donor_is_taken_in_with_a_fault_of_another() -> None:
     plan = go_on(plan_recovery(world(**READY), lost(5), Policy()))
     assert [(s.rank, s.table) for s in plan.switches] == [(0, ((4, 5), (1, 3)))]
-    assert set(plan.topology.experts) == {0, 1, 4}
-    assert plan.topology.attention == (2,)
-    assert plan.placement.missing() == []
+    assert set(plan.membership.experts) == {0, 1, 4}
+    assert plan.membership.attention == (2,)
+    assert plan.membership.missing == ()
 
 
 def test_a_donor_that_is_accused_is_not_taken_in() -> None:
     plan = go_on(plan_recovery(world(**READY), lost(1), MEANWHILE))
-    assert 1 not in plan.topology.members
+    assert 1 not in plan.membership.members
     assert [(s.rank, s.table) for s in plan.switches] == [(0, LOST_WITH_3)]
 
 
@@ -491,8 +493,8 @@ def test_a_rank_that_comes_back_as_it_was_has_its_old_role() -> None:
         "tables": {RankId(1): (), RankId(3): TABLES[3]},
     }
     plan = go_on(plan_recovery(world(**SWITCHING | back), [], MEANWHILE))
-    assert plan.topology == of_roles(6, (0, 1, 2), (3, 4, 5))
-    assert plan.placement == placed(TABLES)
+    assert plan.membership.topology == of_roles(6, (0, 1, 2), (3, 4, 5))
+    assert plan.membership.placement == placed(TABLES)
     assert plan.role_switched is None
 
 
@@ -506,8 +508,8 @@ def test_whose_place_was_taken_comes_back_beside_its_successor() -> None:
         "gone": (RankId(3),),
     }
     plan = go_on(plan_recovery(world(**SWITCHING | switched_in), [], MEANWHILE))
-    assert plan.topology == of_roles(7, (0, 2), (1, 3, 4, 5))
-    assert plan.placement.missing() == []
+    assert plan.membership.topology == of_roles(7, (0, 2), (1, 3, 4, 5))
+    assert plan.membership.missing == ()
     assert plan.role_switched is None, "that of rank 1 was reported before"
 
 
@@ -534,7 +536,7 @@ def test_a_switch_that_is_asked_for_restores_replicas_beside_the_others(policy: 
     plan = go_on(plan_recovery(asked, [], policy))
     assert plan.switch_aside
     assert plan.switches == (RoleSwitch(RankId(2), RankId(3), ((0, 1, 2), (0, 2, 5))),)
-    assert plan.topology == of_roles(5, (0, 1), (4, 5))
+    assert plan.membership.topology == of_roles(5, (0, 1), (4, 5))
     assert plan.migrations == (Migration(SeqId(3), RankId(1), 20),)
     assert (plan.masked, plan.experts_dropped, plan.role_switched) == ((), 0, 2)
     assert plan.reason.endswith(
