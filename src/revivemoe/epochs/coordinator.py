@@ -307,7 +307,6 @@ class Coordinator:
         state = self.state
         if not isinstance(state, Resuming) or resumed.epoch != state.plan.membership.epoch:
             return None
-        assert resumed.rank in state.plan.membership.members, "resumed, and no member"
         state.waiting.discard(resumed.rank)
         state.domain_s = max(state.domain_s, resumed.domain_s)
         state.experts_s = max(state.experts_s, resumed.experts_s)
