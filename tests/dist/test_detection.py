@@ -17,7 +17,7 @@ from support.deployment import deployed, kill, with_status
 
 from revivemoe.checkpoint.inspect import inspect_checkpoint
 from revivemoe.checkpoint.make import make_model
-from revivemoe.cli.serve import load_tokenizer
+from revivemoe.cli.serve_run import load_tokenizer
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.ids import RankId
 from revivemoe.sampling_params import SamplingParams

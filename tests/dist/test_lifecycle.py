@@ -230,14 +230,32 @@ def test_a_signal_during_the_start(model_dir: Path, moment: str) -> None:
         assert "Traceback" not in served.err
 
 
-def test_a_signal_before_anything_has_begun(model_dir: Path) -> None:
-    """No process of ours is there yet, and the handlers are Python's own."""
+@pytest.mark.parametrize("library", ["msgspec", "libtorch_cpu", "tokenizers"])
+def test_a_signal_while_libraries_are_loaded(model_dir: Path, library: str) -> None:
+    """No process of ours is there yet. Moments before: tests/unit/cli/test_command_line.py."""
     with launched(model_dir) as served:
-        time.sleep(0.5)
+        deadline = time.monotonic() + START_S
+        while not any(library in line for line in _maps(served.process.pid)):
+            assert time.monotonic() < deadline, served.err
+            time.sleep(0.002)
         served.process.send_signal(signal.SIGINT)
         status, took_s = served.ended()
         assert status in (0, 130, -signal.SIGINT), served.err
         assert took_s < ENDED_WITHIN_S
+        assert "Traceback" not in served.err
+
+
+def test_a_second_signal_while_it_ends(model_dir: Path) -> None:
+    with serving(model_dir, 2) as served:
+        streams = Streams(served)
+        served.process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        served.process.send_signal(signal.SIGINT)
+        status, took_s = served.ended()
+        assert status == 0, served.err
+        assert took_s < ENDED_WITHIN_S
+        streams.assert_ended()
+        served.assert_nothing_is_left()
         assert "Traceback" not in served.err
 
 

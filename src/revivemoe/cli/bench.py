@@ -1,11 +1,18 @@
 """`revivemoe bench NAME`."""
 
-import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from revivemoe.cli.interrupts import cleaned_up
+
+if TYPE_CHECKING:
+    from revivemoe.bench import recovery
+
+Measure = Callable[[], dict[str, Any]]
 
 NAMES = ("recovery", "throughput", "dispatch", "overhead")
 
@@ -33,53 +40,67 @@ def bench(
     """Measure on this machine; prints a table and writes JSON."""
     if name not in NAMES:
         raise ValueError(f"unknown bench {name!r}: choose one of {', '.join(NAMES)}")
-    document = _run(name, preset, faults, kinds, contexts, tables, rounds, Console())
-    path = out or Path(f"bench-{name}.json")
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    measure = _measure(name, preset, faults, kinds, contexts, tables, rounds)
+    with cleaned_up():
+        document = measure()
+        path = out or Path(f"bench-{name}.json")
+        _write(path, document)
     typer.echo(f"written to {path}", err=True)
 
 
-def _run(
-    name: str,
-    preset: str,
-    faults: int,
-    kinds: str,
-    contexts: str,
-    tables: str,
-    rounds: int,
-    console: Console,
-) -> dict[str, Any]:
+def _write(path: Path, document: dict[str, Any]) -> None:
+    import json
+
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _measure(
+    name: str, preset: str, faults: int, kinds: str, contexts: str, tables: str, rounds: int
+) -> Measure:
+    """What the bench of this name will do; everything it needs is imported."""
+    from rich.console import Console
+
     match name:
         case "recovery":
             from revivemoe.bench import recovery
 
-            setup = recovery.Setup(
-                preset=preset,
-                faults=faults,
-                kinds=tuple(kinds.split(",")),
-                contexts=tuple(int(c) for c in contexts.split(",")),
-                tables=tuple(tables.split(",")),
-                rounds=rounds,
-            )
-            if unknown_tables := sorted(set(setup.tables) - set(recovery.TABLES)):
-                raise ValueError(
-                    f"--tables: {unknown_tables[0]!r} is unknown: choose of "
-                    f"{', '.join(recovery.TABLES)}"
-                )
-            unknown = sorted(set(setup.kinds) - set(recovery.KINDS))
-            if unknown:
-                known = ", ".join(recovery.KINDS)
-                raise ValueError(f"--kinds: {unknown[0]!r} is unknown: choose of {known}")
-            return recovery.run(setup, console)
+            setup = _recovery_setup(preset, faults, kinds, contexts, tables, rounds)
+            return partial(recovery.run, setup, Console())
         case "throughput":
             from revivemoe.bench import throughput
 
-            return throughput.run(throughput.Setup(preset=preset, rounds=rounds), console)
+            return partial(
+                throughput.run, throughput.Setup(preset=preset, rounds=rounds), Console()
+            )
         case "overhead":
             from revivemoe.bench import overhead
 
-            return overhead.run(overhead.Setup(preset=preset), console)
+            return partial(overhead.run, overhead.Setup(preset=preset), Console())
         case _:
             from revivemoe.bench import dispatch
 
-            return dispatch.run()
+            return dispatch.run
+
+
+def _recovery_setup(
+    preset: str, faults: int, kinds: str, contexts: str, tables: str, rounds: int
+) -> "recovery.Setup":
+    """Raises ValueError for what is unknown."""
+    from revivemoe.bench import recovery
+
+    setup = recovery.Setup(
+        preset=preset,
+        faults=faults,
+        kinds=tuple(kinds.split(",")),
+        contexts=tuple(int(c) for c in contexts.split(",")),
+        tables=tuple(tables.split(",")),
+        rounds=rounds,
+    )
+    _check("--tables", setup.tables, recovery.TABLES)
+    _check("--kinds", setup.kinds, tuple(recovery.KINDS))
+    return setup
+
+
+def _check(flag: str, asked: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if unknown := sorted(set(asked) - set(known)):
+        raise ValueError(f"{flag}: {unknown[0]!r} is unknown: choose of {', '.join(known)}")
