@@ -5,13 +5,14 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-import torch
 from support.cases import Case, Weights, mixed_cases
+from support.warm import Zygote
 
 from revivemoe.checkpoint.make import make_model
 
-# Tiny models gain nothing from more, and threads that wait for each other suffer beside busy ranks.
-torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def processes(warm: Zygote) -> None:
+    """All of these tests start some."""
 
 
 @pytest.fixture(scope="session")

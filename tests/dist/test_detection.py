@@ -11,13 +11,16 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 from support.cases import Case, Weights, check_all, requests_of
 from support.client import Load, run_load
 from support.deployment import deployed, kill, with_status
+from support.warm import zygote
 
 from revivemoe.checkpoint.inspect import inspect_checkpoint
 from revivemoe.checkpoint.make import make_model
-from revivemoe.cli.serve import load_tokenizer
+from revivemoe.cli.serve_run import load_tokenizer
+from revivemoe.cluster import launcher
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.ids import RankId
 from revivemoe.sampling_params import SamplingParams
@@ -46,8 +49,7 @@ def test_a_stall_of_the_engine_condemns_nobody(qwen: Weights, mixed: list[Case])
 
 def test_the_death_of_the_fork_server_condemns_nobody(qwen: Weights, mixed: list[Case]) -> None:
     with deployed(qwen.dir, 3, *ONCE) as server:
-        children = psutil.Process(server.pid).children()
-        (fork_server,) = [c.pid for c in children if "forkserver" in " ".join(c.cmdline())]
+        fork_server = server.fork_server()
         pids = server.pids()
 
         async def beside(load: Load) -> None:
@@ -114,6 +116,13 @@ async def read(
     assert got == case.expected[0], case.name
 
 
+@pytest.fixture
+def warm_fork_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of instances in this process."""
+    monkeypatch.setattr(launcher, "start_process", zygote().start_fork_server)
+
+
+@pytest.mark.usefixtures("warm_fork_servers")
 @pytest.mark.parametrize("backend", ["shm", "gloo"])
 def test_survivors_do_not_wait_for_a_corpse(qwen: Weights, mixed: list[Case], backend: str) -> None:
     """The suspect is stopped and nobody kills it: they go on as if somebody had."""
@@ -158,6 +167,18 @@ async def _stopped_rank(model_dir: Path, mixed: list[Case], backend: str, may_ki
 # ---- work that takes long is no fault -------------------------------------------------------
 
 
+@pytest.fixture
+def quick_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the size of weights counts: one block of noise, over and over."""
+    block = torch.randn(1 << 20)
+
+    def randn(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        return block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
+
+    monkeypatch.setattr(torch, "randn", randn)
+
+
+@pytest.mark.usefixtures("quick_noise")
 def test_a_long_prefill_on_big_layers_raises_no_suspicion(tmp_path: Path) -> None:
     """About a billion parameters, 1,000 tokens at once, four ranks on the cores there are."""
     model_dir = tmp_path / "medium"

@@ -18,17 +18,17 @@ import httpx
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
+from support.warm import ForkedServer, zygote
 
+from revivemoe.bench.loadgen import StreamResult, stream_all
 from revivemoe.checkpoint.make import make_model
-from revivemoe.bench.loadgen import (
-    StreamResult,
-    stream_all,
-)
 
 ENDED_WITHIN_S = 5.0
 KILLED_WITHIN_S = 3.0
 IDLE_CORE_SHARE = 0.05
 START_S = 60.0
+
+Process = subprocess.Popen[bytes] | ForkedServer
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Served:
     """A `revivemoe serve` with everything it writes and every process it starts on record."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     folder: Path
     url: str = ""
     family: dict[int, psutil.Process] = field(default_factory=dict)
@@ -119,21 +119,30 @@ class Served:
         assert list(self.tmp.iterdir()) == []
 
 
+def start_cold(arguments: list[str], tmp: str, out: int, err: int) -> Process:
+    """A true command line."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "revivemoe.cli.main", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": tmp},
+    )
+
+
+def start_warm(arguments: list[str], tmp: str, out: int, err: int) -> Process:
+    return zygote().start(arguments, out, err, TMPDIR=tmp)
+
+
 @contextmanager
-def launched(model_dir: Path, *flags: str, stdin: int = subprocess.DEVNULL) -> Iterator[Served]:
+def launched(model_dir: Path, *flags: str, warm: bool = False) -> Iterator[Served]:
     """Start a server and see to it that nothing outlives the test."""
     folder = Path(tempfile.mkdtemp(prefix="lifecycle-"))
     (folder / "tmp").mkdir()
-    command = [sys.executable, "-m", "revivemoe.cli.main", "serve", str(model_dir)]
-    fixed = ["--port", "0", "--device", "cpu", "--max-model-len", "512"]
+    command = ["serve", str(model_dir), "--port", "0", "--device", "cpu", "--max-model-len", "512"]
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-        process = subprocess.Popen(
-            [*command, *fixed, *flags],
-            stdin=stdin,
-            stdout=out,
-            stderr=err,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "tmp")},
-        )
+        start = start_warm if warm else start_cold
+        process = start([*command, *flags], str(folder / "tmp"), out.fileno(), err.fileno())
     served = Served(process, folder)
     try:
         yield served
@@ -150,8 +159,11 @@ def launched(model_dir: Path, *flags: str, stdin: int = subprocess.DEVNULL) -> I
 
 
 @contextmanager
-def serving(model_dir: Path, num_ranks: int, *flags: str) -> Iterator[Served]:
-    with launched(model_dir, "--data-parallel-size", str(num_ranks), *flags) as served:
+def serving(
+    model_dir: Path, num_ranks: int, *flags: str, warm: bool = False
+) -> Iterator[Served]:
+    ranks = "--data-parallel-size", str(num_ranks)
+    with launched(model_dir, *ranks, *flags, warm=warm) as served:
         served.await_ready()
         yield served
 
@@ -192,9 +204,13 @@ class Streams:
 # ---- told to end ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_streams_open(model_dir: Path, number: signal.Signals) -> None:
-    with serving(model_dir, 2) as served:
+@pytest.mark.parametrize(
+    ("number", "warm"), [(signal.SIGINT, False), (signal.SIGTERM, True)]
+)
+def test_a_signal_ends_it_with_streams_open(
+    model_dir: Path, number: signal.Signals, warm: bool
+) -> None:
+    with serving(model_dir, 2, warm=warm) as served:
         streams = Streams(served)
         served.process.send_signal(number)
         status, took_s = served.ended()
@@ -206,7 +222,7 @@ def test_a_signal_ends_it_with_streams_open(model_dir: Path, number: signal.Sign
 
 
 def test_a_signal_ends_it_although_a_rank_is_stopped(model_dir: Path) -> None:
-    with serving(model_dir, 3) as served:
+    with serving(model_dir, 3, warm=True) as served:
         streams = Streams(served)
         os.kill(served.rank_pids()[1], signal.SIGSTOP)
         time.sleep(0.2)
@@ -230,14 +246,32 @@ def test_a_signal_during_the_start(model_dir: Path, moment: str) -> None:
         assert "Traceback" not in served.err
 
 
-def test_a_signal_before_anything_has_begun(model_dir: Path) -> None:
-    """No process of ours is there yet, and the handlers are Python's own."""
+@pytest.mark.parametrize("library", ["msgspec", "libtorch_cpu", "tokenizers"])
+def test_a_signal_while_libraries_are_loaded(model_dir: Path, library: str) -> None:
+    """No process of ours is there yet. Moments before: tests/unit/cli/test_command_line.py."""
     with launched(model_dir) as served:
-        time.sleep(0.5)
+        deadline = time.monotonic() + START_S
+        while not any(library in line for line in _maps(served.process.pid)):
+            assert time.monotonic() < deadline, served.err
+            time.sleep(0.01)
         served.process.send_signal(signal.SIGINT)
         status, took_s = served.ended()
         assert status in (0, 130, -signal.SIGINT), served.err
         assert took_s < ENDED_WITHIN_S
+        assert "Traceback" not in served.err
+
+
+def test_a_second_signal_while_it_ends(model_dir: Path) -> None:
+    with serving(model_dir, 2, warm=True) as served:
+        streams = Streams(served)
+        served.process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        served.process.send_signal(signal.SIGINT)
+        status, took_s = served.ended()
+        assert status == 0, served.err
+        assert took_s < ENDED_WITHIN_S
+        streams.assert_ended()
+        served.assert_nothing_is_left()
         assert "Traceback" not in served.err
 
 

@@ -4,17 +4,10 @@ import asyncio
 import shutil
 from pathlib import Path
 
-import psutil
 import pytest
 from support.cases import Case, Weights, check_all, requests_of
 from support.client import Load, run_load
-from support.deployment import Deployment, deployed, kill
-
-
-def fork_server(server: Deployment) -> int:
-    children = psutil.Process(server.pid).children()
-    (pid,) = [c.pid for c in children if "revivemoe.cluster.forkserver" in " ".join(c.cmdline())]
-    return int(pid)
+from support.deployment import deployed, kill
 
 
 @pytest.mark.parametrize("also_fork_server", [False, True])
@@ -22,7 +15,7 @@ def test_no_request_fails_when_all_ranks_are_killed(
     qwen: Weights, mixed: list[Case], also_fork_server: bool
 ) -> None:
     with deployed(qwen.dir, 3, "--redundant-experts", "16") as server:
-        pids = [*server.pids().values(), *([fork_server(server)] if also_fork_server else [])]
+        pids = [*server.pids().values(), *([server.fork_server()] if also_fork_server else [])]
 
         async def beside(load: Load) -> None:
             await load.reached(60)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from support.warm import zygote
 
 from revivemoe.bench.server_process import ServerProcess
 
@@ -17,11 +19,21 @@ Status = dict[str, Any]
 
 
 class Deployment(ServerProcess):
-    """A `revivemoe serve` on CPU in fp32."""
+    """A `revivemoe serve` on CPU in fp32, forked from the zygote."""
+
+    def _launch(self) -> Any:
+        with open(os.devnull, "wb") as nowhere:
+            return zygote().start(self._arguments, nowhere.fileno(), self._log.fileno())
 
     def pids(self) -> dict[int, int]:
         """Process of each rank that is not dead."""
         return {e["id"]: e["pid"] for e in self.status()["engines"] if e["status"] != "dead"}
+
+    def fork_server(self) -> int:
+        """Process of the only child."""
+        (child,) = psutil.Process(self.pid).children()
+        assert child.name() == "revive-fork"
+        return int(child.pid)
 
     def num_dead(self) -> int:
         return len(with_status(self.status(), "dead"))

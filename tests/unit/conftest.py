@@ -1,3 +1,5 @@
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,3 +14,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for arch in ARCHS:
         make_model(root / arch, arch, "tiny", seed=0)
     return {arch: root / arch for arch in ARCHS}
+
+
+@pytest.fixture(autouse=True)
+def own_ctrl_c() -> Iterator[None]:
+    """What the command line does to Ctrl-C is undone: it has a meaning for pytest too."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)

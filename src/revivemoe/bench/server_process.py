@@ -19,10 +19,7 @@ class ServerProcess:
     """Owns one server and, through it, its ranks. A context manager."""
 
     def __init__(self, model_dir: Path, flags: Sequence[str], start_timeout_s: float = 120.0):
-        self._command = [
-            sys.executable, "-m", "revivemoe.cli.main", "serve", str(model_dir),
-            "--port", "0", *flags,
-        ]  # fmt: skip
+        self._arguments = ["serve", str(model_dir), "--port", "0", *flags]
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.NamedTemporaryFile(prefix="revivemoe-serve-", suffix=".log")  # noqa: SIM115
@@ -44,19 +41,22 @@ class ServerProcess:
     def start(self) -> None:
         """Launch and wait until it is ready. Raises RuntimeError with the end of its log."""
         began = time.monotonic()
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._log.file,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        self._process = self._launch()
         deadline = began + self._start_timeout_s
         while not self._ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start:\n{self.log_tail()}")
             time.sleep(0.02)
         self.start_s = time.monotonic() - began
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "revivemoe.cli.main", *self._arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._log.file,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
 
     def restart(self) -> None:
         """Start again after `stop`, with the same flags."""

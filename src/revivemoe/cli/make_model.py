@@ -1,6 +1,5 @@
 """`revivemoe make-model`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,8 @@ def make_model_command(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
     """Make a random-weight MoE checkpoint with a tokenizer and chat template. Works offline."""
+    import sys
+
     from revivemoe.checkpoint.make import make_model
 
     def progress(message: str) -> None:

@@ -1,30 +1,12 @@
-"""`revivemoe serve`: bring an instance up, serve it over HTTP, end it cleanly."""
+"""`revivemoe serve`: its flags."""
 
-import asyncio
-import contextlib
-import logging
-import signal
-import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
-from revivemoe.config import EngineConfig, resolve
-from revivemoe.detokenizer import Tokenizer
-from revivemoe.recovery.policy import Policy
-from revivemoe.recovery.policy_file import load_policy
-
 if TYPE_CHECKING:
-    from revivemoe.serving.instance import Instance
-
-log = logging.getLogger("revivemoe.serve")
-
-SHUTDOWN_TIMEOUT_S = 2.0
-"""For open streams to come to their own end after a signal; then they get an error event."""
+    from revivemoe.recovery.policy import Policy
 
 
 def serve(
@@ -109,6 +91,9 @@ def serve(
 ) -> None:
     """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""
     del enforce_eager
+    from revivemoe.cli.serve_run import Listen, run
+    from revivemoe.config import EngineConfig
+
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port} is out of range: 0 to 65535")
     config = EngineConfig(
@@ -136,17 +121,17 @@ def serve(
         device_health=device_health,
         policy=policy_of(recovery_policy, max_missing_fraction),
     )
-    info = inspect_checkpoint(model_dir)
-    config = resolve(config, info)
-    configure_logging()
-    # Until the handlers are in place there is nothing to clean up: a signal ends the process.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    status = asyncio.run(_serve(config, info, host, port, api_key, admin_api_key))
+    status = run(config, Listen(host, port, api_key, admin_api_key))
     raise typer.Exit(status)
 
 
-def policy_of(path: Path | None, max_missing_fraction: float | None) -> Policy:
+def policy_of(path: Path | None, max_missing_fraction: float | None) -> "Policy":
     """The defaults, under the file, under what the command line says. Raises ValueError."""
+    from dataclasses import replace
+
+    from revivemoe.recovery.policy import Policy
+    from revivemoe.recovery.policy_file import load_policy
+
     try:
         policy = Policy() if path is None else load_policy(path, Policy())
     except ValueError as error:
@@ -154,111 +139,3 @@ def policy_of(path: Path | None, max_missing_fraction: float | None) -> Policy:
     if max_missing_fraction is None:
         return policy
     return replace(policy, max_missing_fraction=max_missing_fraction)
-
-
-def configure_logging() -> None:
-    """Logs go to standard error, one line each; standard output stays free."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
-    for noisy in ("httpx", "httpcore", "uvicorn.access", "transformers", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def load_tokenizer(model_dir: Path) -> Tokenizer:
-    """The checkpoint's fast tokenizer. Raises ValueError if there is none."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{model_dir} has no usable tokenizer: {first}") from None
-    if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(
-            f"{model_dir} has no usable tokenizer: only fast ones (tokenizer.json) are supported"
-        )
-    return tokenizer
-
-
-async def _serve(
-    config: EngineConfig,
-    info: CheckpointInfo,
-    host: str,
-    port: int,
-    api_key: str | None,
-    admin_api_key: str | None,
-) -> int:
-    """Returns the exit status: 0 after a signal, 2 for bad input found by a rank, 1 for failure."""
-    from revivemoe.epochs.state import FailedState
-    from revivemoe.server.app import create_app
-    from revivemoe.server.run import bind, serve_app
-    from revivemoe.serving.instance import Instance
-
-    with bind(host, port):  # whether it can be had is known before anything is loaded
-        pass
-    tokenizer = load_tokenizer(info.model_dir)
-    stop = asyncio.Event()
-    with _stop_on_signals(stop):
-        async with Instance(config, info, tokenizer) as instance:
-            app = create_app(
-                instance,
-                tokenizer,
-                api_key=api_key,
-                admin_api_key=admin_api_key,
-                enable_fault_injection=config.enable_fault_injection,
-            )
-            server = asyncio.create_task(
-                serve_app(
-                    app,
-                    host,
-                    port,
-                    stop=stop,
-                    on_started=_say_where,
-                    shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
-                )
-            )
-            watch = asyncio.create_task(_watch_start(instance, stop))
-            try:
-                await server
-            finally:
-                stop.set()
-                watch.cancel()
-            state = instance.engine.state
-    if isinstance(state, FailedState) and state.user_error:
-        raise ValueError(state.reason)
-    return 1 if isinstance(state, FailedState) else 0
-
-
-async def _watch_start(instance: "Instance", stop: asyncio.Event) -> None:
-    """Say when the instance serves; a start that fails ends the process at once."""
-    serving = asyncio.create_task(instance.serving.wait())
-    ended = asyncio.create_task(instance.ended.wait())
-    await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
-    if ended.done():
-        stop.set()
-        return
-    ended.cancel()
-    log.info("serving %s with %d ranks", instance.model.name, instance.config.num_ranks)
-
-
-def _say_where(host: str, port: int) -> None:
-    log.info("listening on http://%s:%d", host, port)
-
-
-@contextlib.contextmanager
-def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for an orderly end."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

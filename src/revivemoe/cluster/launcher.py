@@ -31,6 +31,18 @@ class LaunchedProcess:
     pidfd: int
 
 
+def start_process(arguments: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
+    """A fork server that inherits these descriptors; its arguments name them."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "revivemoe.cluster.forkserver", *arguments],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno(),
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        start_new_session=True,
+    )
+
+
 class Launcher:
     """Owns the fork server and shared memory. A context manager; leaving it ends all ranks."""
 
@@ -57,21 +69,8 @@ class Launcher:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
         shared = [NO_FD if fd is None else fd for fd in (self._segment_fd, self._cache_fd)]
         fds = [theirs.fileno(), self._lifeline_read, *(fd for fd in shared if fd != NO_FD)]
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "revivemoe.cluster.forkserver",
-                str(theirs.fileno()),
-                str(self._lifeline_read),
-                *map(str, shared),
-            ],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            start_new_session=True,
-        )
+        arguments = [str(theirs.fileno()), str(self._lifeline_read), *map(str, shared)]
+        self._process = start_process(arguments, fds)
         theirs.close()
         ours.setblocking(False)
         self._sock = ours

@@ -9,7 +9,7 @@ import torch
 from support.screen import is_safe
 from transformers import AutoModelForCausalLM
 
-from revivemoe.cli.demo import OUTPUT_TOKENS, STREAMS, _make_model, requests
+from revivemoe.cli.demo_run import OUTPUT_TOKENS, STREAMS, make_demo_model, requests
 from revivemoe.model.sampling import SamplingRow, sample
 from revivemoe.sampling_params import SamplingParams
 
@@ -59,7 +59,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("one_thread")
 def test_every_prompt_of_the_demo_is_safe(tmp_path: Path) -> None:
-    _make_model(tmp_path / "model")
+    make_demo_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     bodies = requests()
     assert len(bodies) == STREAMS

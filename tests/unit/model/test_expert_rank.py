@@ -2,8 +2,6 @@
 
 import gc
 import random
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.solo import EPOCH, ME, SoloRank
+from support.warm import Zygote
 from unit.memberships import membership
 
 from revivemoe.checkpoint import ARCHS
@@ -225,12 +224,11 @@ print((before - psutil.Process().memory_info().rss) / pages_bytes)
 """
 
 
-def test_the_memory_of_its_pages_goes_back_to_the_system(made: dict[str, Path]) -> None:
+def test_the_memory_of_its_pages_goes_back_to_the_system(
+    made: dict[str, Path], warm: Zygote
+) -> None:
     """Not only to the allocator: as the kernel sees it, in a process of its own."""
-    command = [sys.executable, "-c", RELEASED, str(made["qwen3_moe"])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) > 0.9
+    assert float(warm.run(RELEASED, str(made["qwen3_moe"])).split()[-1]) > 0.9
 
 
 @pytest.mark.parametrize("arch", ARCHS)

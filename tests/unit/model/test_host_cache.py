@@ -1,6 +1,5 @@
 """Experts in host memory: what one process puts there another gets, whole or not at all."""
 
-import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,22 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from host_cache_rows import EXPERTS, LAYERS, SHAPES, rows_of, same
 from support.solo import SoloRank
+from support.warm import Zygote
 
 from revivemoe.checkpoint import ARCHS
-from revivemoe.comm.shm import HandedFd
 from revivemoe.core.limits import RankLimits
 from revivemoe.ids import ExpertId, LayerId, SlotId
 from revivemoe.messages.commands import SlotLoad
 from revivemoe.model.host_cache import HostCache, create_host_cache, expert_bytes
 
-LAYERS = [LayerId(1), LayerId(2), LayerId(5)]
-EXPERTS = 6
-SHAPES: dict[str, Any] = {
-    "down": ((5, 3), torch.bfloat16),
-    "up": ((3, 7), torch.float32),
-    "bias": ((6,), torch.bfloat16),
-}
 BYTES = 5 * 3 * 2 + 3 * 7 * 4 + 6 * 2
 LIMITS = RankLimits(
     num_blocks=60, block_size=8, max_num_seqs=8, max_num_batched_tokens=16,
@@ -36,20 +29,6 @@ def fd() -> Iterator[int]:
     made = create_host_cache(LAYERS, EXPERTS, BYTES)
     yield made
     os.close(made)
-
-
-def rows_of(layer: int, expert: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 * layer + expert)
-    return {
-        name: torch.randn(shape, generator=generator).to(dtype)
-        for name, (shape, dtype) in SHAPES.items()
-    }
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a
-    )
 
 
 def test_each_expert_has_a_place_of_its_own(fd: int) -> None:
@@ -127,23 +106,19 @@ def test_a_machine_with_weak_store_order(fd: int, monkeypatch: pytest.MonkeyPatc
         HostCache(fd, SHAPES)
 
 
-def _other_process(handed: HandedFd, back: Any) -> None:
-    cache = HostCache(handed.fd, SHAPES)
-    got = cache.get(LAYERS[0], ExpertId(4))
-    cache.put(LAYERS[2], ExpertId(5), rows_of(5, 5))
-    back.send(got is not None and same(got, rows_of(1, 4)))
+OTHER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from host_cache_rows import other_process
+
+print(other_process(int(sys.argv[1])))
+"""
 
 
-def test_another_process_gets_it_and_puts_its_own(fd: int) -> None:
+def test_another_process_gets_it_and_puts_its_own(fd: int, warm: Zygote) -> None:
     cache = HostCache(fd, SHAPES)
     cache.put(LAYERS[0], ExpertId(4), rows_of(1, 4))
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_other_process, args=(HandedFd(fd), there))
-    process.start()
-    assert here.poll(60)
-    assert here.recv()
-    process.join(timeout=30)
+    assert warm.run(OTHER, str(fd), str(Path(__file__).parent), fds=[fd]) == "True\n"
     got = cache.get(LAYERS[2], ExpertId(5))
     assert got is not None
     assert same(got, rows_of(5, 5))

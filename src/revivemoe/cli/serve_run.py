@@ -1,0 +1,159 @@
+"""Bring an instance up, serve it over HTTP, end it cleanly."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
+from revivemoe.config import EngineConfig, resolve
+from revivemoe.detokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from revivemoe.serving.instance import Instance
+
+log = logging.getLogger("revivemoe.serve")
+
+SHUTDOWN_TIMEOUT_S = 2.0
+"""For open streams to come to their own end after a signal; then they get an error event."""
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where the API is, and who may use it."""
+
+    host: str
+    port: int
+    api_key: str | None
+    admin_api_key: str | None
+
+
+def run(config: EngineConfig, listen: Listen) -> int:
+    """Serve until a signal; returns the exit status: 0 after a signal, 1 after a failure.
+
+    Raises ValueError and OSError for what is wrong with flags, checkpoint or address.
+    """
+    info = inspect_checkpoint(config.model_dir)
+    config = resolve(config, info)
+    configure_logging()
+    return asyncio.run(_serve(config, info, listen))
+
+
+def configure_logging() -> None:
+    """Logs go to standard error, one line each; standard output stays free."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    for noisy in ("httpx", "httpcore", "uvicorn.access", "transformers", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def load_tokenizer(model_dir: Path) -> Tokenizer:
+    """The checkpoint's fast tokenizer. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{model_dir} has no usable tokenizer: {first}") from None
+    if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"{model_dir} has no usable tokenizer: only fast ones (tokenizer.json) are supported"
+        )
+    return tokenizer
+
+
+async def _serve(config: EngineConfig, info: CheckpointInfo, listen: Listen) -> int:
+    from revivemoe.epochs.state import FailedState
+    from revivemoe.server.run import bind
+    from revivemoe.serving.instance import Instance
+
+    with bind(listen.host, listen.port):  # whether it can be had is known before loading
+        pass
+    tokenizer = load_tokenizer(info.model_dir)
+    stop = asyncio.Event()
+    with _stop_on_signals(stop):
+        async with Instance(config, info, tokenizer) as instance:
+            await _serve_http(instance, tokenizer, listen, stop)
+            state = instance.engine.state
+    if isinstance(state, FailedState) and state.user_error:
+        raise ValueError(state.reason)
+    return 1 if isinstance(state, FailedState) else 0
+
+
+async def _serve_http(
+    instance: "Instance", tokenizer: Tokenizer, listen: Listen, stop: asyncio.Event
+) -> None:
+    """Until `stop` is set, by a signal or because the instance cannot start."""
+    from revivemoe.server.app import create_app
+    from revivemoe.server.run import serve_app
+
+    app = create_app(
+        instance,
+        tokenizer,
+        api_key=listen.api_key,
+        admin_api_key=listen.admin_api_key,
+        enable_fault_injection=instance.config.enable_fault_injection,
+    )
+    watch = asyncio.create_task(_watch_start(instance, stop))
+    try:
+        await serve_app(
+            app,
+            listen.host,
+            listen.port,
+            stop=stop,
+            on_started=_say_where,
+            shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        )
+    finally:
+        stop.set()
+        watch.cancel()
+
+
+async def _watch_start(instance: "Instance", stop: asyncio.Event) -> None:
+    """Say when the instance serves; a start that fails ends the process at once."""
+    serving = asyncio.create_task(instance.serving.wait())
+    ended = asyncio.create_task(instance.ended.wait())
+    await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
+    if ended.done():
+        stop.set()
+        return
+    ended.cancel()
+    log.info("serving %s with %d ranks", instance.model.name, instance.config.num_ranks)
+
+
+def _say_where(host: str, port: int) -> None:
+    log.info("listening on http://%s:%d", host, port)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for an orderly end; after it they end the process at once.
+
+    Not by the loop's own handlers: it would give SIGINT back to Python, whose exception would
+    come out of whatever the interpreter does while it ends.
+    """
+    loop = asyncio.get_running_loop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(stop.set)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,26 @@
+"""The zygote, which tests of real processes fork theirs from, belongs to the whole session."""
+
+import pytest
+import torch
+from support.warm import Zygote, zygote
+
+# Tiny models gain nothing from more, and threads that wait for each other suffer beside busy ranks.
+torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """It imports for seconds, beside the tests that come first: begin at once, if it is needed."""
+    if session.config.option.collectonly:
+        return
+    if any("warm" in getattr(item, "fixturenames", ()) for item in session.items):
+        zygote()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Zygote:
+    return zygote()
+
+
+def pytest_sessionfinish() -> None:
+    if zygote.cache_info().currsize:
+        zygote().close()

@@ -1,0 +1,46 @@
+"""Ctrl-C where something has to be cleaned up."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from revivemoe.cli.interrupts import cleaned_up
+
+
+def test_it_raises_once_so_that_cleaning_up_is_not_broken() -> None:
+    done = []
+
+    def work() -> None:
+        with cleaned_up():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                done.append("cleaned up")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["cleaned up"]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+IN_SIM = """
+import signal, sys
+from revivemoe.cli import sim_run
+from revivemoe.cli.main import main
+
+def run_seed(number, **_):
+    signal.raise_signal(signal.SIGINT)
+
+sim_run.run_seeds = lambda numbers, on_result: run_seed(0)
+sys.argv = ["revivemoe", "sim"]
+main()
+"""
+
+
+def test_a_command_that_is_interrupted_ends_with_130_and_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_SIM], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == ""
