@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import settings
 from support.warm import Zygote, zygote
 
 # Tiny models gain nothing from more, and threads that wait for each other suffer beside busy ranks.
 torch.set_num_threads(1)
+# A machine that is busy with something else proves nothing about an example.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

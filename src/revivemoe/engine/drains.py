@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
 from revivemoe.epochs.loads import into_free_slots
-from revivemoe.ids import Epoch, RankId, SeqId
+from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.messages.events import DrainBegun, DrainRefused, Tell
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.plan import Continue
@@ -25,9 +25,10 @@ SETTLE_S = 1.0
 
 @dataclass(frozen=True)
 class Wanted:
-    """A rank that shall leave, or become an expert rank."""
+    """A rank that shall leave, or become an expert rank: this process of it, and no later one."""
 
     fault: Fault
+    incarnation: Incarnation
     request_id: str | None
     switch: bool = False
 
@@ -65,16 +66,21 @@ class Drains:
     def draining(self) -> bool:
         return self._drain is not None
 
-    def ask(self, wanted: Wanted) -> bool:
-        """Take a rank out. False if it is on its way already."""
-        rank = wanted.fault.rank
-        view, asked = self._views[rank], any(w.fault.rank == rank for w in self._asked)
+    def ask(self, fault: Fault, request_id: str | None, switch: bool = False) -> bool:
+        """Take a rank out, or make it an expert rank. False if it is on its way already."""
+        view = self._views[fault.rank]
+        asked = any(w.fault.rank == view.rank and self._is_there(w) for w in self._asked)
         if view.dead or view.draining or asked:
             return False
-        if not wanted.switch:
-            view.fault = wanted.fault
-        self._asked.append(wanted)
+        if not switch:
+            view.fault = fault
+        self._asked.append(Wanted(fault, view.incarnation, request_id, switch))
         return True
+
+    def _is_there(self, wanted: Wanted) -> bool:
+        """Whether the process that was meant still runs."""
+        view = self._views[wanted.fault.rank]
+        return not view.dead and view.incarnation == wanted.incarnation
 
     def postpone(self, seconds: float) -> None:
         """The host itself stood still for so long."""
@@ -99,14 +105,15 @@ class Drains:
             return
         self._drain = None
         wanted, rank = drain.wanted, drain.wanted.fault.rank
-        if rank in (present.attention if wanted.switch else present.members):
+        may_go = rank in (present.attention if wanted.switch else present.members)
+        if may_go and self._is_there(wanted):
             self._views[rank].draining = False
             self._asked.appendleft(wanted)
 
     def _begin(self, wanted: Wanted, now: float) -> None:
         epochs, fault, request_id = self._epochs, wanted.fault, wanted.request_id
         view, present = self._views[fault.rank], epochs.membership
-        if view.dead or fault.rank not in present.members:
+        if fault.rank not in present.members or not self._is_there(wanted):
             return
         plan = epochs.plan_switch(fault.rank) if wanted.switch else epochs.plan_for([fault])
         if not isinstance(plan, Continue) or (wanted.switch and not plan.switches):

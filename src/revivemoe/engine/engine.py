@@ -25,7 +25,7 @@ from revivemoe.epochs.state import FailedState, State
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.messages.events import Event, Stalled
-from revivemoe.messages.reports import ExpertsLoaded, Ready, Report, Tokens
+from revivemoe.messages.reports import ExpertsLoaded, Report, Tokens
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.streams import EngineUnavailable, Submission
 
@@ -148,7 +148,7 @@ class Engine:
             self.devices.reached(self.signals.last_step, now)
         else:
             self.signals.on_report(report, now)
-            if isinstance(report, Ready | ExpertsLoaded):
+            if isinstance(report, ExpertsLoaded):
                 self.maintenance.tick(now)
 
     def on_exit(

@@ -8,7 +8,7 @@
 One at a time. A fault comes before all of them.
 """
 
-from revivemoe.engine.drains import Drains, Wanted
+from revivemoe.engine.drains import Drains
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
 from revivemoe.epochs.rank_life import RankView
@@ -33,7 +33,7 @@ class Maintenance:
 
     def drain(self, fault: Fault, now: float, request_id: str | None = None) -> None:
         """Take a rank out at a step boundary. Refused (with an event) if nobody could take over."""
-        if self.drains.ask(Wanted(fault, request_id)):
+        if self.drains.ask(fault, request_id):
             self.tick(now)
 
     def switch_role(self, rank: RankId, now: float, request_id: str | None) -> None:
@@ -41,7 +41,7 @@ class Maintenance:
         if refusal := refuse_switch(self._epochs.world(now), rank):
             raise ValueError(refusal)
         fault = Fault(rank, "role_switch", "asked by an operator")
-        if not self.drains.ask(Wanted(fault, request_id, switch=True)):
+        if not self.drains.ask(fault, request_id, switch=True):
             raise ValueError(f"rank {rank} is on its way out already")
         self._joins[rank] = request_id
         self.tick(now)

@@ -98,7 +98,7 @@ class Suspects:
 
         `signature`: kind and place of a fault that a request may have brought about; "" for others.
         """
-        tried = self._end_trials(rank)
+        tried = self._end_trials(rank, {v.request.arrival for v in victims})
         if not signature:
             return None
         unproven = [v.request for v in victims if not v.proven]
@@ -111,8 +111,9 @@ class Suspects:
             self._suspicions[victim.request.arrival] = Suspicion(strikes + 1, signature)
         return None
 
-    def _end_trials(self, rank: RankId) -> set[int]:
-        tried = {key for key, s in self._suspicions.items() if s.trial == rank}
+    def _end_trials(self, rank: RankId, victims: Set[int]) -> set[int]:
+        """Of those that ran there. One that was moved off before goes on with its trial."""
+        tried = {k for k, s in self._suspicions.items() if s.trial == rank and k in victims}
         for key in tried:
             self._suspicions[key].trial = None
         return tried

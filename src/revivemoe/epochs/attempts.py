@@ -42,9 +42,8 @@ class Attempts:
         measured by them."""
         if under_way and not self._counted:
             return 0
-        count = sum(t >= now - self._policy.window_s for t in self._starts) - int(under_way)
-        assert count >= 0, "a recovery is under way that was not counted"
-        return count
+        within = sum(t >= now - self._policy.window_s for t in self._starts)
+        return max(0, within - int(under_way))  # one under way may have begun before the window
 
     def restarted(self, epoch: Epoch, now: float) -> None:
         """Ranks are started anew on the way to this epoch."""

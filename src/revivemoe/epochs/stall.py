@@ -20,6 +20,7 @@ class StallClock:
         """A change of epoch begins. Nothing stalls if nobody has work."""
         if record.last_old_step is None and busy:
             record.last_old_step = self._last_commit
+        record.first_new_step = None  # if it had come: that epoch is at its end, too
         self._record = record if busy else None
 
     def committed(self, epoch: Epoch, now: float) -> None:

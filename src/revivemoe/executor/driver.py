@@ -107,6 +107,7 @@ class Driver:
 
     def _take_commands(self, wait: bool) -> list[Command]:
         """Those that have come. What is the driver's own business is seen to at once."""
+        self._publish_stats()
         if wait:
             self._progress.idle()
         taken: list[Command] = []
@@ -116,7 +117,6 @@ class Driver:
                 self._sort(self._get_now(), taken)
         except queue.Empty:
             pass
-        self._publish_stats()
         return taken
 
     def _get_now(self) -> Command | ExpertsLoaded:
@@ -199,7 +199,10 @@ class Driver:
         began, membership, domain = time.monotonic(), configure.membership, configure.domain
         me = self._rank.rank_id
         self._progress.announce("domain", DOMAIN_BUDGET_S)
-        channels = self._domains.enter(domain, membership.epoch, membership.members, me)
+        try:
+            channels = self._domains.enter(domain, membership.epoch, membership.members, me)
+        except OSError as error:
+            raise effects.Broken(str(error)) from error
         self._loader.entered(membership, domain)
         self._runner.enter(_dispatchers(channels, membership), membership, me)
         if membership.dense is not None:

@@ -62,7 +62,7 @@ class Injections:
 
     def delay_s(self, phase: str, own_s: float) -> float:
         """How much longer a slow rank takes for a phase that took it `own_s` seconds."""
-        factors = [float(f.params.get("factor", 5)) for f in self._slow if f.phase in (None, phase)]
+        factors = [_factor(f) for f in self._slow if f.phase in (None, phase)]
         return max(0.0, (max(factors, default=1.0) - 1.0) * own_s)
 
     def _strike(self, fault: Inject, layer: int) -> None:
@@ -78,9 +78,17 @@ class Injections:
             case "nan":
                 self._spoil = ("experts", -1) if fault.phase is None else (fault.phase, layer)
             case "comm":
-                sever(int(fault.params["peer_pid"]))
+                peer_pid = fault.params["peer_pid"]
+                assert isinstance(peer_pid, int)
+                sever(peer_pid)
             case unknown:
                 raise AssertionError(f"unknown kind of fault {unknown!r}")
+
+
+def _factor(fault: Inject) -> float:
+    factor = fault.params.get("factor", 5)
+    assert isinstance(factor, int | float), "checked where it was asked for"
+    return factor
 
 
 def _matches(fault: Inject, step: int, phase: str, layer: int) -> bool:

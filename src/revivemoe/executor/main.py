@@ -54,9 +54,12 @@ def run_rank(
 
         try:
             _serve(spec, lifeline, segment_fd, cache_fd, report)
-        except (CheckpointError, LoadFailed, OutOfMemoryForKV, NotImplementedError) as error:
+        except (CheckpointError, OutOfMemoryForKV, NotImplementedError) as error:
             report(Fatal(spec.rank, spec.incarnation, str(error), user_error=True))
             return USER_ERROR
+        except LoadFailed as error:
+            report(Fatal(spec.rank, spec.incarnation, str(error)))
+            return FAILED
         except Exception:
             text = traceback.format_exc()
             sys.stderr.write(f"rank {spec.rank}: {text}")

@@ -110,7 +110,7 @@ class Inject(msgspec.Struct, frozen=True, tag=True):
     step: int | None = None
     layer: int | None = None
     phase: str | None = None
-    params: dict[str, int | float | str] = {}
+    params: dict[str, object] = {}
     """`factor` (slow), `how` (hang: loop | stop | deadlock), `peer` and `peer_pid` (comm),
     `prompt_token` (any kind: strikes whenever a sequence with this token in its prompt runs, and
     is not one-shot: a request that kills whoever runs it)."""

@@ -49,6 +49,8 @@ class Driver:
         self._process, self._load_s, self._enter_domain = process, load_s, enter
         self._later, self._mishaps = later, mishaps
         self._steps = 0
+        self._undone = False
+        """A step was cut since the blocks were last checked."""
         process.stats = rank.stats
 
     def run(self) -> Steps:
@@ -87,6 +89,7 @@ class Driver:
     def _perform(self, effect: effects.Effect) -> Doing[object]:
         match effect:
             case effects.Commands():
+                self._check_undo()
                 if effect.wait and self._is_idle():
                     yield Idle()
                 return self._take_commands()
@@ -109,6 +112,7 @@ class Driver:
                 return (yield from self._enter(effect.configure))
             case effects.Leave():
                 self._process.leave_domain()
+                self._undone |= effect.begun is not None
                 return effects.Departure(self.forward.place, 0.0)
             case _:
                 assert_never(effect)
@@ -140,6 +144,11 @@ class Driver:
             self._check_now_and_then()
         process.progress.work(effect.phase, -1, state.step, effect.num_rows)
         return process.reach(effect.phase)
+
+    def _check_undo(self) -> None:
+        if self._undone:
+            self._undone = False
+            self.forward.check()
 
     def _check_now_and_then(self) -> None:
         self._steps += 1

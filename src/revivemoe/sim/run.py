@@ -84,7 +84,7 @@ class Simulation:
             began_s = began_s if self._over else self.clock.now
             settled_for_s = self.clock.now - began_s
             assert self.clock.now < LIMIT_S, self.verdict.stuck(self.clients)
-        self.verdict.at_end(self.clients)
+        self.verdict.at_end(self.clients, self.clock.now)
 
     def _is_over(self) -> bool:
         if isinstance(self.engine.state, FailedState):

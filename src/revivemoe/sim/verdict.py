@@ -1,6 +1,8 @@
 """What must hold: checked at accusations and at the end of a seed."""
 
 from revivemoe.engine.engine import Engine
+from revivemoe.engine.metrics import EngineCollector
+from revivemoe.engine.status import status_document
 from revivemoe.epochs.state import FailedState
 from revivemoe.ids import Epoch, RankId
 from revivemoe.messages import events
@@ -93,8 +95,9 @@ class Verdict:
             f"{process.step}, {state}, {doing} {getattr(process.doing, 'phase', '')}"
         )
 
-    def at_end(self, clients: list[Client]) -> None:
+    def at_end(self, clients: list[Client], now: float) -> None:
         """All requests have ended, or the instance has failed."""
+        self._check_documents(now)
         if isinstance(self._engine.state, FailedState):
             self._check_failed(clients, self._engine.state.reason)
             return
@@ -105,6 +108,14 @@ class Verdict:
         self._check_placement()
         self._check_dense()
         self._check_ranks()
+
+    def _check_documents(self, now: float) -> None:
+        """What an operator reads can be built, and no stall is negative."""
+        document = status_document(self._engine, now, now)
+        list(EngineCollector(self._engine, now).collect())
+        assert document["epoch"] == self._engine.membership.epoch
+        stalls = [record.stall_s for record in self._engine.epochs.records]
+        assert all(s is None or s >= 0 for s in stalls), f"stalls of {stalls} s"
 
     def _check_client(self, client: Client) -> None:
         name = client.submission.request_id
