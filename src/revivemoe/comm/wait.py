@@ -53,25 +53,16 @@ class Waiter:
         started = time.monotonic()
         self._on_wait(True)
         try:
-            self._poll(ready, started, waited_for, silent)
+            while not ready():
+                self.check_fence()
+                elapsed = time.monotonic() - started
+                if elapsed >= self._timeout_s:
+                    detail = f"not complete after {self._timeout_s:g} s in epoch {self._epoch}"
+                    raise CommunicationFailed(waited_for, silent(), detail)
+                if elapsed < SPIN_S:
+                    os.sched_yield()
+                else:
+                    time.sleep(SLEEP_S)
         finally:
             self._on_wait(False)
             self.waited_s += time.monotonic() - started
-
-    def _poll(
-        self,
-        ready: Callable[[], bool],
-        started: float,
-        waited_for: str,
-        silent: Callable[[], tuple[RankId, ...]],
-    ) -> None:
-        while not ready():
-            self.check_fence()
-            elapsed = time.monotonic() - started
-            if elapsed >= self._timeout_s:
-                detail = f"not complete after {self._timeout_s:g} s in epoch {self._epoch}"
-                raise CommunicationFailed(waited_for, silent(), detail)
-            if elapsed < SPIN_S:
-                os.sched_yield()
-            else:
-                time.sleep(SLEEP_S)

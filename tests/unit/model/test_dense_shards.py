@@ -390,6 +390,8 @@ class Counting(Dispatcher):
 
 def _counting(count: int, slots_per_rank: int) -> list[Counting]:
     return [
-        Counting(SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, ME, CPU), slots_per_rank)
+        Counting(
+            SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, CPU), slots_per_rank
+        )
         for _ in range(count)
     ]

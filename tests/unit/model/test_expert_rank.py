@@ -294,7 +294,8 @@ def enter(rank: ModelRunner, microbatches: int) -> None:
     layers = tuple(rank.worker.held())
     placement = ExpertPlacement(16, layers, {ME: tuple(rank.worker.held().values())})
     transports = [
-        SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, ME, CPU) for _ in range(microbatches)
+        SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, CPU)
+        for _ in range(microbatches)
     ]
     dispatchers = [Dispatcher(t, placement.slots_per_rank) for t in transports]
     rank.enter(dispatchers, membership(placement), ME)
