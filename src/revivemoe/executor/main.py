@@ -102,16 +102,8 @@ def _serve(
         ):
             driver = Driver(rank, runner, domains, control.commands, report, progress)
             published.append(driver)
-            report(
-                Ready(
-                    spec.rank,
-                    spec.incarnation,
-                    spec.device,
-                    num_blocks,
-                    runner.load_s,
-                    runner.maskable,
-                )
-            )
+            ready = (num_blocks, runner.load_s, runner.maskable)
+            report(Ready(spec.rank, spec.incarnation, spec.device, *ready))
             driver.run()
 
 
@@ -124,14 +116,8 @@ def _load(spec: RankSpec) -> ModelRunner:
         getattr(torch, spec.dtype),
         torch.device(spec.device),
         spec.attention,
-        _dense(spec),
+        DenseSpec(spec.dense_layers, spec.dense_ffn_tp, spec.dense_shards),
     )
-
-
-def _dense(spec: RankSpec) -> DenseSpec | None:
-    if not spec.dense_layers:
-        return None
-    return DenseSpec(spec.dense_layers, spec.dense_ffn_tp, spec.dense_shards)
 
 
 def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:

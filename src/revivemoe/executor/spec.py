@@ -45,7 +45,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights: str = ""
     """ZeroMQ endpoint that this process binds: its experts' weights, for its peers."""
     heartbeat_s: float = 0.1
-    allow_faults: bool = False
 
 
 class SegmentSpec(msgspec.Struct, frozen=True):

@@ -79,7 +79,7 @@ def _rows_offset(num_layers: int, num_experts: int) -> int:
 class HostCache:
     """This process's mapping of the cache. The descriptor stays the caller's.
 
-    An `ExpertSource`. `put` and `get` may be called from any thread.
+    An `ExpertSource`. `put` and `fetch` may be called from any thread.
     """
 
     name = "host"
@@ -119,12 +119,10 @@ class HostCache:
             view.copy_(params[name].detach())
         self._valid[number] = 1  # last of all stores
 
-    def get(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
+    def fetch(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
         """Views of an expert's rows, to be read only; None if nobody has put them."""
         number = self._number(layer, expert)
         return self._views(number) if self._valid[number] else None
-
-    fetch = get
 
     def _number(self, layer: LayerId, expert: ExpertId) -> int:
         assert 0 <= expert < self._num_experts, f"expert {expert} of {self._num_experts}"

@@ -42,7 +42,6 @@ def rank_spec(
         prefill_tokens_beside_decodes=config.prefill_tokens_beside_decodes,
         commands="",
         reports="",
-        allow_faults=config.enable_fault_injection,
     )
 
 

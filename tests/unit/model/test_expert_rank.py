@@ -29,7 +29,7 @@ from revivemoe.messages.commands import SlotLoad
 from revivemoe.model import load as load_module
 from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.load import load_model
-from revivemoe.model.runner import DenseSpec, ModelRunner, register_hooks
+from revivemoe.model.runner import NOT_SHARED, DenseSpec, ModelRunner, register_hooks
 from revivemoe.sampling_params import SamplingParams
 
 register_hooks()
@@ -57,7 +57,7 @@ def runner(
     held: tuple[int, ...],
     attention: bool,
     dtype: torch.dtype = torch.float32,
-    dense: DenseSpec | None = None,
+    dense: DenseSpec = NOT_SHARED,
 ) -> ModelRunner:
     info = inspect_checkpoint(path)
     slots = dict.fromkeys(map(LayerId, info.moe_layers), held)
@@ -450,9 +450,9 @@ def test_broken_numbers_of_any_microbatch_are_seen(made: dict[str, Path], lane: 
     exchange.spoil = spoil
     with pytest.raises(NonFiniteStep):
         rank.run(PROMPTS[:2], params(0.0))
-    assert rank.runner.non_finite() == (1, "experts", True)
+    assert rank.runner.exchange.non_finite() == (1, "experts", True)
     exchange.reset()
-    assert rank.runner.non_finite() is None
+    assert rank.runner.exchange.non_finite() is None
 
 
 def test_steps_undone_and_taken_again(made: dict[str, Path]) -> None:
