@@ -227,12 +227,18 @@ class Rank:
 
     def stats(self) -> RankStats:
         """Load and counters, for the heartbeat."""
-        return self._counters.stats(
+        done = self._counters
+        return RankStats(
             running=len(self.queues.running),
             waiting=len(self.queues.waiting),
             kv_blocks_used=self.pool.num_blocks - self.pool.num_free,
             kv_blocks_total=self.pool.num_blocks,
+            last_step=done.last_step,
             parked=isinstance(self.state, Parked),
+            preemptions=done.preemptions,
+            prefix_hit_tokens=done.prefix_hit_tokens,
+            prefilled_tokens=done.prefilled_tokens,
+            survivor_refills=done.survivor_refills,
         )
 
     def check_invariants(self) -> None:
