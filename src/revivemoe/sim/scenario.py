@@ -217,13 +217,7 @@ def _with_stop(rng: Random, submission: Submission) -> Submission:
     if len(text) < 3:
         return submission
     start = rng.randrange(len(text) - 1)
-    return Submission(
-        submission.request_id,
-        submission.prompts,
-        submission.n,
-        submission.params,
-        StopStrings((text[start : start + 2], "zz")),
-    )
+    return replace(submission, stop=StopStrings((text[start : start + 2], "zz")))
 
 
 def _tokens(rng: Random, count: int) -> list[int]:
