@@ -181,13 +181,10 @@ def _print_halves(console: Console, rows: Sequence[Half]) -> None:
         same = [r for r in rows if r.microbatches == count]
         rate = statistics.median(r.tokens_per_s for r in same)
         first = first or rate
-        table.add_row(
-            str(count),
-            f"{rate:.0f}",
-            f"{rate / first:.2f}",
-            f"{statistics.median(r.attention_idle for r in same):.0%}",
-            f"{statistics.median(r.experts_idle for r in same):.0%}",
-        )
+        attention = statistics.median(r.attention_idle for r in same)
+        experts = statistics.median(r.experts_idle for r in same)
+        idle = (f"{attention:.0%}", f"{experts:.0%}")
+        table.add_row(str(count), f"{rate:.0f}", f"{rate / first:.2f}", *idle)
     console.print(table)
 
 
@@ -201,9 +198,6 @@ def _print(console: Console, rates: dict[str, list[float]]) -> None:
         table.add_column(column, justify="left" if column == "system" else "right")
     for name, values in rates.items():
         ratio = statistics.median(v / p for v, p in zip(values, peer, strict=True))
-        table.add_row(
-            name,
-            *(f"{f(values):.0f}" for f in (statistics.median, min, max)),
-            f"{ratio:.2f}",
-        )
+        spread = [f"{f(values):.0f}" for f in (statistics.median, min, max)]
+        table.add_row(name, *spread, f"{ratio:.2f}")
     console.print(table)

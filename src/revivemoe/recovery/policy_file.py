@@ -30,25 +30,19 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def _seconds(value: object) -> float:
-    seconds = _number(value)
-    if seconds <= 0:
-        raise ValueError("must be above 0 (seconds)")
-    return seconds
+def _bounded(holds: Callable[[float], bool], must: str) -> Callable[[object], float]:
+    def check(value: object) -> float:
+        number = _number(value)
+        if not holds(number):
+            raise ValueError(f"must be {must}")
+        return number
+
+    return check
 
 
-def _fraction(value: object) -> float:
-    fraction = _number(value)
-    if not 0 <= fraction < 1:
-        raise ValueError("must be 0 or more, and below 1")
-    return fraction
-
-
-def _factor(value: object) -> float:
-    factor = _number(value)
-    if factor < 1:
-        raise ValueError("must be 1 or more")
-    return factor
+_seconds = _bounded(lambda seconds: seconds > 0, "above 0 (seconds)")
+_fraction = _bounded(lambda fraction: 0 <= fraction < 1, "0 or more, and below 1")
+_factor = _bounded(lambda factor: factor >= 1, "1 or more")
 
 
 def _count(value: object) -> int:
