@@ -14,7 +14,6 @@ class HealthSource(Protocol):
     @property
     def name(self) -> str:
         """For log lines and thread names."""
-        ...
 
     def poll(self) -> list[DeviceReport]:
         """What has changed since the last call, per (rank, code); level 0: healthy again.
@@ -22,11 +21,9 @@ class HealthSource(Protocol):
         Takes bounded time. May raise: the next call then starts from the same state, and reports
         what this one could not.
         """
-        ...
 
     def close(self) -> None:
         """Give up what it holds. May be called without a poll before it, and only once."""
-        ...
 
 
 class Changes:

@@ -37,7 +37,6 @@ class ExpertSource(Protocol):
 
     def fetch(self, layer: LayerId, expert: ExpertId) -> Rows | None:
         """On any device; None if it is not to be had here."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,12 @@ class Shape(Protocol):
 
     def choice(self, whole: Delta) -> dict[str, object]:
         """A finished choice of the body."""
-        ...
 
     def body_extra(self) -> dict[str, object]:
         """Further fields of the body, and of the first chunk of each choice."""
-        ...
 
     def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, object]]:
         """Chunk choices for new output; none when there is nothing to show yet."""
-        ...
 
 
 class Reply:

@@ -43,7 +43,6 @@ class Host(Protocol):
     def reach(self, process: "Process", phase: str, layer: int, meets: bool) -> float:
         """A step loop gets to a new place; there it `meets` the others, or not. Returns how much
         slower than normal its work is."""
-        ...
 
 
 class Process:
