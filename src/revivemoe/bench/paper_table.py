@@ -129,9 +129,6 @@ def plain_read(model_dir: Path) -> float:
     return statistics.median(rates[1:])
 
 
-# ---- rounds ------------------------------------------------------------------------------------
-
-
 def _flags(model_dir: Path, num_experts: int, scenario: Scenario) -> list[str]:
     policy = model_dir.parent / f"policy-{abs(hash(scenario.name))}.toml"
     policy.write_text(LIMITS + scenario.policy)
@@ -221,9 +218,6 @@ def _figures(
         "load_bytes_per_s": num_bytes / seconds if seconds else 0.0,
         "sources": [e["sources"] for e in loaded],
     }
-
-
-# ---- what is told ------------------------------------------------------------------------------
 
 
 def _line(row: Round, number: int, of: int) -> str:

@@ -206,8 +206,6 @@ def _prefill_rate(server: ServerProcess, model_dir: Path, draw: random.Random) -
     return statistics.median(rates)
 
 
-# ---- what is told -----------------------------------------------------------------------------
-
 FIGURES = {
     "detect_s": "detection (true)",
     "stall_s": "domain stall",

@@ -112,9 +112,6 @@ def _seconds(
     return took
 
 
-# ---- micro-batches -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Half:
     """One round with so many micro-batches. The idle shares are of the time in steps."""
@@ -186,9 +183,6 @@ def _print_halves(console: Console, rows: Sequence[Half]) -> None:
         idle = (f"{attention:.0%}", f"{experts:.0%}")
         table.add_row(str(count), f"{rate:.0f}", f"{rate / first:.2f}", *idle)
     console.print(table)
-
-
-# ---- what is told ------------------------------------------------------------------------------
 
 
 def _print(console: Console, rates: dict[str, list[float]]) -> None:

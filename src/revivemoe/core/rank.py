@@ -253,8 +253,6 @@ class Rank:
         for sequence in self.queues.waiting:
             assert not sequence.block_table, f"{sequence}: waits with blocks"
 
-    # ---- helpers -----------------------------------------------------------------------------
-
     def _apply(self, outcome: Outcome) -> None:
         sequence = outcome.item.sequence
         sequence.num_computed = outcome.num_computed

@@ -88,8 +88,6 @@ class Generator:
         pages = self._cache.pages if self._cache is not None else []
         return weights + sum(page.nbytes for pair in pages for page in pair)
 
-    # ---- KV cache -----------------------------------------------------------------------------
-
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one block over all layers."""
         values = sum(h * d for pair in self._kv_shapes for h, d in pair)
@@ -114,8 +112,6 @@ class Generator:
         assert self._cache is not None, "no step was run before allocate"
         plan = plan_attention(batch.items, self._cache.block_size, self._device)
         self._cache.zero(plan.write_slots_T)
-
-    # ---- steps --------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def logits(self, microbatches: Sequence[tuple[ScheduledSequence, ...]]) -> torch.Tensor:

@@ -182,9 +182,6 @@ def _names_of_rows(experts: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, p in params if p.shape[:1] == (experts.num_experts,))
 
 
-# ---- reading ----------------------------------------------------------------------------------
-
-
 def checkpoint_files(model_dir: Path) -> dict[str, Path]:
     """Tensor name to safetensors file. Raises CheckpointError if there is none."""
     index = model_dir / "model.safetensors.index.json"

@@ -126,8 +126,6 @@ class ModelRunner:
         _return_memory()
         self.worker.resize(num_slots)
 
-    # ---- steps --------------------------------------------------------------------------------
-
     def enter(self, dispatchers: Sequence[Dispatcher], membership: Membership, me: RankId) -> None:
         """Take up an epoch: a dispatcher for each micro-batch, expert map, router masks."""
         self._microbatches = len(dispatchers)

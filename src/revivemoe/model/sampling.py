@@ -90,9 +90,6 @@ def token_logprobs(
     ]
 
 
-# ---- logits to logits -----------------------------------------------------------------------
-
-
 def _edited(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """A copy with penalties and min_tokens applied, or the same tensor where no row asks."""
     indices = [i for i, row in enumerate(rows) if row.edits_logits]
@@ -161,9 +158,6 @@ def _top_k(params: SamplingParams) -> float:
 def _top_p(params: SamplingParams) -> float:
     """Infinite where nothing is to be cut: partial sums may round up to 1."""
     return params.top_p if params.top_p < 1 else inf
-
-
-# ---- logits to tokens -----------------------------------------------------------------------
 
 
 def _choose(edited_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:

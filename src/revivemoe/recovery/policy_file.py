@@ -19,9 +19,6 @@ Check = Callable[[object], object]
 """The value as `Policy` keeps it. Raises ValueError: what it must be."""
 
 
-# ---- what a value may be --------------------------------------------------------------------
-
-
 def _number(value: object) -> float:
     """bool is an int to Python, and TOML has inf and nan."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -75,9 +72,6 @@ def _quoted(names: tuple[str, ...]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-# ---- the settings ---------------------------------------------------------------------------
-
-
 SECTIONS: dict[str, dict[str, Check]] = {
     "experts": {
         "repair": _repairs,  # what to try, in this order, for experts without a live replica
@@ -115,9 +109,6 @@ SECTIONS: dict[str, dict[str, Check]] = {
 """TOML table -> name -> setting. The table `levels` has names of its own: L1 to L6."""
 
 LEVELS = "levels"
-
-
-# ---- reading --------------------------------------------------------------------------------
 
 
 def load_policy(path: Path, base: Policy) -> Policy:

@@ -6,7 +6,7 @@ What a choice looks like is the endpoint's (`Shape`); the rest is the same for b
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from revivemoe.server.errors import ApiError
@@ -44,27 +44,19 @@ class Shape(Protocol):
         """Chunk choices for new output; none when there is nothing to show yet."""
 
 
+@dataclass
 class Reply:
     """One request's answer. Use either `body` or `events`, once."""
 
-    def __init__(
-        self,
-        submission: Submission,
-        stream: Stream,
-        shape: Shape,
-        model: str,
-        include_usage: bool = False,
-        discard_output: bool = False,
-    ) -> None:
-        self._submission = submission
-        self._stream = stream
-        self._shape = shape
-        self._model = model
-        self._include_usage = include_usage
-        self._discard_output = discard_output
-        self._created = int(time.time())
-        self._degraded = stream.degraded_from_start
-        self._num_output = 0
+    _submission: Submission
+    _stream: Stream
+    _shape: Shape
+    _model: str
+    _include_usage: bool = False
+    _discard_output: bool = False
+    _created: int = field(default_factory=lambda: int(time.time()))
+    _degraded: bool = False
+    _num_output: int = 0
 
     @property
     def headers(self) -> dict[str, str]:
@@ -162,4 +154,5 @@ class Reply:
         }
 
     def _quality(self) -> dict[str, str]:
-        return {"quality": DEGRADED} if self._degraded else {}
+        degraded = self._degraded or self._stream.degraded_from_start
+        return {"quality": DEGRADED} if degraded else {}

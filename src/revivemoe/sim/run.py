@@ -92,8 +92,6 @@ class Simulation:
             and not self.strikes.pending
         )
 
-    # ---- what the engine does ----------------------------------------------------------------
-
     def _observe(self) -> None:
         """After every call into the engine; its ticks see to it that this is often."""
         stage = stage_of(self.engine)
@@ -117,8 +115,6 @@ class Simulation:
     def _tell(self, line: str) -> None:
         if self._trace is not None:
             self._trace(f"{self.clock.now:9.4f} {line}")
-
-    # ---- clients -----------------------------------------------------------------------------
 
     def _arrive(self, arrival: Arrival) -> None:
         client = Client(arrival)

@@ -163,9 +163,6 @@ def _limits(rng: Random) -> RankLimits:
     )
 
 
-# ---- requests -------------------------------------------------------------------------------
-
-
 def _arrivals(rng: Random, poison: bool) -> list[Arrival]:
     """Close together, or so far apart that the ranks park in between."""
     common = [tuple(_tokens(rng, rng.choice((8, 12, 17)))) for _ in range(2)]
@@ -222,9 +219,6 @@ def _with_stop(rng: Random, submission: Submission) -> Submission:
 
 def _tokens(rng: Random, count: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(count)]
-
-
-# ---- faults ---------------------------------------------------------------------------------
 
 
 def _fault(rng: Random, kinds: tuple[FaultKind, ...], num_ranks: int, number: int) -> FaultSpec:
