@@ -45,11 +45,9 @@ class Detokenizer(Protocol):
 
     def push(self, token_id: int) -> str:
         """Text that this token completes; may be empty."""
-        ...
 
     def flush(self) -> str:
         """What is still held back, broken characters replaced by U+FFFD. Once, at the end."""
-        ...
 
 
 class Vocabulary:

@@ -108,45 +108,36 @@ class ServingEngine(Protocol):
 
         Raises EngineUnavailable.
         """
-        ...
 
     def status(self) -> Document:
         """The document of `GET /v1/fault_tolerance/status`: one consistent snapshot."""
-        ...
 
     def metrics(self) -> bytes:
         """Prometheus exposition text."""
-        ...
 
     @property
     def state_name(self) -> str:
         """As the status document spells it. A look at a field: probes ask often."""
-        ...
 
     @property
     def alive(self) -> bool:
         """False once the state is `failed`."""
-        ...
 
     @property
     def ready(self) -> bool:
         """True while `serving`."""
-        ...
 
     async def apply(self, instruction: str, params: Document, request_id: str) -> Document | None:
         """Fault-tolerance instruction. Raises ValueError with the reason for wrong input.
 
         Returns a document for `whatif`, None otherwise.
         """
-        ...
 
     async def inject(self, fault: Document) -> str:
         """Inject a fault; returns the injection id. Raises ValueError, PermissionError."""
-        ...
 
     def events(self) -> AsyncIterator[Document]:
         """Signals, decisions and stages as they happen (server-sent events)."""
-        ...
 
 
 def choice_indices(prompts: Sequence[Sequence[int]], n: int) -> list[tuple[int, int]]:

@@ -17,12 +17,13 @@ from typing import Any
 import msgspec
 import torch
 from support import reference as reference_module
+from support.margins import draw_margins
 from support.reference import NOTHING, Masked, choice, generate_batch, masked_experts, routers
 from torch import Tensor
 
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model import sampling
-from revivemoe.model.sampling import SamplingRow, draw_margins, sample
+from revivemoe.model.sampling import SamplingRow, sample
 from revivemoe.sampling_params import SamplingParams
 
 ROUTER_GAP = 1e-5

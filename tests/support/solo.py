@@ -43,7 +43,7 @@ class SoloRank:
             model_dir, slots, info.num_experts, info.top_k, torch.float32, device
         )
         self.runner.allocate(limits.num_blocks, limits.block_size)
-        transport = SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, ME, device)
+        transport = SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, device)
         dispatcher = Dispatcher(transport, placement.slots_per_rank)
         self.runner.enter([dispatcher], Membership(collocated(EPOCH, 1), placement), ME)
         self.rank = Rank(ME, Incarnation(1), limits)

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -51,8 +52,12 @@ class StreamResult:
 
     def longest_gap_s(self, after: float = 0.0) -> float:
         """Longest time between two consecutive tokens that ended later than `after`."""
-        pairs = zip(self.times, self.times[1:], strict=False)
-        return max((b - a for a, b in pairs if b > after), default=0.0)
+        return max(gaps([self], after), default=0.0)
+
+
+def gaps(results: Sequence[StreamResult], after: float = 0.0) -> list[float]:
+    """Times between consecutive tokens that ended later than `after`."""
+    return [b - a for r in results for a, b in pairwise(r.times) if b > after]
 
 
 async def stream_completion(
@@ -85,6 +90,12 @@ def _take(chunk: Chunk, result: StreamResult) -> None:
         result.times.extend([now] * len(ids))
         result.text += choice.get("text") or ""
         result.finish_reason = choice.get("finish_reason") or result.finish_reason
+
+
+def warm(url: str, bodies: Sequence[Body]) -> list[StreamResult]:
+    """What they yield when they are streamed for the second time."""
+    asyncio.run(stream_all(url, bodies, timeout_s=300))
+    return asyncio.run(stream_all(url, bodies, timeout_s=300))
 
 
 async def stream_all(

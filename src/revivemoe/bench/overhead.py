@@ -4,7 +4,6 @@ CPU time of each part by itself, in this process, times how often a step calls i
 step of a served run: journal, heartbeat, progress counters, and the check for non-finite numbers.
 """
 
-import asyncio
 import random
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from revivemoe.bench.loadgen import greedy, random_prompts, stream_all
+from revivemoe.bench.loadgen import gaps, greedy, random_prompts, warm
 from revivemoe.bench.models import bench_model
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.checkpoint.inspect import inspect_checkpoint
@@ -79,11 +78,7 @@ def _median_step_s(model_dir: Path, setup: Setup) -> float:
     prompts = random_prompts(random.Random(0), setup.streams, 64)
     bodies = greedy(model_dir, prompts, setup.output_tokens)
     with ServerProcess(model_dir, ["--data-parallel-size", str(setup.ranks)]) as server:
-        asyncio.run(stream_all(server.url, bodies))
-        results = asyncio.run(stream_all(server.url, bodies))
-    return statistics.median(
-        b - a for r in results for a, b in zip(r.times, r.times[1:], strict=False)
-    )
+        return statistics.median(gaps(warm(server.url, bodies)))
 
 
 def _cpu_s(act: Callable[[], object], calls: int = 2000, rounds: int = 7) -> float:
@@ -119,15 +114,12 @@ def _clear_s() -> float:
 
 def _heartbeat_s() -> float:
     """A heartbeat that tells the pace, which only every tenth does: an upper bound."""
-    progress = _experienced()
+    progress, me = _experienced(), (RankId(0), Incarnation(1))
     encoder = msgspec.msgpack.Encoder()
 
     def act() -> None:
-        paces = list(progress.paces())
-        beat = Heartbeat(
-            RankId(0), Incarnation(1), progress.count, RankStats(), progress.activity(), paces
-        )
-        encoder.encode(beat)
+        now, paces = progress.activity(), progress.paces()
+        encoder.encode(Heartbeat(*me, progress.count, RankStats(), now, paces))
 
     return _cpu_s(act)
 
@@ -174,8 +166,7 @@ def _print(console: Console, step_s: float, costs: dict[str, float], check_s: fl
     table = Table(title=f"CPU time per step; median step {step_s * 1e3:.1f} ms")
     for column in ("part", "microseconds", "share of a step"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    for name, seconds in costs.items():
-        table.add_row(name, f"{seconds * 1e6:.1f}", f"{seconds / step_s:.3%}")
-    for name, seconds in (("together", sum(costs.values())), ("non-finite check", check_s)):
+    parts = costs | {"together": sum(costs.values()), "non-finite check": check_s}
+    for name, seconds in parts.items():
         table.add_row(name, f"{seconds * 1e6:.1f}", f"{seconds / step_s:.3%}")
     console.print(table)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from revivemoe.bench.documents import Recovery
 from revivemoe.bench.faultrun import FaultRun, await_status, mend, run_with_fault
-from revivemoe.bench.loadgen import Body, StreamResult, greedy, random_prompts, stream_all
+from revivemoe.bench.loadgen import Body, StreamResult, gaps, greedy, random_prompts, warm
 from revivemoe.bench.restart import CATEGORIES, restart
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.epochs.record import PHASES
@@ -129,9 +129,6 @@ def plain_read(model_dir: Path) -> float:
     return statistics.median(rates[1:])
 
 
-# ---- rounds ------------------------------------------------------------------------------------
-
-
 def _flags(model_dir: Path, num_experts: int, scenario: Scenario) -> list[str]:
     policy = model_dir.parent / f"policy-{abs(hash(scenario.name))}.toml"
     policy.write_text(LIMITS + scenario.policy)
@@ -157,8 +154,7 @@ def _rounds(
         with ServerProcess(model_dir, flags) as server:
             prompts = random_prompts(draw, load.streams, load.prompt_tokens)
             bodies = greedy(model_dir, prompts, load.output_tokens)
-            asyncio.run(stream_all(server.url, bodies, timeout_s=300))  # warm-up
-            calm = asyncio.run(stream_all(server.url, bodies, timeout_s=300))
+            calm = warm(server.url, bodies)
             count = 1 if scenario.fresh else load.rounds
             for _ in range(count):
                 rows.append(_round(server, scenario, load, calm, bodies, bandwidth, draw))
@@ -199,8 +195,7 @@ def _figures(
     records: Sequence[Recovery],
     bandwidth: float,
 ) -> Round:
-    gaps = [b - a for r in calm for a, b in zip(r.times, r.times[1:], strict=False)]
-    step_s = statistics.median(gaps)
+    step_s = statistics.median(gaps(calm))
     loaded = [e for e in fault.events if e["event"] == "loaded"]
     num_bytes = sum(e["bytes"] for e in loaded)
     seconds = max((e["seconds"] for e in loaded), default=0.0)
@@ -223,9 +218,6 @@ def _figures(
         "load_bytes_per_s": num_bytes / seconds if seconds else 0.0,
         "sources": [e["sources"] for e in loaded],
     }
-
-
-# ---- what is told ------------------------------------------------------------------------------
 
 
 def _line(row: Round, number: int, of: int) -> str:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from revivemoe.bench import paper_table
 from revivemoe.bench.faultrun import FaultRun, mend, run_with_fault
-from revivemoe.bench.loadgen import Body, StreamResult, greedy, random_prompts, stream_all
+from revivemoe.bench.loadgen import Body, StreamResult, gaps, greedy, random_prompts, warm
 from revivemoe.bench.models import bench_model
 from revivemoe.bench.restart import restart
 from revivemoe.bench.server_process import ServerProcess
@@ -31,7 +31,6 @@ from revivemoe.epochs.record import PHASES
 
 TABLES = ("paper", "kinds")
 KINDS = ("kill", "stop", "hang", "error", "nan", "drain")
-POLICY = "[limits]\nmax_recoveries = 100000\nmax_restarts = 100000\n"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _kinds(model_dir: Path, num_experts: int, setup: Setup, console: Console) ->
     """Each kind of fault, at each context length, on one collocated deployment."""
     rows: list[Row] = []
     policy = model_dir.parent / "policy.toml"
-    policy.write_text(POLICY)
+    policy.write_text(paper_table.LIMITS)
     flags = [
         "--data-parallel-size", str(setup.ranks), "--redundant-experts", str(num_experts),
         "--max-model-len", "2304", "--enable-fault-injection",
@@ -130,8 +129,7 @@ def _context(
     with ServerProcess(model_dir, flags) as server:
         prompts = random_prompts(draw, setup.streams, context)
         bodies = greedy(model_dir, prompts, setup.output_tokens)
-        asyncio.run(stream_all(server.url, bodies, timeout_s=300))  # warm-up
-        calm = asyncio.run(stream_all(server.url, bodies, timeout_s=300))
+        calm = warm(server.url, bodies)
         rate = _prefill_rate(server, model_dir, draw)
         for kind in kinds:
             for index in range(count):
@@ -176,15 +174,15 @@ def _figures(calm: Sequence[StreamResult], fault: FaultRun, rate: float) -> dict
     if failed or fault.status["state"] != "serving":
         raise RuntimeError(f"the recovery failed: {failed[:1]} {fault.status['recoveries'][-1:]}")
     record = fault.status["recoveries"][-1]
-    step_s = statistics.median(_gaps(calm, 0.0))
+    step_s = statistics.median(gaps(calm))
     recomputed, bound = record["recomputed_tokens"], 2 * step_s + 0.1
     resumed = fault.killed_at + fault.true_detect_s + (record["stall_s"] or 0.0)
-    after = _gaps(fault.survivors, resumed)
+    after = gaps(fault.survivors, resumed)
     return {
         "detect_s": fault.true_detect_s,
         "stall_s": record["stall_s"] or 0.0,
-        "survivor_gap_s": max(_gaps(fault.survivors, fault.killed_at), default=0.0),
-        "migrated_gap_s": max(_gaps(fault.moved, fault.killed_at), default=0.0),
+        "survivor_gap_s": max(gaps(fault.survivors, fault.killed_at), default=0.0),
+        "migrated_gap_s": max(gaps(fault.moved, fault.killed_at), default=0.0),
         "survivor_pace": statistics.median(after) / step_s if after else 1.0,
         "migrated": record["migrated"],
         "recomputed_tokens": recomputed,
@@ -194,11 +192,6 @@ def _figures(calm: Sequence[StreamResult], fault: FaultRun, rate: float) -> dict
         "prefill_rate": rate,
         "rolled_back": record["rolled_back"],
     }
-
-
-def _gaps(results: Sequence[StreamResult], after: float) -> list[float]:
-    """Times between consecutive tokens that ended later than `after`."""
-    return [b - a for r in results for a, b in zip(r.times, r.times[1:], strict=False) if b > after]
 
 
 def _prefill_rate(server: ServerProcess, model_dir: Path, draw: random.Random) -> float:
@@ -212,8 +205,6 @@ def _prefill_rate(server: ServerProcess, model_dir: Path, draw: random.Random) -
         rates.append(length / (time.monotonic() - began))
     return statistics.median(rates)
 
-
-# ---- what is told -----------------------------------------------------------------------------
 
 FIGURES = {
     "detect_s": "detection (true)",
@@ -261,9 +252,7 @@ def _print(console: Console, summaries: Sequence[Summary]) -> None:
     for column in ("fault", "context", *PHASES):
         phases.add_column(column)
     for row in summaries:
-        cells = [
-            f"{row.phases[p]['median'] * 1e3:.1f} / {row.phases[p]['worst'] * 1e3:.1f}"
-            for p in PHASES
-        ]
+        found = [row.phases[p] for p in PHASES]
+        cells = [f"{p['median'] * 1e3:.1f} / {p['worst'] * 1e3:.1f}" for p in found]
         phases.add_row(row.kind, str(row.context), *cells)
     console.print(phases)

@@ -112,9 +112,6 @@ def _seconds(
     return took
 
 
-# ---- micro-batches -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Half:
     """One round with so many micro-batches. The idle shares are of the time in steps."""
@@ -181,17 +178,11 @@ def _print_halves(console: Console, rows: Sequence[Half]) -> None:
         same = [r for r in rows if r.microbatches == count]
         rate = statistics.median(r.tokens_per_s for r in same)
         first = first or rate
-        table.add_row(
-            str(count),
-            f"{rate:.0f}",
-            f"{rate / first:.2f}",
-            f"{statistics.median(r.attention_idle for r in same):.0%}",
-            f"{statistics.median(r.experts_idle for r in same):.0%}",
-        )
+        attention = statistics.median(r.attention_idle for r in same)
+        experts = statistics.median(r.experts_idle for r in same)
+        idle = (f"{attention:.0%}", f"{experts:.0%}")
+        table.add_row(str(count), f"{rate:.0f}", f"{rate / first:.2f}", *idle)
     console.print(table)
-
-
-# ---- what is told ------------------------------------------------------------------------------
 
 
 def _print(console: Console, rates: dict[str, list[float]]) -> None:
@@ -201,9 +192,6 @@ def _print(console: Console, rates: dict[str, list[float]]) -> None:
         table.add_column(column, justify="left" if column == "system" else "right")
     for name, values in rates.items():
         ratio = statistics.median(v / p for v, p in zip(values, peer, strict=True))
-        table.add_row(
-            name,
-            *(f"{f(values):.0f}" for f in (statistics.median, min, max)),
-            f"{ratio:.2f}",
-        )
+        spread = [f"{f(values):.0f}" for f in (statistics.median, min, max)]
+        table.add_row(name, *spread, f"{ratio:.2f}")
     console.print(table)

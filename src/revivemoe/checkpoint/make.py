@@ -6,16 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from revivemoe.checkpoint.presets import (
-    ARCHS,
-    BOS_ID,
-    END_IDS,
-    PAD_ID,
-    PRESETS,
-    SIZES,
-    Preset,
-    config_fields,
-)
+from revivemoe.checkpoint import presets
 from revivemoe.checkpoint.tokenizer import save_tokenizer
 from revivemoe.checkpoint.weights import fill_weights
 
@@ -25,17 +16,13 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16")
 
 
-def _silent(message: str) -> None:
-    del message
-
-
 def make_model(
     directory: str | Path,
     arch: str,
     preset: str,
     seed: int,
     dtype: str = "float32",
-    progress: Callable[[str], None] = _silent,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Write config, sharded safetensors, tokenizer, chat template and generation config.
 
@@ -43,13 +30,13 @@ def make_model(
 
     Raises ValueError for an unknown name or a directory that is not empty.
     """
-    _check("architecture", arch, ARCHS)
-    _check("preset", preset, PRESETS)
+    _check("architecture", arch, presets.ARCHS)
+    _check("preset", preset, presets.PRESETS)
     _check("dtype", dtype, DTYPES)
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not an empty directory: choose another or empty it")
-    size = SIZES[preset]
+    size = presets.SIZES[preset]
     progress(f"training a tokenizer of {size.vocab} tokens")
     path.mkdir(parents=True, exist_ok=True)
     save_tokenizer(path, size.vocab)
@@ -59,7 +46,7 @@ def make_model(
     progress(f"writing {millions:.1f} M parameters to {path}")
     with _no_progress_bar():
         model.save_pretrained(path, max_shard_size=size.shard_bytes)
-    _publish(path, config_fields(arch, size))
+    _publish(path, presets.config_fields(arch, size))
 
 
 def _check(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -89,12 +76,12 @@ def _publish(path: Path, fields: dict[str, object]) -> None:
         shard.chmod(config.stat().st_mode)
 
 
-def _random_model(arch: str, size: Preset, seed: int, dtype: str) -> "PreTrainedModel":
+def _random_model(arch: str, size: presets.Preset, seed: int, dtype: str) -> "PreTrainedModel":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.for_model(arch, **config_fields(arch, size))
+    config = AutoConfig.for_model(arch, **presets.config_fields(arch, size))
     with no_init_weights():  # every tensor is overwritten below
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     for module in model.modules():
@@ -102,6 +89,6 @@ def _random_model(arch: str, size: Preset, seed: int, dtype: str) -> "PreTrained
             module.e_score_correction_bias = module.e_score_correction_bias.float()
     fill_weights(model, seed)
     model.generation_config = GenerationConfig(
-        bos_token_id=BOS_ID, eos_token_id=list(END_IDS), pad_token_id=PAD_ID
+        bos_token_id=presets.BOS_ID, eos_token_id=list(presets.END_IDS), pad_token_id=presets.PAD_ID
     )
     return model

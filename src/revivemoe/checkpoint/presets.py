@@ -91,6 +91,7 @@ def config_fields(arch: str, size: Preset) -> dict[str, object]:
 
     The names are those of the published `config.json` files, which every release accepts.
     """
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": 10000.0}
     common: dict[str, object] = {
         "vocab_size": size.vocab,
         "hidden_size": size.hidden,
@@ -99,7 +100,7 @@ def config_fields(arch: str, size: Preset) -> dict[str, object]:
         "num_key_value_heads": size.kv_heads,
         "num_experts_per_tok": size.experts_per_token,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_parameters": rope,
         "tie_word_embeddings": False,
         "pad_token_id": PAD_ID,
         "bos_token_id": BOS_ID,
@@ -139,37 +140,27 @@ def config_fields(arch: str, size: Preset) -> dict[str, object]:
                 "norm_topk_prob": False,
             }
         case "deepseek_v3":
-            return (
-                common
-                | sigmoid_family
-                | {
-                    "num_key_value_heads": size.heads,
-                    "q_lora_rank": 3 * size.hidden // 4,
-                    "kv_lora_rank": size.hidden // 2,
-                    "qk_nope_head_dim": size.head_dim,
-                    "qk_rope_head_dim": size.head_dim // 2,
-                    "v_head_dim": size.head_dim,
-                    "n_group": size.groups,
-                    "topk_group": size.groups_per_token,
-                    "routed_scaling_factor": 2.5,
-                }
-            )
+            return common | {
+                **sigmoid_family,
+                "num_key_value_heads": size.heads,
+                "q_lora_rank": 3 * size.hidden // 4,
+                "kv_lora_rank": size.hidden // 2,
+                "qk_nope_head_dim": size.head_dim,
+                "qk_rope_head_dim": size.head_dim // 2,
+                "v_head_dim": size.head_dim,
+                "n_group": size.groups,
+                "topk_group": size.groups_per_token,
+                "routed_scaling_factor": 2.5,
+            }
         case "glm4_moe":
-            return (
-                common
-                | sigmoid_family
-                | {
-                    "head_dim": size.head_dim,
-                    "use_qk_norm": True,
-                    "attention_bias": True,
-                    "rope_parameters": {
-                        "rope_type": "default",
-                        "rope_theta": 10000.0,
-                        "partial_rotary_factor": 0.5,
-                    },
-                    "n_group": 1,
-                    "topk_group": 1,
-                    "routed_scaling_factor": 1.0,
-                }
-            )
-    raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHS)}")
+            return common | {
+                **sigmoid_family,
+                "head_dim": size.head_dim,
+                "use_qk_norm": True,
+                "attention_bias": True,
+                "rope_parameters": rope | {"partial_rotary_factor": 0.5},
+                "n_group": 1,
+                "topk_group": 1,
+                "routed_scaling_factor": 1.0,
+            }
+    raise AssertionError(f"unknown architecture {arch!r}")

@@ -85,14 +85,16 @@ class LocalCluster:
         self._encoder = msgspec.msgpack.Encoder()
         self._last_command: Command | None = None
         self._last_bytes = b""
-        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
 
     @property
     def _inbox_fd(self) -> int:
         return int(self._inbox.getsockopt(zmq.FD))
 
     async def __aenter__(self) -> "LocalCluster":
-        self._loop = asyncio.get_running_loop()
         self._inbox.setsockopt(zmq.RCVHWM, 0)
         self._inbox.bind(self.reports)
         self._launcher.start()
@@ -103,7 +105,6 @@ class LocalCluster:
         return self
 
     async def __aexit__(self, *raised: object) -> None:
-        assert self._loop is not None
         self._loop.remove_reader(self._inbox_fd)
         with contextlib.suppress(AssertionError):
             self._loop.remove_reader(self._launcher.fileno)
@@ -150,7 +151,6 @@ class LocalCluster:
 
     def _restart_forkserver(self) -> None:
         """A new one is warm in a few seconds; what is to be launched waits for it."""
-        assert self._loop is not None
         self._forkserver_gone, self._warm = False, False
         self._launcher.restart()
         self._loop.add_reader(self._launcher.fileno, self._on_launcher)
@@ -171,8 +171,7 @@ class LocalCluster:
     def kill(self, rank: RankId) -> None:
         """SIGKILL the rank's present process. Nobody waits for it."""
         held = self._outboxes.get(rank)
-        pid = self._pids.get(held[0]) if held is not None else None
-        if pid is not None and held is not None:
+        if held is not None and held[0] in self._pidfds:
             _kill(self._pidfds[held[0]])
 
     def pid(self, rank: RankId) -> int | None:
@@ -205,7 +204,6 @@ class LocalCluster:
             except (zmq.Again, zmq.ZMQError):
                 return
             self._callbacks.on_report(self._decoder.decode(raw))
-        assert self._loop is not None
         self._loop.call_soon(self.drain)
 
     def _on_launcher(self) -> None:
@@ -225,7 +223,6 @@ class LocalCluster:
                     if key in self._ending:
                         self._tell_exit(key)
                 case None:
-                    assert self._loop is not None
                     self._loop.remove_reader(self._launcher.fileno)
                     self._forkserver_gone = True
                     self._callbacks.on_forkserver_gone()
@@ -241,12 +238,10 @@ class LocalCluster:
     def _watch(self, process: LaunchedProcess) -> None:
         key = (RankId(process.launched.rank), Incarnation(process.launched.incarnation))
         self._pidfds[key], self._pids[key] = process.pidfd, process.launched.pid
-        assert self._loop is not None
         self._loop.add_reader(process.pidfd, self._on_exit, key)
 
     def _on_exit(self, key: Key) -> None:
         """The process is gone. How it ended, the fork server says about now."""
-        assert self._loop is not None
         self._loop.remove_reader(self._pidfds[key])
         if not self._forkserver_gone:
             self._on_launcher()
@@ -272,7 +267,6 @@ class LocalCluster:
         self._callbacks.on_exit(*key, f"process {pid}: {how}", by_itself)
 
     def _forget(self, key: Key) -> None:
-        assert self._loop is not None
         pidfd = self._pidfds.pop(key)
         self._pids.pop(key)
         self._loop.remove_reader(pidfd)

@@ -1,6 +1,5 @@
 """The rendezvous store of gloo and NCCL domains. Lives with the engine, never on a rank."""
 
-import secrets
 import socket
 
 
@@ -10,7 +9,6 @@ class GroupStore:
     def __init__(self) -> None:
         self._server: object | None = None
         self.address: str | None = None
-        self.instance = secrets.token_hex(4)
 
     def start(self) -> None:
         """Listen on a free port."""

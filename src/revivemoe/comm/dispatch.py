@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from revivemoe.comm.shm import region_bytes_for
+from revivemoe.comm.shm import region_bytes_for, round_up
 from revivemoe.comm.transport import Flow, Transport
 
 _ALIGN = 16
@@ -70,16 +70,12 @@ class _Route:
     first_row_T: np.ndarray
 
 
-def _round_up(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGN) * _ALIGN
-
-
 def _hidden_offset(top_k: int) -> int:
-    return _round_up(top_k * (8 + 4))
+    return round_up(top_k * (8 + 4), _ALIGN)
 
 
 def _row_bytes(hidden: int, itemsize: int, top_k: int) -> int:
-    return _hidden_offset(top_k) + _round_up(hidden * itemsize)
+    return _hidden_offset(top_k) + round_up(hidden * itemsize, _ALIGN)
 
 
 def region_bytes(num_ranks: int, max_tokens: int, hidden: int, itemsize: int, top_k: int) -> int:

@@ -4,11 +4,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.distributed import ProcessGroup
 
 from revivemoe.comm.fence import DomainLeft, FenceFlag
-from revivemoe.comm.gloo import gloo_transport
-from revivemoe.comm.group import Graveyard
-from revivemoe.comm.nccl import nccl_transport
+from revivemoe.comm.gloo import connect, gloo_group
+from revivemoe.comm.group import Graveyard, GroupTransport, abort_aside, build_bounded, bury_in
+from revivemoe.comm.nccl import nccl_group
 from revivemoe.comm.shm import Segment, ShmTransport
 from revivemoe.comm.transport import SoloTransport, Transport
 from revivemoe.comm.wait import Waiter
@@ -78,36 +79,28 @@ class Domains:
         self._graveyard.sweep(time.monotonic())
 
     def _build(
-        self,
-        spec: DomainSpec,
-        epoch: Epoch,
-        members: tuple[RankId, ...],
-        me: RankId,
-        channel: int,
+        self, spec: DomainSpec, epoch: Epoch, members: tuple[RankId, ...], me: RankId, channel: int
     ) -> Transport:
         waiter = Waiter(self._fence, epoch, spec.timeout_s, self._on_wait)
         if members == (me,):
-            return SoloTransport(waiter, epoch, me, self._device)
-        match spec.backend:
-            case "shm":
-                if self._segment is None:
-                    raise ValueError("the shm transport needs the descriptor of a segment")
-                return ShmTransport(self._segment, waiter, epoch, members, me, channel)
-            case "gloo":
-                return gloo_transport(
-                    _store_address(spec), waiter, epoch, members, me, spec.timeout_s,
-                    self._graveyard, pin=self._device.type == "cuda", channel=channel,
-                )  # fmt: skip
-            case "nccl":
-                return nccl_transport(
-                    _store_address(spec), waiter, epoch, members, me, spec.timeout_s,
-                    self._graveyard, self._device, channel=channel,
-                )  # fmt: skip
-            case unknown:
-                raise ValueError(f"unknown transport {unknown!r}: use shm, gloo or nccl")
+            return SoloTransport(waiter, epoch, members, me, self._device)
+        if spec.backend == "shm":
+            if self._segment is None:
+                raise ValueError("the shm transport needs the descriptor of a segment")
+            return ShmTransport(self._segment, waiter, epoch, members, me, channel)
+        if spec.backend not in ("gloo", "nccl"):
+            raise ValueError(f"unknown transport {spec.backend!r}: use shm, gloo or nccl")
+        address, gloo = spec.store_address, spec.backend == "gloo"
+        if address is None:
+            raise ValueError(f"the {spec.backend} transport needs a store_address")
 
+        def build() -> ProcessGroup:
+            store = connect(address, epoch, spec.timeout_s, channel)
+            place = (store, members.index(me), len(members))
+            return gloo_group(*place, spec.timeout_s) if gloo else nccl_group(*place, self._device)
 
-def _store_address(spec: DomainSpec) -> str:
-    if spec.store_address is None:
-        raise ValueError(f"the {spec.backend} transport needs a store_address")
-    return spec.store_address
+        group = build_bounded(build, waiter, members, me)
+        leave = (bury_in if gloo else abort_aside)(self._graveyard, spec.timeout_s)
+        device = torch.device("cpu") if gloo else self._device
+        pin = gloo and self._device.type == "cuda"
+        return GroupTransport(group, waiter, epoch, members, me, device, pin=pin, leave=leave)

@@ -17,7 +17,7 @@ import torch
 from torch.distributed import AllToAllOptions, ProcessGroup, Work
 
 from revivemoe.comm.fence import CommunicationFailed
-from revivemoe.comm.transport import EVERYBODY, MAX_INTS, Flow
+from revivemoe.comm.transport import EVERYBODY, MAX_INTS, Flow, Transport
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
 
@@ -69,8 +69,8 @@ def build_bounded(
         raise CommunicationFailed("build the group", others, str(error)) from error
 
 
-class GroupTransport:
-    """Implements `revivemoe.comm.transport.Transport` over gloo or NCCL."""
+class GroupTransport(Transport):
+    """Over gloo or NCCL."""
 
     def __init__(
         self,
@@ -85,15 +85,10 @@ class GroupTransport:
         leave: Callable[["GroupTransport"], None],
     ) -> None:
         """`pin`: page-lock host buffers. `leave`: called once by `close` to dispose of it all."""
-        self.members = members
-        self.index = members.index(me)
-        self.size = len(members)
-        self.epoch = epoch
-        self.device = device
+        super().__init__(waiter, epoch, members, me, device)
         self.group: ProcessGroup | None = group
         """None once it is freed."""
         self._others = tuple(rank for rank in members if rank != me)
-        self._waiter = waiter
         self._pin = pin
         self._leave: Callable[[GroupTransport], None] | None = leave
         self._rows_to: list[int] = []
@@ -107,13 +102,6 @@ class GroupTransport:
         self._inbox: torch.Tensor | None = None
         self._in_flight: list[tuple[Work | None, object]] = []
         """Work that is not known to be complete, with its buffers, oldest first."""
-
-    @property
-    def waited_s(self) -> float:
-        return self._waiter.waited_s
-
-    def check_fence(self) -> None:
-        self._waiter.check_fence()
 
     def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
         assert len(row) <= MAX_INTS, f"{len(row)} ints: more than {MAX_INTS}"

@@ -35,7 +35,7 @@ from typing import Protocol
 import torch
 
 from revivemoe.comm.fence import DomainLeft
-from revivemoe.comm.transport import EVERYBODY, MAX_INTS, Flow
+from revivemoe.comm.transport import EVERYBODY, MAX_INTS, Flow, Transport
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
 
@@ -51,21 +51,22 @@ _EXCHANGE_BITS = 40
 """10^12 exchanges per epoch: years at 10 000 a second. Leaves 2^23 epochs."""
 
 
-def _round_up(num_bytes: int, to: int) -> int:
+def round_up(num_bytes: int, to: int) -> int:
+    """The next multiple of `to`."""
     return -(-num_bytes // to) * to
 
 
 def _half_header_bytes(num_ranks: int) -> int:
-    return _round_up(8 * (_TABLE + max(MAX_INTS, num_ranks + 1)), _LINE)
+    return round_up(8 * (_TABLE + max(MAX_INTS, num_ranks + 1)), _LINE)
 
 
 def _segment_header_bytes(num_ranks: int) -> int:
-    return _round_up(_LINE * (1 + num_ranks), _PAGE)
+    return round_up(_LINE * (1 + num_ranks), _PAGE)
 
 
 def region_bytes_for(num_ranks: int, payload_bytes: int) -> int:
     """Size of a region whose every exchange carries at most `payload_bytes` out of one rank."""
-    return _round_up(2 * (_half_header_bytes(num_ranks) + _round_up(payload_bytes, _LINE)), _PAGE)
+    return round_up(2 * (_half_header_bytes(num_ranks) + round_up(payload_bytes, _LINE)), _PAGE)
 
 
 def create_segment(num_ranks: int, region_bytes: int, channels: int = 1) -> int:
@@ -75,12 +76,18 @@ def create_segment(num_ranks: int, region_bytes: int, channels: int = 1) -> int:
     it is written. It has no name and is gone with the last process that holds it. Hand the
     descriptor to each rank process; close it when no further rank will be started. Raises OSError.
     """
-    region_bytes = _round_up(region_bytes, _PAGE)
-    fd = os.memfd_create("revivemoe-domain", os.MFD_CLOEXEC)
+    region_bytes = round_up(region_bytes, _PAGE)
+    num_bytes = _segment_header_bytes(num_ranks) + 2 * channels * num_ranks * region_bytes
+    header = _FIXED.pack(_MAGIC, num_ranks, region_bytes, channels)
+    return create_memfd("revivemoe-domain", num_bytes, header)
+
+
+def create_memfd(name: str, num_bytes: int, header: bytes) -> int:
+    """Anonymous memory, zeros behind the header; returns its file descriptor. Raises OSError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
-        regions = 2 * channels * num_ranks
-        os.ftruncate(fd, _segment_header_bytes(num_ranks) + regions * region_bytes)
-        os.pwrite(fd, _FIXED.pack(_MAGIC, num_ranks, region_bytes, channels), 0)
+        os.ftruncate(fd, num_bytes)
+        os.pwrite(fd, header, 0)
     except OSError:
         os.close(fd)
         raise
@@ -138,8 +145,8 @@ class Segment:
         return start + parity * half_bytes
 
 
-class ShmTransport:
-    """See the module; implements `revivemoe.comm.transport.Transport`."""
+class ShmTransport(Transport):
+    """See the module."""
 
     def __init__(
         self,
@@ -154,17 +161,11 @@ class ShmTransport:
 
         A rank enters channel 0 first, and each channel of an epoch once.
         """
-        self.members = members
-        self.index = members.index(me)
-        self.size = len(members)
-        self.epoch = epoch
-        self.device = torch.device("cpu")
-        self._waiter = waiter
+        super().__init__(waiter, epoch, members, me, torch.device("cpu"))
         self._segment: Segment | None = segment
         self._words = segment.words
         self._bytes = segment.bytes
         self._word = (epoch + 1) << _EXCHANGE_BITS
-        self._sent_rows: tuple[int, ...] | None = None
         self._row_bytes = 0
         self._header_bytes = _half_header_bytes(segment.num_ranks)
         self._payload_bytes = segment.region_bytes // 2 - self._header_bytes
@@ -182,13 +183,6 @@ class ShmTransport:
         """Who reads what lies in each half."""
         self._senders = self._everybody
         self._rows_from: Sequence[int] | None = None
-
-    @property
-    def waited_s(self) -> float:
-        return self._waiter.waited_s
-
-    def check_fence(self) -> None:
-        self._waiter.check_fence()
 
     def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
         assert len(row) <= MAX_INTS, f"{len(row)} ints: more than {MAX_INTS}"

@@ -3,9 +3,9 @@
 Legend for shapes: N members, M rows sent by this rank, B bytes per row.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -33,42 +33,44 @@ class Flow:
 EVERYBODY = Flow()
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """Collective exchanges among the members of one epoch, all in the same order on every member.
 
     Every method may raise DomainLeft (the epoch is fenced) or CommunicationFailed (a symptom).
     After either, the transport is of no use but to be closed.
     """
 
-    @property
-    def members(self) -> tuple[RankId, ...]: ...
-    @property
-    def index(self) -> int:
+    def __init__(
+        self,
+        waiter: Waiter,
+        epoch: Epoch,
+        members: tuple[RankId, ...],
+        me: RankId,
+        device: torch.device,
+    ) -> None:
+        """`device`: where outbox and inbox lie."""
+        self.members = members
+        self.index = members.index(me)
         """This rank's logical rank: its position in `members`."""
-        ...
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def epoch(self) -> Epoch: ...
-    @property
-    def device(self) -> torch.device:
-        """Where outbox and inbox lie."""
-        ...
+        self.size = len(members)
+        self.epoch = epoch
+        self.device = device
+        self._waiter = waiter
 
     @property
     def waited_s(self) -> float:
         """Seconds spent waiting for peers so far; the rest of a step is the rank's own work."""
-        ...
+        return self._waiter.waited_s
 
     def check_fence(self) -> None:
         """Raise DomainLeft if the epoch is fenced: for work between exchanges."""
-        ...
+        self._waiter.check_fence()
 
+    @abstractmethod
     def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
         """Everybody's row, by logical rank. All rows have the same width, at most MAX_INTS."""
-        ...
 
+    @abstractmethod
     def outbox(
         self,
         row_bytes: int,
@@ -82,41 +84,24 @@ class Transport(Protocol):
         caller knows it (saves a transport without a table of its own one round).
         Must be followed by `send`.
         """
-        ...
 
+    @abstractmethod
     def send(self) -> None:
         """Send the outbox. Waits for nobody's rows. Must be followed by `receive`."""
-        ...
 
+    @abstractmethod
     def receive(self) -> list[torch.Tensor]:
         """What each member sent here, uint8 `[rows, B]`, by logical rank: waits for the senders,
         and takes nothing from others. The result is valid until the next `outbox`.
         """
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Leave. Waits for nobody; a second call does nothing."""
-        ...
 
 
-class SoloTransport:
+class SoloTransport(Transport):
     """A domain of one: no peers, no traffic, only the fence."""
-
-    def __init__(self, waiter: Waiter, epoch: Epoch, me: RankId, device: torch.device) -> None:
-        self.members = (me,)
-        self.index = 0
-        self.size = 1
-        self.epoch = epoch
-        self.device = device
-        self._waiter = waiter
-        self._outbox = torch.empty(0, 0, dtype=torch.uint8)
-
-    @property
-    def waited_s(self) -> float:
-        return self._waiter.waited_s
-
-    def check_fence(self) -> None:
-        self._waiter.check_fence()
 
     def all_gather_ints(self, row: Sequence[int]) -> list[list[int]]:
         self._waiter.check_fence()

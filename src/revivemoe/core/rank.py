@@ -227,12 +227,18 @@ class Rank:
 
     def stats(self) -> RankStats:
         """Load and counters, for the heartbeat."""
-        return self._counters.stats(
+        done = self._counters
+        return RankStats(
             running=len(self.queues.running),
             waiting=len(self.queues.waiting),
             kv_blocks_used=self.pool.num_blocks - self.pool.num_free,
             kv_blocks_total=self.pool.num_blocks,
+            last_step=done.last_step,
             parked=isinstance(self.state, Parked),
+            preemptions=done.preemptions,
+            prefix_hit_tokens=done.prefix_hit_tokens,
+            prefilled_tokens=done.prefilled_tokens,
+            survivor_refills=done.survivor_refills,
         )
 
     def check_invariants(self) -> None:
@@ -246,8 +252,6 @@ class Rank:
             assert held == needed or (open_step and held > needed), f"{sequence}: table and KV"
         for sequence in self.queues.waiting:
             assert not sequence.block_table, f"{sequence}: waits with blocks"
-
-    # ---- helpers -----------------------------------------------------------------------------
 
     def _apply(self, outcome: Outcome) -> None:
         sequence = outcome.item.sequence

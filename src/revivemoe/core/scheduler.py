@@ -1,5 +1,7 @@
 """Continuous batching with chunked prefill: which tokens of which sequences run in a step."""
 
+from dataclasses import dataclass
+
 from revivemoe.core.blocks import BlockPool
 from revivemoe.core.journal import Journal
 from revivemoe.core.limits import RankLimits
@@ -9,6 +11,7 @@ from revivemoe.core.step import Batch, ScheduledSequence
 from revivemoe.ids import BlockId
 
 
+@dataclass
 class Scheduler:
     """Chooses the next batch. Everything it changes goes through the journal.
 
@@ -17,13 +20,10 @@ class Scheduler:
     added), so a rank with live sequences always schedules at least one token.
     """
 
-    def __init__(
-        self, limits: RankLimits, pool: BlockPool, queues: Queues, journal: Journal
-    ) -> None:
-        self._limits = limits
-        self._pool = pool
-        self._queues = queues
-        self._journal = journal
+    _limits: RankLimits
+    _pool: BlockPool
+    _queues: Queues
+    _journal: Journal
 
     def schedule(self, step: int, mask_key: bytes, beside_decodes: bool = False) -> Batch:
         """The batch of the next step; empty only if no sequence is live.
@@ -38,10 +38,8 @@ class Scheduler:
         return Batch(step=step, items=tuple(items))
 
     def _budget(self, beside_decodes: bool) -> int:
-        most, bound = (
-            self._limits.max_num_batched_tokens,
-            self._limits.prefill_tokens_beside_decodes,
-        )
+        most = self._limits.max_num_batched_tokens
+        bound = self._limits.prefill_tokens_beside_decodes
         if bound is None or not beside_decodes:
             return most
         ready = sum(sequence.num_remaining == 1 for sequence in self._queues.running)

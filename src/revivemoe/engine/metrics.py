@@ -16,8 +16,8 @@ STATES = ("starting", "serving", "recovering", "paused", "failed")
 class EngineCollector:
     """Reads one engine; holds nothing itself, so that the figures cannot drift from the truth."""
 
-    def __init__(self, engine: Engine, now: float) -> None:
-        self._engine, self._now = engine, now
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
         yield from self._membership()
@@ -55,17 +55,14 @@ class EngineCollector:
             for view in ranks:
                 gauge.add_metric([str(view.rank)], 0 if view.dead else getattr(view.stats, name))
             yield gauge
+        refills = "Tokens computed again on a rank that held them before a fence; stays 0"
         for name, field, text in (
             ("preemptions", "preemptions", "Sequences preempted for want of blocks"),
             ("prefix_hit_tokens", "prefix_hit_tokens", "Prompt tokens found in cache"),
             ("prefilled_tokens", "prefilled_tokens", "Tokens run as prefill"),
             ("step_seconds", "step_s", "Time spent in steps"),
             ("wait_seconds", "waited_s", "Of that, time spent waiting for peers"),
-            (
-                "survivor_refills",
-                "survivor_refills",
-                "Tokens computed again on a rank that held them before a fence; stays 0",
-            ),
+            ("survivor_refills", "survivor_refills", refills),
         ):
             counter = CounterMetricFamily(f"revivemoe_rank_{name}", text, labels=["rank"])
             for view in ranks:
@@ -116,8 +113,8 @@ class EngineCollector:
             )
 
 
-def render_metrics(engine: Engine, now: float) -> bytes:
+def render_metrics(engine: Engine) -> bytes:
     """Exposition text."""
     registry = CollectorRegistry()
-    registry.register(EngineCollector(engine, now))
+    registry.register(EngineCollector(engine))
     return generate_latest(registry)

@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
 
 import msgspec
 import zmq
@@ -20,7 +19,7 @@ from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.progress import Progress
 from revivemoe.executor.spec import RankSpec
 from revivemoe.messages.commands import Command, Fence
-from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats, Report
+from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats
 
 PACE_EVERY = 10
 """Heartbeats from one that tells the pace to the next."""
@@ -56,12 +55,7 @@ class ControlThread:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._stopping.set()
         self._thread.join(timeout=2 * self._spec.heartbeat_s + 1.0)
 
@@ -85,13 +79,14 @@ class ControlThread:
             outbox.setsockopt(zmq.LINGER, 200)
             outbox.setsockopt(zmq.SNDHWM, 0)
             outbox.connect(self._spec.reports)
-            self._send(outbox, self._hello())
+            hello = Hello(self._spec.rank, self._spec.incarnation, os.getpid(), os.uname().nodename)
+            outbox.send(self._encoder.encode(hello))
             poller = zmq.Poller()
             poller.register(inbox, zmq.POLLIN)
             poller.register(self._lifeline, zmq.POLLIN)
             while not self._stopping.is_set():
                 self._turn(inbox, poller)
-                self._send(outbox, self._heartbeat())
+                outbox.send(self._encoder.encode(self._heartbeat()))
 
     def _turn(self, inbox: "zmq.Socket[bytes]", poller: zmq.Poller) -> None:
         """Serve whatever comes until the next heartbeat is due."""
@@ -101,31 +96,13 @@ class ControlThread:
             if self._lifeline in ready:
                 os._exit(ENGINE_GONE)
             if inbox in ready:
-                self._take(inbox.recv())
-
-    def _take(self, raw: bytes) -> None:
-        command = self._decoder.decode(raw)
-        if isinstance(command, Fence) and not command.at_boundary:
-            self._fence.raise_to(command.epoch)
-        self.commands.put(command)
-
-    def _send(self, socket: "zmq.Socket[bytes]", report: Report) -> None:
-        socket.send(self._encoder.encode(report))
-
-    def _hello(self) -> Hello:
-        spec = self._spec
-        return Hello(spec.rank, spec.incarnation, os.getpid(), os.uname().nodename)
+                command = self._decoder.decode(inbox.recv())
+                if isinstance(command, Fence) and not command.at_boundary:
+                    self._fence.raise_to(command.epoch)
+                self.commands.put(command)
 
     def _heartbeat(self) -> Heartbeat:
-        spec = self._spec
-        progress = self._progress
         self._beats += 1
-        tell_pace = self._beats % PACE_EVERY == 0
-        return Heartbeat(
-            spec.rank,
-            spec.incarnation,
-            progress.count,
-            self._stats(),
-            progress.activity(),
-            progress.paces() if tell_pace else None,
-        )
+        progress, me = self._progress, (self._spec.rank, self._spec.incarnation)
+        pace = progress.paces() if self._beats % PACE_EVERY == 0 else None
+        return Heartbeat(*me, progress.count, self._stats(), progress.activity(), pace)

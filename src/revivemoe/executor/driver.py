@@ -21,7 +21,6 @@ from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, StepHeader, StepResult
 from revivemoe.executor.injection import Injections
 from revivemoe.executor.loading import LOAD_BUDGET_S, Loader
-from revivemoe.membership.membership import Membership
 from revivemoe.messages.commands import Command, Configure, Inject
 from revivemoe.messages.reports import ExpertsLoaded, RankStats, Report
 from revivemoe.model.dense import dense_servers
@@ -112,24 +111,18 @@ class Driver:
             self._progress.idle()
         taken: list[Command] = []
         try:
-            self._sort(self._inbox.get(timeout=IDLE_WAIT_S) if wait else self._get_now(), taken)
             while True:
-                self._sort(self._get_now(), taken)
+                match self._inbox.get(wait, IDLE_WAIT_S):
+                    case ExpertsLoaded() as loaded:
+                        self._report(loaded)
+                    case Inject() as fault:
+                        self._injections.add(fault)
+                    case command:
+                        taken.append(command)
+                wait = False
         except queue.Empty:
             pass
         return taken
-
-    def _get_now(self) -> Command | ExpertsLoaded:
-        return self._inbox.get_nowait()
-
-    def _sort(self, command: Command | ExpertsLoaded, taken: list[Command]) -> None:
-        match command:
-            case ExpertsLoaded():
-                self._report(command)
-            case Inject():
-                self._injections.add(command)
-            case _:
-                taken.append(command)
 
     def _publish_stats(self) -> None:
         now = time.monotonic()
@@ -204,9 +197,14 @@ class Driver:
         except OSError as error:
             raise effects.Broken(str(error)) from error
         self._loader.entered(membership, domain)
-        self._runner.enter(_dispatchers(channels, membership), membership, me)
-        if membership.dense is not None:
-            self._runner.enter_dense(_dense_dispatchers(channels, membership), membership, me)
+        topology, slots_per_rank = membership.topology, membership.placement.slots_per_rank
+        sources, servers = topology.places(topology.attention), topology.places(topology.experts)
+        dispatchers = [Dispatcher(c, slots_per_rank, sources, servers) for c in channels]
+        self._runner.enter(dispatchers, membership, me)
+        if (groups := membership.dense) is not None:  # slots on the wire are shards
+            holders = dense_servers(groups, topology)
+            dispatchers = [Dispatcher(c, groups.size, sources, holders) for c in channels]
+            self._runner.exchange.enter_dense(dispatchers, membership, me)
         self._transport = channels[0]
         return time.monotonic() - began
 
@@ -219,21 +217,7 @@ class Driver:
         self._domains.leave()
         self._transport = None
         if begun is not None:
-            place = self._runner.non_finite()
+            place = self._runner.exchange.non_finite()
             if begun.items:
                 self._runner.zero_written(begun)
         return effects.Departure(place, time.monotonic() - began)
-
-
-def _dispatchers(channels: tuple[Transport, ...], membership: Membership) -> list[Dispatcher]:
-    topology, slots_per_rank = membership.topology, membership.placement.slots_per_rank
-    sources, servers = topology.places(topology.attention), topology.places(topology.experts)
-    return [Dispatcher(c, slots_per_rank, sources, servers) for c in channels]
-
-
-def _dense_dispatchers(channels: tuple[Transport, ...], membership: Membership) -> list[Dispatcher]:
-    """Slots on the wire are shards."""
-    groups, topology = membership.dense, membership.topology
-    assert groups is not None
-    sources, servers = topology.places(topology.attention), dense_servers(groups, topology)
-    return [Dispatcher(c, groups.size, sources, servers) for c in channels]

@@ -10,9 +10,6 @@ import torch
 from revivemoe.comm.sever import sever
 from revivemoe.messages.commands import Inject
 
-SUPPORTED = ("kill", "hang", "error", "slow", "nan", "comm")
-"""Kinds a rank can produce."""
-
 
 class InjectedError(RuntimeError):
     """What an injected `error` raises: the rank's own code has failed."""

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from revivemoe.comm.domain import Domains
 from revivemoe.core.effects import Load, Loaded, LoadFailed
@@ -20,19 +21,16 @@ LOAD_BUDGET_S = 20.0
 """What loading a portion of experts may take, a slow disk included."""
 
 
+@dataclass
 class Loader:
     """Fills the slots of one rank."""
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        domains: Domains,
-        progress: Progress,
-        me: tuple[RankId, Incarnation],
-    ) -> None:
-        self._runner, self._domains, self._progress, self._me = runner, domains, progress, me
-        self._peers: Sequence[PeerSource] = ()
-        """Of the present epoch."""
+    _runner: ModelRunner
+    _domains: Domains
+    _progress: Progress
+    _me: tuple[RankId, Incarnation]
+    _peers: Sequence[PeerSource] = ()
+    """Of the present epoch."""
 
     def entered(self, membership: Membership, domain: DomainSpec) -> None:
         """An epoch has begun: its members may be asked for what they hold."""

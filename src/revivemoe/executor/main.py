@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,6 @@ import zmq
 from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.effects import LoadFailed
-from revivemoe.core.limits import RankLimits
 from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
 from revivemoe.executor.control import ControlThread
@@ -89,15 +89,8 @@ def _serve(
                 target=runner.worker.fill_host_cache, name="cache", daemon=True
             ).start()
         num_blocks = _num_blocks(spec, runner)
-        runner.allocate(num_blocks, spec.block_size)
-        limits = RankLimits(
-            num_blocks=num_blocks,
-            block_size=spec.block_size,
-            max_num_seqs=spec.max_num_seqs,
-            max_num_batched_tokens=spec.max_num_batched_tokens,
-            max_model_len=spec.max_model_len,
-            prefill_tokens_beside_decodes=spec.prefill_tokens_beside_decodes,
-        )
+        runner.allocate(num_blocks, spec.limits.block_size)
+        limits = replace(spec.limits, num_blocks=num_blocks)
         rank = Rank(spec.rank, spec.incarnation, limits)
         with (
             WeightServer(spec.weights, runner.worker.find),
@@ -105,16 +98,8 @@ def _serve(
         ):
             driver = Driver(rank, runner, domains, control.commands, report, progress)
             published.append(driver)
-            report(
-                Ready(
-                    spec.rank,
-                    spec.incarnation,
-                    spec.device,
-                    num_blocks,
-                    runner.load_s,
-                    runner.maskable,
-                )
-            )
+            ready = (num_blocks, runner.load_s, runner.maskable)
+            report(Ready(spec.rank, spec.incarnation, spec.device, *ready))
             driver.run()
 
 
@@ -127,14 +112,8 @@ def _load(spec: RankSpec) -> ModelRunner:
         getattr(torch, spec.dtype),
         torch.device(spec.device),
         spec.attention,
-        _dense(spec),
+        DenseSpec(spec.dense_layers, spec.dense_ffn_tp, spec.dense_shards),
     )
-
-
-def _dense(spec: RankSpec) -> DenseSpec | None:
-    if not spec.dense_layers:
-        return None
-    return DenseSpec(spec.dense_layers, spec.dense_ffn_tp, spec.dense_shards)
 
 
 def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:
@@ -144,8 +123,9 @@ def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:
     """
     if not spec.attention:
         return 0
-    per_sequence = -(-spec.max_model_len // spec.block_size)
-    per_block = runner.kv_bytes_per_block(spec.block_size)
+    limits = spec.limits
+    per_sequence = limits.blocks_for(limits.max_model_len)
+    per_block = runner.kv_bytes_per_block(limits.block_size)
     free = _free_bytes(spec.device)
     if spec.num_kv_blocks is not None:
         num_blocks = spec.num_kv_blocks
@@ -157,12 +137,12 @@ def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:
             )
     else:
         affordable = int(free * spec.kv_memory_share) // per_block
-        num_blocks = min(affordable, per_sequence * spec.max_num_seqs)
+        num_blocks = min(affordable, per_sequence * limits.max_num_seqs)
     if num_blocks < per_sequence:
         raise OutOfMemoryForKV(
-            f"KV cache of rank {spec.rank}: {num_blocks} blocks of {spec.block_size} tokens "
+            f"KV cache of rank {spec.rank}: {num_blocks} blocks of {limits.block_size} tokens "
             f"({num_blocks * per_block / 2**20:.0f} MiB) cannot hold one sequence of "
-            f"--max-model-len {spec.max_model_len} tokens ({per_sequence} blocks, "
+            f"--max-model-len {limits.max_model_len} tokens ({per_sequence} blocks, "
             f"{per_sequence * per_block / 2**20:.0f} MiB): lower --max-model-len, "
             "raise --num-kv-blocks, or give the machine more memory"
         )

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from revivemoe.core.limits import RankLimits
 from revivemoe.ids import Incarnation, LayerId, RankId
 
 
@@ -29,15 +30,12 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """cpu | cuda:N"""
     threads: int
     """Compute threads of this process."""
-    block_size: int
+    limits: RankLimits
+    """Without the blocks of its KV cache, which follow from the memory."""
     num_kv_blocks: int | None
     """None: as many as are useful and fit into this rank's share of memory."""
     kv_memory_share: float
     """Share of the memory now free that this rank's KV cache may take when sized by itself."""
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    prefill_tokens_beside_decodes: int
     commands: str
     """ZeroMQ endpoint that this process binds; what the engine sends before that waits."""
     reports: str
@@ -45,7 +43,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     weights: str = ""
     """ZeroMQ endpoint that this process binds: its experts' weights, for its peers."""
     heartbeat_s: float = 0.1
-    allow_faults: bool = False
 
 
 class SegmentSpec(msgspec.Struct, frozen=True):

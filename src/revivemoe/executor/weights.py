@@ -8,7 +8,6 @@ is not here (any more).
 import os
 import threading
 from collections.abc import Callable, Mapping
-from types import TracebackType
 
 import msgspec
 import torch
@@ -52,12 +51,7 @@ class WeightServer:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join(timeout=JOIN_S)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from revivemoe.health.kubernetes_state import Ranks, reports_of
-from revivemoe.health.source import Reported, changes, worst
+from revivemoe.health.source import Changes
 from revivemoe.recovery.faults import DeviceReport
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class KubernetesSource:
         self._api = api
         self._node = node
         self._ranks = ranks
-        self._reported: Reported = {}
+        self._changes = Changes()
         self._complaints: set[str] = set()
 
     def poll(self) -> list[DeviceReport]:
@@ -55,10 +55,7 @@ class KubernetesSource:
         complaints: list[str] = []
         reading = reports_of(node, self._ranks, self._device_info(complaints))
         self._say(complaints + reading.complaints)
-        found = worst(reading.reports)
-        reports = changes(self._reported, found)
-        self._reported = found
-        return reports
+        return self._changes.to(reading.reports)
 
     def close(self) -> None:
         self._api.api_client.close()

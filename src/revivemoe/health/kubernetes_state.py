@@ -124,9 +124,6 @@ def reports_of(
     return reading
 
 
-# ---- Ascend ---------------------------------------------------------------------------------
-
-
 def _device_list(data: Mapping[str, object], reading: Reading) -> Mapping[str, object]:
     """`{"DeviceInfo": {"DeviceList": {"huawei.com/Ascend910-Fault": ...}}}`, inside a string."""
     text = data.get("DeviceInfoCfg")
@@ -208,9 +205,6 @@ def _ranks_of_chip(name: str, ranks: Ranks, reading: Reading) -> Sequence[RankId
     return ranks.of_device.get(int(index), ())
 
 
-# ---- conditions and taints ------------------------------------------------------------------
-
-
 def _conditions(conditions: object, ranks: Ranks, reading: Reading) -> None:
     for condition in _mappings(conditions):
         kind, status = str(condition.get("type")), condition.get("status")
@@ -230,9 +224,6 @@ def _taints(taints: object, ranks: Ranks, reading: Reading) -> None:
         level = TAINT_LEVELS.get(key, other)
         if level:
             _add(reading, ranks.all, level, key, f"node taint {key}:{effect}")
-
-
-# ---- small things ---------------------------------------------------------------------------
 
 
 def _add(reading: Reading, ranks: Iterable[RankId], level: int, code: str, detail: str) -> None:

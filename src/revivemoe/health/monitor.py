@@ -47,9 +47,12 @@ class HealthMonitor:
             for source in sources
         ]
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         for thread in self._threads:
             thread.start()
+
+    def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(self, *raised: object) -> None:

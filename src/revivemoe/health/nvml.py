@@ -15,15 +15,18 @@ Names of the library: "NVML API Reference", docs.nvidia.com/deploy/nvml-api.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Protocol
+from types import ModuleType, SimpleNamespace
+from typing import TypeVar
 
-from revivemoe.health.source import Reported, changes, worst
+from revivemoe.health.source import Changes
 from revivemoe.health.xids import xid_level
 from revivemoe.ids import RankId
 from revivemoe.recovery.faults import DeviceReport
 
+T = TypeVar("T")
+_NO_FIELDS: list[SimpleNamespace] = []
 DeviceId = int | str
 """NVML's index of a device, or its UUID (`GPU-...`)."""
 
@@ -79,7 +82,7 @@ class NvmlSource:
         """When each Xid was last seen."""
         self._fewest_ecc: dict[DeviceId, int] = {}
         """Uncorrected errors that were there before we watched, or are left after a reset."""
-        self._reported: Reported = {}
+        self._changes = Changes()
 
     def poll(self) -> list[DeviceReport]:
         """See `HealthSource`. Takes at most `WAIT_MS` beside the driver's own time.
@@ -87,19 +90,16 @@ class NvmlSource:
         Raises NVMLError for what says nothing about a device (no driver, no permission).
         """
         if self._session is None:
-            self._session = Session.open(self._nvml, tuple(self._ranks_of_device))
+            self._session = Session(self._nvml, tuple(self._ranks_of_device))
         now = self._clock()
         for device, xid in self._session.xids():
             self._xids[device, xid] = now
-        found = worst(
+        return self._changes.to(
             DeviceReport(rank, c.level, c.code, c.detail, self.name)
             for device, ranks in self._ranks_of_device.items()
             for c in self._conditions(self._session, device, now)
             for rank in ranks
         )
-        reports = changes(self._reported, found)
-        self._reported = found
-        return reports
 
     def close(self) -> None:
         if self._session is not None:
@@ -139,18 +139,11 @@ class NvmlSource:
             yield Condition(f"recovery-action-{action}", level, f"GPU {device}: {meaning}")
 
 
-class Event(Protocol):
-    """`nvmlEventData_t`."""
-
-    device: object
-    eventType: int
-    eventData: int
-
-
 class Session:
     """The library, initialised, with an event set and the handles of the watched devices."""
 
-    def __init__(self, nvml: ModuleType) -> None:
+    def __init__(self, nvml: ModuleType, devices: Sequence[DeviceId]) -> None:
+        """Raises NVMLError; then nothing is left open."""
         self._nvml = nvml
         self._events: object = None
         self._handles: dict[DeviceId, object] = {}
@@ -161,20 +154,16 @@ class Session:
             nvml.NVMLError_NotFound,
         )
         """What the library raises for a device that is gone."""
-
-    @classmethod
-    def open(cls, nvml: ModuleType, devices: Sequence[DeviceId]) -> "Session":
-        """Raises NVMLError; then nothing is left open."""
         nvml.nvmlInit()
-        session = cls(nvml)
         try:
-            session._events = nvml.nvmlEventSetCreate()
+            self._events = nvml.nvmlEventSetCreate()
             for device in devices:
-                session._watch(device)
+                # One that cannot be had now is not given up: its queries say why, and look again.
+                with suppress(*self.lost_errors, nvml.NVMLError_ResetRequired):
+                    self._handle(device)
         except nvml.NVMLError:
-            session.close()
+            self.close()
             raise
-        return session
 
     def close(self) -> None:
         try:
@@ -183,84 +172,58 @@ class Session:
         finally:
             self._nvml.nvmlShutdown()
 
-    def _watch(self, device: DeviceId) -> None:
-        """A device that cannot be had now is not given up: its queries say why, and look again."""
-        try:
-            self._handle(device)
-        except (*self.lost_errors, self._nvml.NVMLError_ResetRequired):
-            return
-
     def _handle(self, device: DeviceId) -> object:
         """Found, and registered for events, the first time it can be had."""
         if device not in self._handles:
-            handle = self._find(device)
-            uuid = self._nvml.nvmlDeviceGetUUID(handle)
-            self._register(handle)
+            nvml, by_index = self._nvml, isinstance(device, int)
+            find = nvml.nvmlDeviceGetHandleByIndex if by_index else nvml.nvmlDeviceGetHandleByUUID
+            handle = find(device)
+            uuid, xids = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlEventTypeXidCriticalError
+            with suppress(nvml.NVMLError_NotSupported):  # some virtual devices have no events
+                nvml.nvmlDeviceRegisterEvents(handle, xids, self._events)
             self._device_of_uuid[uuid] = device
             self._handles[device] = handle
         return self._handles[device]
 
-    def _find(self, device: DeviceId) -> object:
-        if isinstance(device, int):
-            return self._nvml.nvmlDeviceGetHandleByIndex(device)
-        return self._nvml.nvmlDeviceGetHandleByUUID(device)
-
-    def _register(self, handle: object) -> None:
-        nvml = self._nvml
-        try:
-            nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
-        except nvml.NVMLError_NotSupported:
-            return  # some virtual devices have no events; the queries remain
-
     def xids(self) -> Iterator[tuple[DeviceId, int]]:
         """Xids since the last call, in their order."""
-        wait_ms = WAIT_MS
+        nvml, wait_ms = self._nvml, WAIT_MS
         for _ in range(MAX_EVENTS_PER_POLL):
             try:
-                event = self._nvml.nvmlEventSetWait_v2(self._events, wait_ms)
-            except self._nvml.NVMLError_Timeout:
-                return
-            except self.lost_errors:
-                return  # the queries find out which
+                event = nvml.nvmlEventSetWait_v2(self._events, wait_ms)
+            except (nvml.NVMLError_Timeout, *self.lost_errors):
+                return  # of a device that is lost, the queries find out which
             wait_ms = 0
-            device = self._device_of(event)
-            if device is not None and event.eventType == self._nvml.nvmlEventTypeXidCriticalError:
+            try:
+                device = self._device_of_uuid.get(nvml.nvmlDeviceGetUUID(event.device))
+            except nvml.NVMLError:
+                continue  # it cannot be asked any more: then the queries find it lost
+            if device is not None and event.eventType == nvml.nvmlEventTypeXidCriticalError:
                 yield device, int(event.eventData)
 
-    def _device_of(self, event: Event) -> DeviceId | None:
-        """None if the device cannot be asked any more: then the queries find it lost."""
+    def _ask(self, query: str, device: DeviceId, *args: object, otherwise: T) -> T:
+        """`otherwise` where the device, or the driver, does not support the query."""
+        handle = self._handle(device)
         try:
-            return self._device_of_uuid.get(self._nvml.nvmlDeviceGetUUID(event.device))
-        except self._nvml.NVMLError:
-            return None
+            answer: T = getattr(self._nvml, query)(handle, *args)
+        except self._nvml.NVMLError_NotSupported:
+            return otherwise
+        return answer
 
     def uncorrected_ecc(self, device: DeviceId) -> int:
         """Uncorrected errors since the driver was loaded; 0 if the device does not count them."""
-        nvml, handle = self._nvml, self._handle(device)
-        try:
-            count = nvml.nvmlDeviceGetTotalEccErrors(
-                handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-            )
-        except nvml.NVMLError_NotSupported:
-            return 0
-        return int(count)
+        which = (self._nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, self._nvml.NVML_VOLATILE_ECC)
+        return int(self._ask("nvmlDeviceGetTotalEccErrors", device, *which, otherwise=0))
 
     def row_remapping(self, device: DeviceId) -> tuple[bool, bool]:
         """(pending, failed); both False where rows are not remapped, or with MIG instances."""
-        handle = self._handle(device)
-        try:
-            _, _, pending, failed = self._nvml.nvmlDeviceGetRemappedRows(handle)
-        except self._nvml.NVMLError_NotSupported:
-            return False, False
-        return bool(pending), bool(failed)
+        rows = self._ask("nvmlDeviceGetRemappedRows", device, otherwise=(0, 0, 0, 0))
+        return bool(rows[2]), bool(rows[3])
 
     def recovery_action(self, device: DeviceId) -> int:
         """NVML_GPU_RECOVERY_ACTION_*; 0 where the driver does not know the field."""
-        handle = self._handle(device)
-        try:
-            (field,) = self._nvml.nvmlDeviceGetFieldValues(
-                handle, [self._nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]
-            )
-        except self._nvml.NVMLError_NotSupported:
-            return 0
-        return int(field.value.uiVal) if field.nvmlReturn == self._nvml.NVML_SUCCESS else 0
+        wanted = [self._nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]
+        for field in self._ask("nvmlDeviceGetFieldValues", device, wanted, otherwise=_NO_FIELDS):
+            if field.nvmlReturn == self._nvml.NVML_SUCCESS:
+                return int(field.value.uiVal)
+        return 0

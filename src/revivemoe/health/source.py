@@ -14,7 +14,6 @@ class HealthSource(Protocol):
     @property
     def name(self) -> str:
         """For log lines and thread names."""
-        ...
 
     def poll(self) -> list[DeviceReport]:
         """What has changed since the last call, per (rank, code); level 0: healthy again.
@@ -22,37 +21,32 @@ class HealthSource(Protocol):
         Takes bounded time. May raise: the next call then starts from the same state, and reports
         what this one could not.
         """
-        ...
 
     def close(self) -> None:
         """Give up what it holds. May be called without a poll before it, and only once."""
-        ...
 
 
-Reported = dict[tuple[RankId, str], DeviceReport]
-"""The last report per (rank, code), healthy ones left out."""
+class Changes:
+    """From states to changes: remembers the last report per (rank, code), healthy ones left out."""
 
+    def __init__(self) -> None:
+        self._last: dict[tuple[RankId, str], DeviceReport] = {}
 
-def worst(reports: Iterable[DeviceReport]) -> Reported:
-    """One report per (rank, code): that of the highest level, the first one of equals."""
-    found: Reported = {}
-    for report in reports:
-        key = (report.rank, report.code)
-        if report.level > 0 and (key not in found or report.level > found[key].level):
-            found[key] = report
-    return found
+    def to(self, reports: Iterable[DeviceReport]) -> list[DeviceReport]:
+        """Reports that appeared or changed their level, then a level 0 for each that is gone.
 
-
-def changes(before: Reported, now: Reported) -> list[DeviceReport]:
-    """Reports that appeared or changed their level, then a level 0 for each that is gone."""
-    risen = [
-        report
-        for key, report in now.items()
-        if key not in before or before[key].level != report.level
-    ]
-    cleared = [
-        replace(report, level=0, detail=f"{report.code} is over")
-        for key, report in before.items()
-        if key not in now
-    ]
-    return risen + cleared
+        Of several for one (rank, code) the highest level counts, and of equals the first.
+        """
+        before, now = self._last, dict[tuple[RankId, str], DeviceReport]()
+        for report in reports:
+            key = (report.rank, report.code)
+            if report.level > (now[key].level if key in now else 0):
+                now[key] = report
+        self._last = now
+        risen = [r for k, r in now.items() if k not in before or before[k].level != r.level]
+        cleared = [
+            replace(report, level=0, detail=f"{report.code} is over")
+            for key, report in before.items()
+            if key not in now
+        ]
+        return risen + cleared

@@ -5,18 +5,20 @@ The names and fields on the wire are part of the public contract: `document` is 
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import ClassVar
+from typing import ClassVar, dataclass_transform
 
 from revivemoe.ids import Epoch, Incarnation, RankId
 
 
+@dataclass_transform(frozen_default=True)
 class Event:
-    """`event` is its name on the wire."""
+    """`event` is its name on the wire. Each kind of event is a frozen dataclass."""
 
     event: ClassVar[str]
 
     def __init_subclass__(cls, event: str) -> None:
         cls.event = event
+        dataclass(frozen=True)(cls)
 
 
 Tell = Callable[[Event], None]
@@ -32,13 +34,11 @@ def document(event: Event) -> EventDocument:
 # ---- states and changes of epoch ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class StateEntered(Event, event="state"):
     state: str
     epoch: Epoch
 
 
-@dataclass(frozen=True)
 class Fenced(Event, event="fence"):
     epoch: Epoch
     cause: str
@@ -47,20 +47,17 @@ class Fenced(Event, event="fence"):
     at_boundary: bool
 
 
-@dataclass(frozen=True)
 class RestartPlanned(Event, event="restart"):
     ranks: list[RankId]
     reason: str
 
 
-@dataclass(frozen=True)
 class Configured(Event, event="configure"):
     epoch: Epoch
     reason: str
     migrated: int
 
 
-@dataclass(frozen=True)
 class RecoveryEnded(Event, event="recovery"):
     epoch: Epoch
     cause: str
@@ -69,13 +66,11 @@ class RecoveryEnded(Event, event="recovery"):
     request_id: str | None
 
 
-@dataclass(frozen=True)
 class InstanceFailed(Event, event="failed"):
     reason: str
     streams_ended: int
 
 
-@dataclass(frozen=True)
 class Stalled(Event, event="engine_stalled"):
     """The engine itself stood still."""
 
@@ -85,19 +80,16 @@ class Stalled(Event, event="engine_stalled"):
 # ---- ranks --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Launched(Event, event="launch"):
     id: RankId
     incarnation: Incarnation
 
 
-@dataclass(frozen=True)
 class RankReady(Event, event="ready"):
     id: RankId
     incarnation: Incarnation
 
 
-@dataclass(frozen=True)
 class Accused(Event, event="fault"):
     id: RankId
     kind: str
@@ -106,25 +98,21 @@ class Accused(Event, event="fault"):
     detect_s: float
 
 
-@dataclass(frozen=True)
 class Unkillable(Event, event="unkillable"):
     id: RankId
     pid: int | None
 
 
-@dataclass(frozen=True)
 class ForkserverGone(Event, event="forkserver_gone"):
     pass
 
 
-@dataclass(frozen=True)
 class FoundSlow(Event, event="slow"):
     id: RankId
     factor: float
     detail: str
 
 
-@dataclass(frozen=True)
 class DeviceReported(Event, event="device"):
     id: RankId
     level: int
@@ -134,13 +122,11 @@ class DeviceReported(Event, event="device"):
     source: str
 
 
-@dataclass(frozen=True)
 class SymptomSeen(Event, event="symptom"):
     id: RankId
     detail: str
 
 
-@dataclass(frozen=True)
 class NumbersBroken(Event, event="non_finite"):
     id: RankId
     where: str
@@ -150,7 +136,6 @@ class NumbersBroken(Event, event="non_finite"):
 # ---- experts and roles --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class ExpertsTaken(Event, event="loaded"):
     """Loaded before a resume, or for a new role."""
 
@@ -160,7 +145,6 @@ class ExpertsTaken(Event, event="loaded"):
     sources: dict[str, int]
 
 
-@dataclass(frozen=True)
 class LoadedBeside(Event, event="experts_loaded"):
     """Loaded beside the steps, or why not."""
 
@@ -170,13 +154,11 @@ class LoadedBeside(Event, event="experts_loaded"):
     error: str | None
 
 
-@dataclass(frozen=True)
 class LoadRefused(Event, event="load_failed"):
     id: RankId
     detail: str | None
 
 
-@dataclass(frozen=True)
 class RoleSwitched(Event, event="role_switch"):
     id: RankId
     replaces: RankId | None
@@ -186,26 +168,22 @@ class RoleSwitched(Event, event="role_switch"):
 # ---- requests and operators ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Migrated(Event, event="migrated"):
     epoch: Epoch
     requests: list[str]
 
 
-@dataclass(frozen=True)
 class Convicted(Event, event="convicted"):
     request: str
     detail: str
 
 
-@dataclass(frozen=True)
 class Applied(Event, event="applied"):
     instruction: str
     params: dict[str, object]
     request_id: str
 
 
-@dataclass(frozen=True)
 class DrainBegun(Event, event="drain"):
     id: RankId
     kind: str
@@ -214,7 +192,6 @@ class DrainBegun(Event, event="drain"):
     request_id: str | None
 
 
-@dataclass(frozen=True)
 class DrainRefused(Event, event="drain_refused"):
     id: RankId
     reason: str

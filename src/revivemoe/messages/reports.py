@@ -37,20 +37,23 @@ class RankStats(msgspec.Struct, frozen=True):
     """Of these, seconds spent waiting for peers."""
 
 
-class Hello(msgspec.Struct, frozen=True, tag=True):
-    """First message of a process: its control channel is up."""
+class FromRank(msgspec.Struct, frozen=True):
+    """What every report begins with: the process it comes from."""
 
     rank: RankId
     incarnation: Incarnation
+
+
+class Hello(FromRank, frozen=True, tag=True):
+    """First message of a process: its control channel is up."""
+
     pid: int
     host: str
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
+class Ready(FromRank, frozen=True, tag=True):
     """Weights are loaded and the KV cache is allocated; the rank awaits `Configure`."""
 
-    rank: RankId
-    incarnation: Incarnation
     device: str
     kv_blocks_total: int
     load_s: float
@@ -88,9 +91,7 @@ class Pace(msgspec.Struct, frozen=True):
     count: int
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    rank: RankId
-    incarnation: Incarnation
+class Heartbeat(FromRank, frozen=True, tag=True):
     progress: int
     """Grows with every phase of every step, and while parked."""
     stats: RankStats
@@ -99,11 +100,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Now and then."""
 
 
-class Tokens(msgspec.Struct, frozen=True, tag=True):
+class Tokens(FromRank, frozen=True, tag=True):
     """What one step committed on one rank."""
 
-    rank: RankId
-    incarnation: Incarnation
     epoch: Epoch
     step: int
     tokens: list[CommittedToken]
@@ -112,11 +111,9 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     """Wall time of the step on this rank, seconds."""
 
 
-class FenceAck(msgspec.Struct, frozen=True, tag=True):
+class FenceAck(FromRank, frozen=True, tag=True):
     """The rank has left its domain and rolled back. Its live sequences and committed lengths."""
 
-    rank: RankId
-    incarnation: Incarnation
     epoch: Epoch
     next_step: int
     """The step this rank would run next; the new epoch starts at the maximum over survivors."""
@@ -127,11 +124,9 @@ class FenceAck(msgspec.Struct, frozen=True, tag=True):
     """Seconds from taking up the fence to this message."""
 
 
-class Resumed(msgspec.Struct, frozen=True, tag=True):
+class Resumed(FromRank, frozen=True, tag=True):
     """The first step of the epoch has been agreed: every member of the domain is there."""
 
-    rank: RankId
-    incarnation: Incarnation
     epoch: Epoch
     step: int
     domain_s: float
@@ -144,24 +139,20 @@ class Resumed(msgspec.Struct, frozen=True, tag=True):
     """Experts loaded, by where they came from: peer | host | disk."""
 
 
-class StepAborted(msgspec.Struct, frozen=True, tag=True):
+class StepAborted(FromRank, frozen=True, tag=True):
     """Communication failed under this rank: a symptom, never an accusation."""
 
-    rank: RankId
-    incarnation: Incarnation
     epoch: Epoch
     step: int
     detail: str
 
 
-class NonFinite(msgspec.Struct, frozen=True, tag=True):
+class NonFinite(FromRank, frozen=True, tag=True):
     """A step met NaN or infinity here; it is undone, as `StepAborted` says next.
 
     The places of a step in order: for each layer attention, experts, combine; then the logits.
     """
 
-    rank: RankId
-    incarnation: Incarnation
     epoch: Epoch
     step: int
     layer: int
@@ -171,22 +162,18 @@ class NonFinite(msgspec.Struct, frozen=True, tag=True):
     """True if what came in there was finite: this rank is the producer."""
 
 
-class ExpertsLoaded(msgspec.Struct, frozen=True, tag=True):
+class ExpertsLoaded(FromRank, frozen=True, tag=True):
     """Answer to `LoadExperts`: they lie in their slots, or why not."""
 
-    rank: RankId
-    incarnation: Incarnation
     request: int
     seconds: float
     num_bytes: int
     error: str | None = None
 
 
-class Fatal(msgspec.Struct, frozen=True, tag=True):
+class Fatal(FromRank, frozen=True, tag=True):
     """Last words of a rank whose own code failed. Its exit follows."""
 
-    rank: RankId
-    incarnation: Incarnation
     detail: str
     user_error: bool = False
     """True when mending lies with the user (bad checkpoint, no memory): one line, no traceback."""

@@ -7,6 +7,7 @@ shards of a layer, G healthy groups, R rows received, H hidden size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -112,14 +113,14 @@ def replace_dense(model: nn.Module, layers: Mapping[LayerId, DenseLayer]) -> Non
         parent.mlp = ShardedMlp(layers[LayerId(int(number))], mlp.act_fn)
 
 
+@dataclass
 class DenseReader:
     """Reads shards of dense layers, and nothing else, from the checkpoint."""
 
-    def __init__(
-        self, model_dir: Path, num_shards: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._model_dir, self._num_shards = model_dir, num_shards
-        self._dtype, self._device = dtype, device
+    _model_dir: Path
+    _num_shards: int
+    _dtype: torch.dtype
+    _device: torch.device
 
     def load(self, layers: Iterable[DenseLayer], shards: Iterable[int]) -> int:
         """Add shards that are not held yet; returns how many. Raises CheckpointError."""

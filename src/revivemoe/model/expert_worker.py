@@ -1,12 +1,18 @@
 """The experts' side of a rank: slots, what lies in them, where more of it comes from.
 
 All that an expert rank has; an attention rank of a disaggregated deployment has it with no slots.
+Experts come from a peer, from host memory or from the checkpoint, whoever has them.
 """
 
 import math
-from collections.abc import Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -14,16 +20,30 @@ from revivemoe.ids import ExpertId, LayerId, SlotId
 from revivemoe.membership.placement import EMPTY, Table
 from revivemoe.messages.commands import SlotLoad
 from revivemoe.model.dense import DenseLayer
-from revivemoe.model.expert_loads import ExpertLoader, ExpertSource, LoadReport
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.experts import ExpertExchange, MoeLayer
 from revivemoe.model.host_cache import HostCache
 
 PORTION_BYTES = 64 << 20
+Rows = dict[str, torch.Tensor]
+"""One expert's share of each parameter."""
 
 
-def _layer_of(load: SlotLoad) -> LayerId:
-    return load.layer
+class ExpertSource(Protocol):
+    """Where an expert's rows may be had."""
+
+    @property
+    def name(self) -> str: ...
+
+    def fetch(self, layer: LayerId, expert: ExpertId) -> Rows | None:
+        """On any device; None if it is not to be had here."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    num_bytes: int
+    sources: Counter[str]
+    """Experts by the name of the source they came from; `disk` is the checkpoint."""
 
 
 class ExpertWorker:
@@ -41,25 +61,31 @@ class ExpertWorker:
         `ExpertExchange`.
         """
         self.exchange = ExpertExchange(layers, hidden_size, dtype, dense)
-        self._loader = ExpertLoader(layers, ExpertReader(model_dir, dtype))
+        self._layers = self.exchange.layers
+        self._reader = ExpertReader(model_dir, dtype)
+        self._slots_lock = threading.Lock()
+        """Held while one slot is written or read, so that the cache never keeps half of each."""
+        self._host_cache: HostCache | None = None
 
     def held(self) -> dict[LayerId, tuple[int, ...]]:
         """The expert in each slot, by layer; -1: none."""
-        return {layer.layer: tuple(layer.held) for layer in self.exchange.layers.values()}
+        return {layer.layer: tuple(layer.held) for layer in self._layers.values()}
 
     def resize(self, num_slots: int) -> None:
         """Give every layer so many slots, all of them empty. Not while a step runs."""
-        for layer in self.exchange.layers.values():
+        for layer in self._layers.values():
             layer.resize(num_slots)
 
     def num_bytes(self) -> int:
         """What the slots take."""
-        layers = self.exchange.layers.values()
-        return sum(
-            getattr(layer.module, name).nbytes
-            for layer in layers
-            for name in layer.module.revive_rows
-        )
+        modules = [layer.module for layer in self._layers.values()]
+        return sum(getattr(m, name).nbytes for m in modules for name in m.revive_rows)
+
+    def row_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of one expert's share of each parameter of its module."""
+        module = next(iter(self._layers.values())).module
+        params = {name: getattr(module, name) for name in module.revive_rows}
+        return {name: (tuple(param.shape[1:]), param.dtype) for name, param in params.items()}
 
     def to_load(self, layers: Sequence[LayerId], table: Table) -> tuple[SlotLoad, ...]:
         """What `table`, [L][S], has that the slots of these layers do not hold yet."""
@@ -77,37 +103,81 @@ class ExpertWorker:
         """
         each = sum(math.prod(s) * dtype.itemsize for s, dtype in self.row_shapes().values())
         most = max(1, PORTION_BYTES // each)
-        portions: list[Sequence[SlotLoad]] = []
-        for _, group in groupby(sorted(loads, key=_layer_of), key=_layer_of):
-            of_layer = list(group)
-            portions += [of_layer[i : i + most] for i in range(0, len(of_layer), most)]
-        return portions
+        return [
+            of_layer[i : i + most]
+            for of_layer in _by_layer(loads)
+            for i in range(0, len(of_layer), most)
+        ]
 
-    def load(self, loads: Sequence[SlotLoad], sources: Sequence[ExpertSource] = ()) -> LoadReport:
-        """Load experts into slots that the present epoch does not use; from any thread.
+    def load(self, loads: Sequence[SlotLoad], peers: Sequence[ExpertSource] = ()) -> LoadReport:
+        """Fill slots that the present epoch does not use; from any thread, beside a running model.
 
-        `sources`, in this order, are asked before host memory and the checkpoint. Raises
-        CheckpointError; experts already loaded by then stay.
+        `peers` in their order, then host memory, then the checkpoint, which is asked for all that
+        are left of a layer at once. Raises CheckpointError; what came before it is in its slot.
         """
-        return self._loader.load(loads, sources)
+        sources: Counter[str] = Counter()
+        num_bytes = 0
+        for of_layer in _by_layer(loads):
+            for load, name, rows in self._fetched(of_layer, peers):
+                with self._slots_lock:
+                    self._layers[load.layer].write_slot(load.slot, load.expert, rows)
+                if self._host_cache is not None:
+                    self._host_cache.put(load.layer, load.expert, rows)
+                num_bytes += sum(tensor.nbytes for tensor in rows.values())
+                sources[name] += 1
+        return LoadReport(num_bytes, sources)
 
-    def find(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
-        """Copies of an expert's rows, if a slot here holds it: for a peer. From any thread."""
-        return self._loader.find(layer, expert)
+    def _fetched(
+        self, loads: Sequence[SlotLoad], peers: Sequence[ExpertSource]
+    ) -> Iterable[tuple[SlotLoad, str, Rows]]:
+        """(load, name of its source, rows) of one layer."""
+        sources = [*peers, self._host_cache] if self._host_cache is not None else peers
+        left = []
+        for load in loads:
+            found = ((s.name, s.fetch(load.layer, load.expert)) for s in sources)
+            name, rows = next(((n, rows) for n, rows in found if rows is not None), ("", None))
+            if rows is None:
+                left.append(load)
+            else:
+                yield load, name, rows
+        if left:
+            experts = sorted({load.expert for load in left})
+            read = self._reader.read(left[0].layer, experts)
+            for load in left:
+                at = experts.index(load.expert)
+                yield load, "disk", {name: tensor[at] for name, tensor in read.items()}
+
+    def find(self, layer_id: LayerId, expert: ExpertId) -> Rows | None:
+        """Copies, on the host, of an expert's rows in one of the slots; from any thread."""
+        layer = self._layers[layer_id]
+        with self._slots_lock:
+            if expert not in layer.held:
+                return None
+            rows = layer.read_slot(SlotId(layer.held.index(expert)))
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in rows.items()}
 
     def attach_host_cache(self, fd: int) -> None:
         """Share converted experts with the other ranks of this host (`create_host_cache`).
 
         Raises ValueError if the cache does not fit this model.
         """
-        self._loader.host_cache = HostCache(fd, self.row_shapes())
-
-    def row_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of one expert's share of each parameter of its module."""
-        module = next(iter(self.exchange.layers.values())).module
-        params = {name: getattr(module, name) for name in module.revive_rows}
-        return {name: (tuple(param.shape[1:]), param.dtype) for name, param in params.items()}
+        self._host_cache = HostCache(fd, self.row_shapes())
 
     def fill_host_cache(self) -> int:
         """Put the experts this rank holds into host memory; returns how many. From any thread."""
-        return self._loader.fill_host_cache()
+        assert self._host_cache is not None, "no host cache is attached"
+        count = 0
+        for layer in self._layers.values():
+            for slot in range(len(layer.held)):
+                with self._slots_lock:
+                    expert = layer.held[slot]
+                    if expert != EMPTY:
+                        rows = layer.read_slot(SlotId(slot))
+                        self._host_cache.put(layer.layer, ExpertId(expert), rows)
+                        count += 1
+        return count
+
+
+def _by_layer(loads: Sequence[SlotLoad]) -> list[list[SlotLoad]]:
+    layer_of = attrgetter("layer")
+    return [list(group) for _, group in groupby(sorted(loads, key=layer_of), key=layer_of)]

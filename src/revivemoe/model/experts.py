@@ -129,7 +129,7 @@ class ExpertExchange:
         self._lane = self.lanes[0]
         self.on_phase: PhaseHook = lambda phase, layer, num_rows: None
         self.spoil: SpoilHook = lambda phase, layer, values: values
-        self.on_sent: Callable[[], None] = _go_on
+        self.on_sent: Callable[[], None] = lambda: None
         """Called when tokens are on their way: something else can be done before they are back."""
 
     @property
@@ -137,12 +137,7 @@ class ExpertExchange:
         """Of the present micro-batch."""
         return self._lane.finite
 
-    def enter(
-        self,
-        dispatchers: Sequence[Dispatcher],
-        membership: Membership,
-        me: RankId,
-    ) -> None:
+    def enter(self, dispatchers: Sequence[Dispatcher], membership: Membership, me: RankId) -> None:
         """Take up an epoch: its dispatchers, and for each expert the slot this rank will use."""
         chosen = choose_slots(membership, me)
         for layer in self.layers.values():
@@ -154,12 +149,9 @@ class ExpertExchange:
             lane.dispatcher = dispatcher
 
     def enter_dense(
-        self,
-        dispatchers: Sequence[Dispatcher],
-        membership: Membership,
-        me: RankId,
+        self, dispatchers: Sequence[Dispatcher], membership: Membership, me: RankId
     ) -> None:
-        """The same for the dense layers that are shared."""
+        """After `enter`, the same for the dense layers that are shared."""
         for layer in self.dense.values():
             layer.enter(membership, me)
         for lane, dispatcher in zip(self.lanes, dispatchers, strict=True):
@@ -271,10 +263,6 @@ class ExpertExchange:
         return Lane(FiniteCheck(layers, (self._dtype, torch.float32), self._device))
 
 
-def _go_on() -> None:
-    """Nothing else to be done."""
-
-
 def choose_slots(membership: Membership, me: RankId) -> dict[LayerId, list[int]]:
     """For each expert of each layer, [E], the physical slot (logical rank * S + slot) `me` sends
     to, or -1.
@@ -315,8 +303,3 @@ def dispatched_experts(
         return torch.zeros_like(hidden_TH)
     out: torch.Tensor = exchange.run(module.revive_layer, hidden_TH, top_k_index, top_k_weights)
     return out
-
-
-def register(name: str) -> None:
-    """Make `name` a valid `experts_implementation`."""
-    ALL_EXPERTS_FUNCTIONS.register(name, dispatched_experts)

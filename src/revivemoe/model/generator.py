@@ -88,8 +88,6 @@ class Generator:
         pages = self._cache.pages if self._cache is not None else []
         return weights + sum(page.nbytes for pair in pages for page in pair)
 
-    # ---- KV cache -----------------------------------------------------------------------------
-
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one block over all layers."""
         values = sum(h * d for pair in self._kv_shapes for h, d in pair)
@@ -115,8 +113,6 @@ class Generator:
         plan = plan_attention(batch.items, self._cache.block_size, self._device)
         self._cache.zero(plan.write_slots_T)
 
-    # ---- steps --------------------------------------------------------------------------------
-
     @torch.inference_mode()
     def logits(self, microbatches: Sequence[tuple[ScheduledSequence, ...]]) -> torch.Tensor:
         """Rows that the sequences of a step need, [rows, vocabulary], in the order of the
@@ -131,12 +127,12 @@ class Generator:
         if len(microbatches) == 1:
             self._turn_to(0)
             return self._microbatch(microbatches[0])
-        self._exchange.on_sent = self._turns.give_up_turn
+        before, self._exchange.on_sent = self._exchange.on_sent, self._turns.give_up_turn
         try:
             tasks = [self._task(items) for items in microbatches]
             return torch.cat(self._turns.run(tasks))
         finally:
-            self._exchange.on_sent = _go_on
+            self._exchange.on_sent = before
 
     def _task(self, items: tuple[ScheduledSequence, ...]) -> Callable[[], torch.Tensor | None]:
         @torch.inference_mode()
@@ -156,15 +152,14 @@ class Generator:
     def _microbatch(self, items: Sequence[ScheduledSequence]) -> torch.Tensor:
         assert self._cache is not None
         assert self._cache.batch is not None
-        positions_T = self._cache.batch.positions_T
+        ids = [t for i in items for t in i.sequence.history[i.start : i.start + i.count]]
+        keep = torch.tensor(_rows_to_keep(items), dtype=torch.int64, device=self._device)
         out = self.model(
-            input_ids=torch.tensor([_token_ids(items)], device=self._device),
-            position_ids=positions_T[None],
+            input_ids=torch.tensor([ids], device=self._device),
+            position_ids=self._cache.batch.positions_T[None],
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(
-                _rows_to_keep(items), dtype=torch.int64, device=self._device
-            ),
+            logits_to_keep=keep,
         )
         logits: torch.Tensor = out.logits[0]
         return logits
@@ -217,10 +212,6 @@ class Generator:
         ]
 
 
-def _go_on() -> None:
-    """Nothing else to be done."""
-
-
 def _wrap_routers(loaded: LoadedModel) -> dict[LayerId, MaskableRouter]:
     routers = {}
     for layer, (parent, name) in loaded.routers.items():
@@ -228,13 +219,6 @@ def _wrap_routers(loaded: LoadedModel) -> dict[LayerId, MaskableRouter]:
             routers[layer] = MaskableRouter(getattr(parent, name))
             setattr(parent, name, routers[layer])
     return routers
-
-
-def _token_ids(items: Sequence[ScheduledSequence]) -> list[int]:
-    ids: list[int] = []
-    for item in items:
-        ids.extend(item.sequence.history[item.start : item.start + item.count])
-    return ids
 
 
 def _prompt_part(item: ScheduledSequence, logits: torch.Tensor) -> tuple[TokenLogprobs, ...]:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from revivemoe.comm.shm import create_memfd, round_up
 from revivemoe.ids import ExpertId, LayerId
 from revivemoe.model.load import EXPERT_KEY, checkpoint_files
 
@@ -34,10 +35,6 @@ _FIXED = struct.Struct("=4q")
 
 RowShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of one expert's share of each parameter of its module, by name."""
-
-
-def _round_up(num_bytes: int, to: int) -> int:
-    return -(-num_bytes // to) * to
 
 
 def expert_bytes(model_dir: Path, dtype: torch.dtype) -> int:
@@ -63,32 +60,26 @@ def create_host_cache(layers: Sequence[LayerId], num_experts: int, bytes_per_exp
     Hand it to each rank of this host; it is gone with the last process that holds it. Raises
     OSError.
     """
-    row_bytes = _round_up(bytes_per_expert, _ALIGN)
+    row_bytes = round_up(bytes_per_expert, _ALIGN)
     header = _FIXED.pack(_MAGIC, len(layers), num_experts, row_bytes)
     header += struct.pack(f"={len(layers)}q", *layers)
-    fd = os.memfd_create("revivemoe-experts", os.MFD_CLOEXEC)
-    try:
-        count = len(layers) * num_experts
-        os.ftruncate(fd, _rows_offset(len(layers), num_experts) + count * row_bytes)
-        os.pwrite(fd, header, 0)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+    count = len(layers) * num_experts
+    num_bytes = _rows_offset(len(layers), num_experts) + count * row_bytes
+    return create_memfd("revivemoe-experts", num_bytes, header)
 
 
 def _valid_offset(num_layers: int) -> int:
-    return _round_up(_FIXED.size + 8 * num_layers, _PAGE)
+    return round_up(_FIXED.size + 8 * num_layers, _PAGE)
 
 
 def _rows_offset(num_layers: int, num_experts: int) -> int:
-    return _round_up(_valid_offset(num_layers) + num_layers * num_experts, _PAGE)
+    return round_up(_valid_offset(num_layers) + num_layers * num_experts, _PAGE)
 
 
 class HostCache:
     """This process's mapping of the cache. The descriptor stays the caller's.
 
-    An `ExpertSource`. `put` and `get` may be called from any thread.
+    An `ExpertSource`. `put` and `fetch` may be called from any thread.
     """
 
     name = "host"
@@ -128,12 +119,10 @@ class HostCache:
             view.copy_(params[name].detach())
         self._valid[number] = 1  # last of all stores
 
-    def get(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
+    def fetch(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
         """Views of an expert's rows, to be read only; None if nobody has put them."""
         number = self._number(layer, expert)
         return self._views(number) if self._valid[number] else None
-
-    fetch = get
 
     def _number(self, layer: LayerId, expert: ExpertId) -> int:
         assert 0 <= expert < self._num_experts, f"expert {expert} of {self._num_experts}"

@@ -57,57 +57,44 @@ def load_model(
     slots: dict[LayerId, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device,
+    attention: bool = True,
     prepare: Callable[[nn.Module], None] = lambda model: None,
 ) -> LoadedModel:
-    """Load the dense part of `model_dir` and, of the experts, those named in `slots`.
+    """Load the dense part of `model_dir`, with `attention`, and the experts named in `slots`.
 
-    `slots[layer]` lists the expert in each slot, or -1 for an empty slot (zeros). `prepare` is
-    given the model before anything is read.
-    Raises CheckpointError if a tensor the model needs is not there.
+    `slots[layer]` lists the expert in each slot, or -1 for an empty slot (zeros). With
+    `attention`, `prepare` is given the model before anything is read.
+    Raises CheckpointError if a tensor that is needed is not there.
     """
     model = construct(model_dir, dtype)
-    prepare(model)
+    if attention:
+        prepare(model)
     experts = find_experts(model)
-    routers = {layer: _find_router(model, module) for layer, module in experts.items()}
+    routers = {i: _find_router(model, module) for i, module in experts.items() if attention}
     num_slots = len(next(iter(slots.values()))) if slots else 0
     for module in experts.values():
         set_num_experts(module, num_slots)
     with ExitStack() as stack:
         state = _lazy_state(model_dir, model.config.num_hidden_layers, slots, dtype, stack)
-        _fill(model, state, dtype, model_dir)
-    model.to(device)
-    model.eval()
-    return LoadedModel(model, model.config, experts, routers, num_slots)
-
-
-def load_experts_only(
-    model_dir: Path,
-    slots: dict[LayerId, tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device,
-    prepare: Callable[[nn.Module], None] = lambda model: None,
-) -> LoadedModel:
-    """Load, of all of `model_dir`, only the experts named in `slots`; as `load_model`."""
-    model = construct(model_dir, dtype)
-    experts = find_experts(model)
-    num_slots = len(next(iter(slots.values()))) if slots else 0
-    for module in experts.values():
-        set_num_experts(module, num_slots)
-    with ExitStack() as stack:
-        state = _lazy_state(model_dir, model.config.num_hidden_layers, slots, dtype, stack)
-        state = {key: value for key, value in state.items() if EXPERT_KEY.match(key)}
+        if not attention:
+            state = {key: value for key, value in state.items() if EXPERT_KEY.match(key)}
         problems = convert(model, state, dtype)
-    for layer, module in experts.items():
-        problems += [
-            f"experts of layer {layer}: {name}"
-            for name, param in module.named_parameters()
-            if param.is_meta
-        ]
-        if not problems:
-            module.to(device)
-            module.eval()
-    _refuse(problems, model_dir)
-    return LoadedModel(None, model.config, experts, {}, num_slots)
+    parts: dict[str, nn.Module] = {f"experts of layer {i}: ": m for i, m in experts.items()}
+    if attention:
+        parts = {"": model}
+        model.tie_weights()
+        _materialise_empty(model)
+    named = " ".join(problems)
+    left = [of + name for of, m in parts.items() for name, p in m.named_parameters() if p.is_meta]
+    problems += [name for name in left if name not in named]
+    if problems:
+        raise CheckpointError(
+            f"{model_dir} does not fill the model: {', '.join(sorted(problems)[:4])}"
+            f"{' ...' if len(problems) > 4 else ''} (an incomplete or mismatched checkpoint?)"
+        )
+    for part in parts.values():
+        part.to(device).eval()
+    return LoadedModel(model if attention else None, model.config, experts, routers, num_slots)
 
 
 def find_experts(model: nn.Module) -> dict[LayerId, nn.Module]:
@@ -150,10 +137,7 @@ def construct(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(f"{model_dir}/config.json: {_first_line(error)}") from None
     with no_init_weights(), _parameters_on_meta():
         return AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=ATTENTION,
-            experts_implementation=EXPERTS,
+            config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
         )
 
 
@@ -196,9 +180,6 @@ def set_num_experts(experts: nn.Module, count: int) -> tuple[str, ...]:
 def _names_of_rows(experts: nn.Module) -> tuple[str, ...]:
     params = experts.named_parameters(recurse=False)
     return tuple(name for name, p in params if p.shape[:1] == (experts.num_experts,))
-
-
-# ---- reading ----------------------------------------------------------------------------------
 
 
 def checkpoint_files(model_dir: Path) -> dict[str, Path]:
@@ -300,18 +281,6 @@ def add_expert(
                 state[f"{match['head']}{slot}.{rest}"] = _Zeros(source.get_shape(), dtype)
 
 
-def _fill(
-    model: PreTrainedModel, state: dict[str, Lazy], dtype: torch.dtype, model_dir: Path
-) -> None:
-    problems = convert(model, state, dtype)
-    model.tie_weights()
-    _materialise_empty(model)
-    named = " ".join(problems)
-    left = [name for name, param in model.named_parameters() if param.is_meta]
-    problems += [name for name in left if name not in named]
-    _refuse(problems, model_dir)
-
-
 def _materialise_empty(model: PreTrainedModel) -> None:
     """Parameters without an element, of experts modules without a slot, have nothing to read."""
     for module in model.modules():
@@ -319,14 +288,6 @@ def _materialise_empty(model: PreTrainedModel) -> None:
             if param.is_meta and not param.numel():
                 empty = torch.empty(param.shape, dtype=param.dtype)
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
-
-
-def _refuse(problems: list[str], model_dir: Path) -> None:
-    if problems:
-        raise CheckpointError(
-            f"{model_dir} does not fill the model: {', '.join(sorted(problems)[:4])}"
-            f"{' ...' if len(problems) > 4 else ''} (an incomplete or mismatched checkpoint?)"
-        )
 
 
 def convert(model: PreTrainedModel, state: dict[str, Lazy], dtype: torch.dtype) -> list[str]:

@@ -11,28 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
-from revivemoe.core.effects import Place
 from revivemoe.core.microbatches import split
 from revivemoe.core.step import Batch, StepResult
 from revivemoe.ids import LayerId, RankId
 from revivemoe.membership.membership import Membership
-from revivemoe.model import experts as experts_hook
 from revivemoe.model.dense import DenseLayer, DenseReader, replace_dense
 from revivemoe.model.expert_worker import ExpertWorker
-from revivemoe.model.experts import ExpertExchange, MoeLayer
+from revivemoe.model.experts import ExpertExchange, MoeLayer, dispatched_experts
 from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.generator import Generator
-from revivemoe.model.load import ATTENTION, EXPERTS, LoadedModel, load_experts_only, load_model
+from revivemoe.model.load import ATTENTION, EXPERTS, LoadedModel, load_model
 from revivemoe.model.paged import paged_attention
 
 
 def register_hooks() -> None:
     """Make our attention and experts known to `transformers`. Idempotent."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, paged_attention)
-    experts_hook.register(EXPERTS)
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, dispatched_experts)
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,7 @@ class DenseSpec:
     shards: tuple[int, ...]
 
 
-def _dense_layers(spec: DenseSpec | None, device: torch.device) -> dict[LayerId, DenseLayer]:
-    layers = spec.layers if spec is not None else ()
-    return {i: DenseLayer(i, spec.num_shards if spec else 1, device) for i in layers}
+NOT_SHARED = DenseSpec((), 1, ())
 
 
 class ModelRunner:
@@ -61,7 +58,7 @@ class ModelRunner:
         dtype: torch.dtype,
         device: torch.device,
         attention: bool = True,
-        dense: DenseSpec | None = None,
+        dense: DenseSpec = NOT_SHARED,
     ) -> None:
         """`slots[layer]`: the expert in each slot of this rank; all empty if it has not the expert
         role. `attention`: whether it has that role. `dense`: dense layers that groups of ranks
@@ -69,18 +66,18 @@ class ModelRunner:
         """
         register_hooks()
         started = time.monotonic()
-        shared = _dense_layers(dense, device)
-        load = load_model if attention else load_experts_only
-        loaded = load(model_dir, slots, dtype, device, lambda model: replace_dense(model, shared))
+        shared = {i: DenseLayer(i, dense.num_shards, device) for i in dense.layers}
+        loaded = load_model(
+            model_dir, slots, dtype, device, attention, lambda model: replace_dense(model, shared)
+        )
         layers = _moe_layers(loaded, slots, num_experts, top_k, device)
         hidden_size, each = loaded.model_config.hidden_size, list(shared.values())
         self.worker = ExpertWorker(layers, hidden_size, model_dir, dtype, each)
-        self._dense_reader = DenseReader(model_dir, dense.num_shards if dense else 1, dtype, device)
-        if dense is not None and attention:
+        self._dense_reader = DenseReader(model_dir, dense.num_shards, dtype, device)
+        self.generator: Generator | None = None
+        if attention:
             self.load_shards(dense.shards)
-        self.generator = (
-            Generator(loaded, self.worker.exchange, dtype, device) if attention else None
-        )
+            self.generator = Generator(loaded, self.worker.exchange, dtype, device)
         self.device = device
         self._microbatches = 1
         self.load_s = time.monotonic() - started
@@ -129,28 +126,12 @@ class ModelRunner:
         _return_memory()
         self.worker.resize(num_slots)
 
-    # ---- steps --------------------------------------------------------------------------------
-
-    def enter(
-        self,
-        dispatchers: Sequence[Dispatcher],
-        membership: Membership,
-        me: RankId,
-    ) -> None:
+    def enter(self, dispatchers: Sequence[Dispatcher], membership: Membership, me: RankId) -> None:
         """Take up an epoch: a dispatcher for each micro-batch, expert map, router masks."""
         self._microbatches = len(dispatchers)
         self.exchange.enter(dispatchers, membership, me)
         if self.generator is not None:
             self.generator.mask(membership)
-
-    def enter_dense(
-        self,
-        dispatchers: Sequence[Dispatcher],
-        membership: Membership,
-        me: RankId,
-    ) -> None:
-        """After `enter`, where dense layers are shared: a dispatcher for each micro-batch."""
-        self.exchange.enter_dense(dispatchers, membership, me)
 
     @torch.inference_mode()
     def serve(self) -> None:
@@ -180,19 +161,13 @@ class ModelRunner:
         self._refuse_non_finite()
         return self.generator.draw(batch.items, logits)
 
-    def non_finite(self) -> Place | None:
-        """(layer, phase, produced here) of the step just run, or interrupted: where the first NaN
-        or infinity appeared on this rank.
-        """
-        return self.exchange.non_finite()
-
     def zero_written(self, batch: Batch) -> None:
         """`Generator.zero_written`."""
         if self.generator is not None:
             self.generator.zero_written(batch)
 
     def _refuse_non_finite(self) -> None:
-        if place := self.non_finite():
+        if place := self.exchange.non_finite():
             raise NonFiniteStep(place)
 
 

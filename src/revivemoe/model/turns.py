@@ -54,7 +54,8 @@ class Turns:
         """
         me = self._present
         if self._pass_on():
-            self._take(me)
+            self._doors[me].acquire()
+            self._begin_turn(me)
 
     def _threads(self, count: int) -> ThreadPoolExecutor:
         if self._pool is None or self._pool_size < count - 1:
@@ -77,11 +78,8 @@ class Turns:
                 self._failure = failure
             return None
         finally:
-            self._leave(number)
-
-    def _leave(self, number: int) -> None:
-        self._running[number] = False
-        self._pass_on()
+            self._running[number] = False
+            self._pass_on()
 
     def _pass_on(self) -> bool:
         """Open the next one's door. Returns whether there is another one."""
@@ -93,10 +91,6 @@ class Turns:
                 self._doors[number].release()
                 return True
         return False
-
-    def _take(self, number: int) -> None:
-        self._doors[number].acquire()
-        self._begin_turn(number)
 
     def _begin_turn(self, number: int) -> None:
         self._present = number

@@ -1,15 +1,14 @@
-"""A `Policy` from a TOML file, and back: what `--recovery-policy FILE` reads.
+"""A `Policy` from a TOML file: what `--recovery-policy FILE` reads.
 
 One table per group of settings (`SECTIONS`); what the file leaves out keeps its default. Every
-error is one line that names the file, the setting and the mend. `describe_policy` prints the whole
-of it with comments.
+error is one line that names the file, the setting and the mend.
 """
 
 import difflib
 import math
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +19,6 @@ Check = Callable[[object], object]
 """The value as `Policy` keeps it. Raises ValueError: what it must be."""
 
 
-# ---- what a value may be --------------------------------------------------------------------
-
-
 def _number(value: object) -> float:
     """bool is an int to Python, and TOML has inf and nan."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -30,25 +26,19 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def _seconds(value: object) -> float:
-    seconds = _number(value)
-    if seconds <= 0:
-        raise ValueError("must be above 0 (seconds)")
-    return seconds
+def _bounded(holds: Callable[[float], bool], must: str) -> Callable[[object], float]:
+    def check(value: object) -> float:
+        number = _number(value)
+        if not holds(number):
+            raise ValueError(f"must be {must}")
+        return number
+
+    return check
 
 
-def _fraction(value: object) -> float:
-    fraction = _number(value)
-    if not 0 <= fraction < 1:
-        raise ValueError("must be 0 or more, and below 1")
-    return fraction
-
-
-def _factor(value: object) -> float:
-    factor = _number(value)
-    if factor < 1:
-        raise ValueError("must be 1 or more")
-    return factor
+_seconds = _bounded(lambda seconds: seconds > 0, "above 0 (seconds)")
+_fraction = _bounded(lambda fraction: 0 <= fraction < 1, "0 or more, and below 1")
+_factor = _bounded(lambda factor: factor >= 1, "1 or more")
 
 
 def _count(value: object) -> int:
@@ -82,59 +72,43 @@ def _quoted(names: tuple[str, ...]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-# ---- the settings ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One field of `Policy`: how it is checked, and one line of what it means."""
-
-    check: Check
-    note: str
-
-
-SECTIONS: dict[str, dict[str, Setting]] = {
+SECTIONS: dict[str, dict[str, Check]] = {
     "experts": {
-        "repair": Setting(
-            _repairs, "what to try, in this order, for experts without a live replica"
-        ),
-        "max_missing_fraction": Setting(_fraction, "share of a layer's experts that may be masked"),
-        "serve_masked_meanwhile": Setting(_switch, "serve on, masked, while experts are reloaded"),
-        "restore_redundancy": Setting(_switch, "fill empty slots with second replicas afterwards"),
+        "repair": _repairs,  # what to try, in this order, for experts without a live replica
+        "max_missing_fraction": _fraction,  # share of a layer's experts that may be masked
+        "serve_masked_meanwhile": _switch,  # serve on, masked, while experts are reloaded
+        "restore_redundancy": _switch,  # fill empty slots with second replicas afterwards
     },
     "limits": {
-        "max_recoveries": Setting(_count, "more recoveries within the window: stop and say so"),
-        "window_s": Setting(_seconds, "the window, seconds"),
-        "max_restarts": Setting(_count, "restarts of ranks within the window"),
+        "max_recoveries": _count,  # more recoveries within the window: stop and say so
+        "window_s": _seconds,  # the window, seconds
+        "max_restarts": _count,  # restarts of ranks within the window
     },
     "deadlines": {
-        "fence_timeout_s": Setting(_seconds, "for survivors to roll back and acknowledge"),
-        "boundary_timeout_s": Setting(_seconds, "for members to stop at a step boundary together"),
-        "resume_timeout_s": Setting(_seconds, "for members to agree on the first step after"),
-        "reload_timeout_s": Setting(_seconds, "for experts to be loaded into spare slots"),
-        "restart_timeout_s": Setting(_seconds, "for restarted ranks to be ready"),
-        "drain_timeout_s": Setting(_seconds, "for a drained rank's sequences to be warm elsewhere"),
+        "fence_timeout_s": _seconds,  # for survivors to roll back and acknowledge
+        "boundary_timeout_s": _seconds,  # for members to stop at a step boundary together
+        "resume_timeout_s": _seconds,  # for members to agree on the first step after
+        "reload_timeout_s": _seconds,  # for experts to be loaded into spare slots
+        "restart_timeout_s": _seconds,  # for restarted ranks to be ready
+        "drain_timeout_s": _seconds,  # for a drained rank's sequences to be warm elsewhere
     },
     "detection": {
-        "suspect_after_s": Setting(_seconds, "silence that makes a rank suspect; beats: 0.1 s"),
-        "accuse_after_s": Setting(_seconds, "silence that accuses it; not below suspect_after_s"),
-        "doubt_s": Setting(_seconds, "for which the engine doubts itself if most ranks are silent"),
-        "hang_after_s": Setting(_seconds, "least time without progress that is a hang"),
-        "hang_factor": Setting(_factor, "overdue after this many times what its rows predict"),
-        "first_work_s": Setting(_seconds, "what work of a kind never seen before may take"),
-        "symptom_grace_s": Setting(_seconds, "how long an aborted step waits for a culprit"),
-        "repeat_window_s": Setting(_seconds, "a symptom twice within this time is a rank's fault"),
-        "slow_factor": Setting(_factor, "slow: this many times what the work takes its peers"),
-        "slow_after_s": Setting(_seconds, "... for so long"),
-        "isolate_slow": Setting(_switch, "take slow ranks out, or only report them"),
+        "suspect_after_s": _seconds,  # silence that makes a rank suspect; beats: 0.1 s
+        "accuse_after_s": _seconds,  # silence that accuses it; not below suspect_after_s
+        "doubt_s": _seconds,  # for which the engine doubts itself if most ranks are silent
+        "hang_after_s": _seconds,  # least time without progress that is a hang
+        "hang_factor": _factor,  # overdue after this many times what its rows predict
+        "first_work_s": _seconds,  # what work of a kind never seen before may take
+        "symptom_grace_s": _seconds,  # how long an aborted step waits for a culprit
+        "repeat_window_s": _seconds,  # a symptom twice within this time is a rank's fault
+        "slow_factor": _factor,  # slow: this many times what the work takes its peers
+        "slow_after_s": _seconds,  # ... for so long
+        "isolate_slow": _switch,  # take slow ranks out, or only report them
     },
 }
 """TOML table -> name -> setting. The table `levels` has names of its own: L1 to L6."""
 
 LEVELS = "levels"
-
-
-# ---- reading --------------------------------------------------------------------------------
 
 
 def load_policy(path: Path, base: Policy) -> Policy:
@@ -170,7 +144,7 @@ def parse_policy(document: Mapping[str, object], base: Policy) -> Policy:
         for name, value in content.items():
             if name not in SECTIONS[section]:
                 raise ValueError(_unknown_name(section, name))
-            values[name] = _checked(f"{section}.{name}", value, SECTIONS[section][name].check)
+            values[name] = _checked(f"{section}.{name}", value, SECTIONS[section][name])
     policy = replace(base, **values)
     _check_together(policy)
     return policy
@@ -222,22 +196,6 @@ def _nearest(name: str, known: list[str], form: str) -> str:
     if found:
         return f"did you mean {form.format(found[0])}?"
     return f"choose one of {', '.join(form.format(k) for k in known)}"
-
-
-# ---- writing --------------------------------------------------------------------------------
-
-
-def describe_policy(policy: Policy) -> str:
-    """All settings as commented TOML, which `load_policy` reads back to an equal policy."""
-    lines = ["# Recovery policy. What is left out keeps its default. Times in seconds."]
-    for section, settings in SECTIONS.items():
-        lines += ["", f"[{section}]"]
-        for name, setting in settings.items():
-            lines.append(f"{name} = {_shown(getattr(policy, name))}  # {setting.note}")
-    lines += ["", "# Action for a fault of a device, by level:", f"# {', '.join(LEVEL_ACTIONS)}"]
-    lines.append(f"[{LEVELS}]")
-    lines += [f"L{n} = {_shown(action)}" for n, action in enumerate(policy.levels, start=1)]
-    return "\n".join(lines) + "\n"
 
 
 def _shown(value: object) -> str:

@@ -3,9 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.server.logprobs import chat_logprobs
-from revivemoe.server.reply import Choice
 from revivemoe.server.schema import ChatRequest
 from revivemoe.streams import Delta, PromptLogprobsReady, Submission
 
@@ -27,48 +25,41 @@ class ChatShape:
             return {}
         return {"prompt_token_ids": list(self._prompt_ids)}
 
-    def choice(self, choice: Choice) -> dict[str, object]:
+    def choice(self, whole: Delta) -> dict[str, object]:
         return {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": self._logprobs(choice.token_ids, choice.logprobs),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-            **self._token_ids(choice.token_ids),
+            "index": whole.index,
+            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "logprobs": self._logprobs(whole),
+            "finish_reason": whole.finish_reason,
+            "stop_reason": whole.stop_reason,
+            **self._token_ids(whole.token_ids),
         }
 
     def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, object]]:
         if first:
-            role = {"role": "assistant", "content": ""}
             yield {
                 "index": delta.index,
-                "delta": role,
+                "delta": {"role": "assistant", "content": ""},
                 "logprobs": None,
                 "finish_reason": None,
                 **self._token_ids(()),
             }
         shown = self._form.return_token_ids or delta.logprobs or delta.finish_reason
         if delta.text or shown:
-            yield self._written(delta)
-
-    def _written(self, delta: Delta) -> dict[str, object]:
-        written: dict[str, object] = {
-            "index": delta.index,
-            "delta": {"content": delta.text} if delta.text else {},
-            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
-            "finish_reason": delta.finish_reason,
-            **self._token_ids(delta.token_ids),
-        }
-        if delta.finish_reason is not None:
-            written["stop_reason"] = delta.stop_reason
-        return written
+            ended = delta.finish_reason is not None
+            yield {
+                "index": delta.index,
+                "delta": {"content": delta.text} if delta.text else {},
+                "logprobs": self._logprobs(delta),
+                "finish_reason": delta.finish_reason,
+                **self._token_ids(delta.token_ids),
+                **({"stop_reason": delta.stop_reason} if ended else {}),
+            }
 
     def _token_ids(self, token_ids: Sequence[int]) -> dict[str, object]:
         return {"token_ids": list(token_ids)} if self._form.return_token_ids else {}
 
-    def _logprobs(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs]
-    ) -> dict[str, object] | None:
+    def _logprobs(self, delta: Delta) -> dict[str, object] | None:
         if not self._form.logprobs:
             return None
-        return chat_logprobs(self._vocabulary, token_ids, entries)
+        return chat_logprobs(self._vocabulary, delta.token_ids, delta.logprobs)

@@ -6,7 +6,6 @@ from revivemoe.detokenizer import Vocabulary
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.server.logprobs import CompletionLogprobs
 from revivemoe.server.prompts import TokenIds
-from revivemoe.server.reply import Choice
 from revivemoe.server.schema import CompletionRequest
 from revivemoe.streams import Delta, PromptLogprobsReady, Submission
 
@@ -36,15 +35,7 @@ class CompletionShape:
     def body_extra(self) -> dict[str, object]:
         return {}
 
-    def choice(self, choice: Choice) -> dict[str, object]:
-        whole = Delta(
-            index=choice.index,
-            token_ids=tuple(choice.token_ids),
-            text=choice.text,
-            logprobs=tuple(choice.logprobs),
-            finish_reason="stop" if choice.finish_reason == "stop" else "length",
-            stop_reason=choice.stop_reason,
-        )
+    def choice(self, whole: Delta) -> dict[str, object]:
         return self._written(whole, first=True)
 
     def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, object]]:

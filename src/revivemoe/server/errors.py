@@ -65,10 +65,6 @@ def retry_after(seconds: float | None) -> str:
     return str(max(1, math.ceil(DEFAULT_RETRY_AFTER_S if seconds is None else seconds)))
 
 
-def unavailable(error: EngineUnavailable) -> ApiError:
-    return ApiError(str(error), 503, code="engine_unavailable", retry_after_s=error.retry_after_s)
-
-
 def internal_error() -> ApiError:
     return ApiError("internal error; the server's log has the details", 500)
 
@@ -127,7 +123,8 @@ async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_unavailable(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, EngineUnavailable)
-    return unavailable(error).response()
+    told = ApiError(str(error), 503, code="engine_unavailable", retry_after_s=error.retry_after_s)
+    return told.response()
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

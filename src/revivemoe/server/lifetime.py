@@ -28,7 +28,7 @@ class Lifetime:
         Raises ClientGone when the client disconnects, ApiError when the server stops.
         """
         task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(wait_for_disconnect(receive))
+        gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         cut = asyncio.ensure_future(self.cut.wait())
         try:
             await asyncio.wait({task, gone, cut}, return_when=asyncio.FIRST_COMPLETED)
@@ -36,12 +36,12 @@ class Lifetime:
                 return task.result()
             if gone.done():
                 raise ClientGone
-            raise shutting_down()
+            raise ApiError("the server is shutting down", 503, code="shutting_down")
         finally:
             await cancel_all(task, gone, cut)
 
 
-async def wait_for_disconnect(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -50,7 +50,3 @@ async def cancel_all(*tasks: asyncio.Task[object]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def shutting_down() -> ApiError:
-    return ApiError("the server is shutting down", 503, code="shutting_down")

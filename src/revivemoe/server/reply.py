@@ -4,12 +4,11 @@ What a choice looks like is the endpoint's (`Shape`); the rest is the same for b
 """
 
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.server.errors import ApiError
 from revivemoe.server.sse import event
 from revivemoe.streams import Delta, PromptLogprobsReady, Stream, StreamFailed, Submission
@@ -17,23 +16,14 @@ from revivemoe.streams import Delta, PromptLogprobsReady, Stream, StreamFailed, 
 DEGRADED = "degraded"
 
 
-@dataclass
-class Choice:
-    """Everything that one choice generated."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-        self.finish_reason = delta.finish_reason
-        self.stop_reason = delta.stop_reason
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Everything that one choice generated, in one."""
+    return replace(
+        deltas[-1],
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        text="".join(delta.text for delta in deltas),
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+    )
 
 
 class Shape(Protocol):
@@ -44,57 +34,44 @@ class Shape(Protocol):
 
     def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None: ...
 
-    def choice(self, choice: Choice) -> dict[str, object]:
+    def choice(self, whole: Delta) -> dict[str, object]:
         """A finished choice of the body."""
-        ...
 
     def body_extra(self) -> dict[str, object]:
         """Further fields of the body, and of the first chunk of each choice."""
-        ...
 
     def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, object]]:
         """Chunk choices for new output; none when there is nothing to show yet."""
-        ...
 
 
+@dataclass
 class Reply:
     """One request's answer. Use either `body` or `events`, once."""
 
-    def __init__(
-        self,
-        submission: Submission,
-        stream: Stream,
-        shape: Shape,
-        model: str,
-        include_usage: bool = False,
-        discard_output: bool = False,
-    ) -> None:
-        self._submission = submission
-        self._stream = stream
-        self._shape = shape
-        self._model = model
-        self._include_usage = include_usage
-        self._discard_output = discard_output
-        self._created = int(time.time())
-        self._degraded = stream.degraded_from_start
-        self._num_output = 0
+    _submission: Submission
+    _stream: Stream
+    _shape: Shape
+    _model: str
+    _include_usage: bool = False
+    _discard_output: bool = False
+    _created: int = field(default_factory=lambda: int(time.time()))
+    _degraded: bool = False
+    _num_output: int = 0
 
     @property
     def headers(self) -> dict[str, str]:
-        if self._stream.degraded_from_start:
-            return {"x-revivemoe-quality": DEGRADED}
-        return {}
+        return {"x-revivemoe-quality": DEGRADED} if self._stream.degraded_from_start else {}
 
     async def body(self) -> dict[str, object]:
         """The whole answer. Raises ApiError when the stream fails."""
         total = len(self._submission.prompts) * self._submission.n
-        choices = [Choice(index) for index in range(total)]
-        async with aclosing(self._deltas()) as deltas:
-            async for delta in deltas:
-                choices[delta.index].add(delta)
+        choices: list[list[Delta]] = [[] for _ in range(total)]
+        async with aclosing(self._deltas()) as received:
+            async for delta in received:
+                choices[delta.index].append(delta)
         return {
             **self._head(self._shape.kind),
-            "choices": [self._shape.choice(choice) for choice in choices],
+            "choices": [self._shape.choice(joined(deltas)) for deltas in choices],
             "usage": self._usage(),
             **self._shape.body_extra(),
             **self._quality(),
@@ -177,4 +154,5 @@ class Reply:
         }
 
     def _quality(self) -> dict[str, str]:
-        return {"quality": DEGRADED} if self._degraded else {}
+        degraded = self._degraded or self._stream.degraded_from_start
+        return {"quality": DEGRADED} if degraded else {}

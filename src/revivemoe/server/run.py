@@ -29,21 +29,15 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        bound = socket.socket(family, kind, protocol)
+        with contextlib.ExitStack() as on_error:
+            bound = on_error.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            on_error.pop_all()
+            return bound
     except OSError as error:
-        raise _cannot_listen(host, port, error) from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise _cannot_listen(host, port, error) from error
-    return bound
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> OSError:
-    reason = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-    return OSError(error.errno, reason)
+        why = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        raise OSError(error.errno, why) from error
 
 
 async def serve_app(

@@ -1,6 +1,5 @@
 """Server-sent events: a response that ends with its client, and never without a last word."""
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
@@ -9,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from revivemoe.server.errors import ApiError, describe, internal_error
-from revivemoe.server.lifetime import Lifetime, cancel_all, shutting_down, wait_for_disconnect
+from revivemoe.server.lifetime import ClientGone, Lifetime
 
 logger = logging.getLogger(__name__)
 
@@ -63,28 +62,20 @@ class EventStream(Response):
     async def _respond(self, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        written = asyncio.ensure_future(self._write_all(send))
-        gone = asyncio.ensure_future(wait_for_disconnect(receive))
-        cut = asyncio.ensure_future(self._lifetime.cut.wait())
         try:
-            await asyncio.wait({written, gone, cut}, return_when=asyncio.FIRST_COMPLETED)
-            complete, client_gone = written.done(), gone.done()
-        finally:
-            await cancel_all(written, gone, cut)
-        if not complete and not client_gone:
-            await _write(send, error_event(shutting_down()))
-        if not client_gone:
-            await _write(send, self._last, more=False)
-
-    async def _write_all(self, send: Send) -> None:
-        try:
-            async for text in self._events:
-                await _write(send, text)
+            await self._lifetime.run(receive, self._write_all(send))
+        except ClientGone:
+            return
         except ApiError as error:
             await _write(send, error_event(error))
         except Exception as error:
             logger.error("stream: %s", describe(error))
             await _write(send, error_event(internal_error()))
+        await _write(send, self._last, more=False)
+
+    async def _write_all(self, send: Send) -> None:
+        async for text in self._events:
+            await _write(send, text)
 
 
 async def _write(send: Send, text: str, more: bool = True) -> None:

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
-from types import TracebackType
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.cluster.local import Callbacks, LocalCluster
@@ -108,25 +107,20 @@ class Instance:
             loop.call_soon_threadsafe(lambda: self.engine.on_health(report, time.monotonic()))
 
         self._health = HealthMonitor(sources, on_report)
-        self._health.__enter__()
+        self._health.start()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         assert self._ticker is not None
         self._ticker.cancel()
         if self._health is not None:
-            self._health.__exit__(kind, error, traceback)
+            self._health.stop()
         try:
             self.engine.stop()
             deadline = time.monotonic() + STOP_TIMEOUT_S
             while self._cluster.living and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
         finally:
-            await self._cluster.__aexit__(kind, error, traceback)
+            await self._cluster.__aexit__(*raised)
 
     def _on_ticker_done(self, ticker: "asyncio.Task[None]") -> None:
         """Without its tick no deadline is judged any more: that must not go unseen."""
@@ -191,7 +185,7 @@ class Instance:
         return status_document(self.engine, time.monotonic(), time.time())
 
     def metrics(self) -> bytes:
-        return render_metrics(self.engine, time.monotonic())
+        return render_metrics(self.engine)
 
     @property
     def state_name(self) -> str:

@@ -2,6 +2,7 @@
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.config import EngineConfig
+from revivemoe.core.limits import RankLimits
 from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 from revivemoe.ids import Incarnation, LayerId, RankId
 from revivemoe.membership.membership import Membership
@@ -33,16 +34,18 @@ def rank_spec(
         dtype=config.dtype,
         device=config.rank_device(rank),
         threads=config.threads_per_rank,
-        block_size=config.block_size,
+        limits=RankLimits(
+            num_blocks=0,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            prefill_tokens_beside_decodes=config.prefill_tokens_beside_decodes,
+        ),
         num_kv_blocks=config.num_kv_blocks,
         kv_memory_share=0.5 / config.data_parallel_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        prefill_tokens_beside_decodes=config.prefill_tokens_beside_decodes,
         commands="",
         reports="",
-        allow_faults=config.enable_fault_injection,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from revivemoe.messages.tokens import TokenLogprobs
-from revivemoe.sampling_params import FinishReason, SamplingParams
+from revivemoe.sampling_params import FinishReason
 from revivemoe.streams import Submission, choice_indices
 
 VOCABULARY = 26
@@ -65,11 +65,5 @@ def _answer(
             for stop in sorted(submission.stop.strings, key=len, reverse=True):
                 if text.endswith(stop):
                     return Answer(tuple(output), text[: -len(stop)], "stop", stop)
-        if _is_full(params, history, output, max_model_len):
+        if len(output) >= params.max_tokens or len(history) >= max_model_len:
             return Answer(tuple(output), text, "length", None)
-
-
-def _is_full(
-    params: SamplingParams, history: list[int], output: list[int], max_model_len: int
-) -> bool:
-    return len(output) >= params.max_tokens or len(history) >= max_model_len

@@ -28,8 +28,6 @@ class Client:
     def done(self) -> bool:
         return self.ended or self.refused
 
-    # ---- ledger.Sink -------------------------------------------------------------------------
-
     def push(self, event: StreamEvent) -> None:
         assert not self.ended, f"{self._name}: an event after the end"
         assert self.failure is None, f"{self._name}: an event after the failure"
@@ -46,8 +44,6 @@ class Client:
         self.ended = True
         if not self.aborted and self.failure is None:
             assert len(self.finished) == len(self.expected), f"{self._name}: ended unfinished"
-
-    # ---- checks ------------------------------------------------------------------------------
 
     @property
     def _name(self) -> str:

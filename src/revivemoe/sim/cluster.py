@@ -14,7 +14,7 @@ from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.driver import Driver
 from revivemoe.sim.forward import FakeForward
-from revivemoe.sim.mishaps import Mishaps, NoMishaps
+from revivemoe.sim.mishaps import Mishaps
 from revivemoe.sim.process import Process
 from revivemoe.sim.scenario import Scenario
 
@@ -43,7 +43,7 @@ class SimCluster:
         self.forkserver_alive = True
         self.never_started: set[Process] = set()
         self.on_reach: Callable[[Process, str, int, bool], float] = lambda *where: 1.0
-        self.mishaps: Mishaps = NoMishaps()
+        self.mishaps = Mishaps()
         self.slow_launches = 0
         """So many of the next launches take very long."""
         self._scenario = scenario

@@ -46,22 +46,15 @@ class EngineHost:
         self._observe()
 
     def on_report(self, report: Report) -> None:
-        self.call(partial(self._take, report))
+        self.call(lambda: take(self.engine, report, self._clock.now))
 
     def on_exit(self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool) -> None:
-        self.call(partial(self._exited, rank, incarnation, detail, by_itself))
-
-    def _exited(self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool) -> None:
-        now = self._clock.now
-        self.engine.on_exit(rank, incarnation, detail, now, by_itself=by_itself)
+        told = partial(self.engine.on_exit, rank, incarnation, detail, by_itself=by_itself)
+        self.call(lambda: told(now=self._clock.now))
 
     def stall(self, seconds: float) -> None:
         """The engine's thread stands still."""
         self._stalled_until = max(self._stalled_until, self._clock.now + seconds)
-
-    def _take(self, report: Report) -> None:
-        now = self._clock.now
-        take(self.engine, report, now, lambda: self.engine.on_report(report, now))
 
     def _tick(self) -> None:
         if self._stopped:
@@ -93,13 +86,13 @@ def stage_of(engine: Engine) -> str:
 
 
 def _serving_stage(engine: Engine) -> str:
-    if engine.epochs.stall.runs:
-        return "first step"
-    if engine.maintenance.drains.draining:
-        return "draining"
-    if engine.epochs.fleet.switching:
-        return "switching"
-    return "loading" if engine.epochs.loads.loading else "serving"
+    under_way = {
+        "first step": engine.epochs.stall.runs,
+        "draining": engine.maintenance.drains.draining,
+        "switching": engine.epochs.fleet.switching,
+        "loading": engine.epochs.loads.loading,
+    }
+    return next((stage for stage, what in under_way.items() if what), "serving")
 
 
 def _recovery_stage(engine: Engine) -> str:

@@ -1,5 +1,6 @@
 """Links between two ranks that fail, once or more."""
 
+from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
@@ -27,13 +28,12 @@ class Links:
 
     def __init__(self, rng: Random) -> None:
         self._cuts: list[Cut] = []
-        self._failures: dict[frozenset[RankId], int] = {}
+        self._failures: Counter[frozenset[RankId]] = Counter()
         self._rng = rng
 
     def cut(self, one: RankId, other: RankId, times: int) -> None:
         """The link fails soon; if `times` is 2, in the next epoch as well."""
-        cut = Cut(frozenset({one, other}), times, 0)
-        self._cuts.append(cut)
+        self._cuts.append(Cut(frozenset({one, other}), times, 0))
 
     def suspects(self) -> list[frozenset[RankId]]:
         """Links that have failed more than once: one end of each may be accused."""
@@ -58,5 +58,5 @@ class Links:
             return False
         cut.epoch, cut.times_left = epoch, cut.times_left - 1
         cut.exchanges_left = self._rng.randint(1, MOST_EXCHANGES)
-        self._failures[cut.ends] = self._failures.get(cut.ends, 0) + 1
+        self._failures[cut.ends] += 1
         return True

@@ -43,7 +43,6 @@ class Host(Protocol):
     def reach(self, process: "Process", phase: str, layer: int, meets: bool) -> float:
         """A step loop gets to a new place; there it `meets` the others, or not. Returns how much
         slower than normal its work is."""
-        ...
 
 
 class Process:
@@ -150,16 +149,12 @@ class Process:
         if self.stopped:
             self._frozen.append(self._beat)
             return
-        now = self.now
-        if isinstance(self.doing, Meet) and now - self._since > WAIT_TIMEOUT_S:
+        if isinstance(self.doing, Meet) and self.now - self._since > WAIT_TIMEOUT_S:
             self.fail_wait(f"{self.doing.phase} not complete after {WAIT_TIMEOUT_S:g} s")
         self._beats += 1
-        progress, tell_pace = self.progress, self._beats % BEATS_PER_PACE == 0
-        pace = progress.paces() if tell_pace else None
-        activity = progress.activity()
-        self.report(
-            Heartbeat(self.rank, self.incarnation, progress.count, self.stats(), activity, pace)
-        )
+        progress, me = self.progress, (self.rank, self.incarnation)
+        pace = progress.paces() if self._beats % BEATS_PER_PACE == 0 else None
+        self.report(Heartbeat(*me, progress.count, self.stats(), progress.activity(), pace))
         self._host.clock.after(HEARTBEAT_S, self._beat)
 
     # ---- the step loop's waits ---------------------------------------------------------------
@@ -206,24 +201,19 @@ class Process:
         action()
 
     def _advance(self, answer: list[object] | None) -> None:
-        assert self._loop is not None
-        self._end_meeting()
-        try:
-            self._follow(self._loop.send(answer))
-        except StopIteration:
-            self.die("exited with status 0")
+        self._resume(lambda loop: loop.send(answer))
 
     def _throw(self, error: Exception) -> None:
-        assert self._loop is not None
-        self._end_meeting()
-        try:
-            self._follow(self._loop.throw(error))
-        except StopIteration:
-            self.die("exited with status 0")
+        self._resume(lambda loop: loop.throw(error))
 
-    def _end_meeting(self) -> None:
+    def _resume(self, go_on: Callable[[StepLoop], Request]) -> None:
+        assert self._loop is not None
         if isinstance(self.doing, Meet):
             self.progress.waits(False)
+        try:
+            self._follow(go_on(self._loop))
+        except StopIteration:
+            self.die("exited with status 0")
 
     def _follow(self, request: Request) -> None:
         self._wait += 1

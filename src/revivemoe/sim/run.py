@@ -59,13 +59,9 @@ class Simulation:
         topology = scenario.config.topology()
         placement = place(NUM_EXPERTS, [0, 1], topology.experts, scenario.redundant, scenario.spare)
         membership = Membership(topology, placement, scenario.config.dense_groups())
+        clock, vocabulary = lambda: self.clock.now, LetterVocabulary()
         self.engine = Engine(
-            scenario.config,
-            membership,
-            LetterVocabulary(),
-            self.cluster,
-            lambda: self.clock.now,
-            self._on_event,
+            scenario.config, membership, vocabulary, self.cluster, clock, self._on_event
         )
         self.clients: list[Client] = []
         self.verdict = Verdict(scenario, self.engine, self.cluster, self.strikes)
@@ -96,8 +92,6 @@ class Simulation:
             and not self.strikes.pending
         )
 
-    # ---- what the engine does ----------------------------------------------------------------
-
     def _observe(self) -> None:
         """After every call into the engine; its ticks see to it that this is often."""
         stage = stage_of(self.engine)
@@ -122,16 +116,13 @@ class Simulation:
         if self._trace is not None:
             self._trace(f"{self.clock.now:9.4f} {line}")
 
-    # ---- clients -----------------------------------------------------------------------------
-
     def _arrive(self, arrival: Arrival) -> None:
         client = Client(arrival)
         self.clients.append(client)
         self.host.call(partial(self._submit, client))
         if arrival.abort_after_s is not None:
-            self.clock.after(
-                arrival.abort_after_s, lambda: self.host.call(partial(self._abort, client))
-            )
+            abort = partial(self.host.call, partial(self._abort, client))
+            self.clock.after(arrival.abort_after_s, abort)
 
     def _submit(self, client: Client) -> None:
         try:
@@ -150,22 +141,16 @@ def run_seed(seed: int, kinds: tuple[FaultKind, ...] = KINDS, trace: Trace | Non
     result = Result(seed)
     try:
         simulation = Simulation(draw(seed, kinds), trace)
-        _run(simulation, result)
+        try:
+            simulation.run()
+        finally:
+            engine, drivers = simulation.engine, simulation.cluster.drivers.values()
+            result.struck, result.outcome = simulation.strikes.struck, stage_of(engine)
+            result.virtual_s = simulation.clock.now
+            result.num_actions = simulation.clock.num_actions
+            result.num_steps = engine.signals.last_step
+            result.preemptions = sum(driver.rank.stats().preemptions for driver in drivers)
     except Exception as error:
         result.violation = f"{type(error).__name__}: {error}"
         result.trace = traceback.format_exc()
     return result
-
-
-def _run(simulation: Simulation, result: Result) -> None:
-    try:
-        simulation.run()
-    finally:
-        result.struck = simulation.strikes.struck
-        result.outcome = stage_of(simulation.engine)
-        result.virtual_s = simulation.clock.now
-        result.num_actions = simulation.clock.num_actions
-        result.num_steps = simulation.engine.signals.last_step
-        result.preemptions = sum(
-            driver.rank.stats().preemptions for driver in simulation.cluster.drivers.values()
-        )

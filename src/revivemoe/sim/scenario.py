@@ -163,9 +163,6 @@ def _limits(rng: Random) -> RankLimits:
     )
 
 
-# ---- requests -------------------------------------------------------------------------------
-
-
 def _arrivals(rng: Random, poison: bool) -> list[Arrival]:
     """Close together, or so far apart that the ranks park in between."""
     common = [tuple(_tokens(rng, rng.choice((8, 12, 17)))) for _ in range(2)]
@@ -217,20 +214,11 @@ def _with_stop(rng: Random, submission: Submission) -> Submission:
     if len(text) < 3:
         return submission
     start = rng.randrange(len(text) - 1)
-    return Submission(
-        submission.request_id,
-        submission.prompts,
-        submission.n,
-        submission.params,
-        StopStrings((text[start : start + 2], "zz")),
-    )
+    return replace(submission, stop=StopStrings((text[start : start + 2], "zz")))
 
 
 def _tokens(rng: Random, count: int) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(count)]
-
-
-# ---- faults ---------------------------------------------------------------------------------
 
 
 def _fault(rng: Random, kinds: tuple[FaultKind, ...], num_ranks: int, number: int) -> FaultSpec:

@@ -1,20 +1,16 @@
 """Nothing that a process says after it was accused or replaced may change anything."""
 
-from collections.abc import Callable
-
 from revivemoe.engine.engine import Engine
 from revivemoe.messages.reports import Report
 
 
-def take(engine: Engine, report: Report, now: float, deliver: Callable[[], None]) -> None:
+def take(engine: Engine, report: Report, now: float) -> None:
     """Deliver a report; assert that one of an old process changes nothing."""
     view = engine.ranks[report.rank]
-    if report.incarnation == view.incarnation and not view.dead:
-        deliver()
-        return
-    before = _fingerprint(engine, report)
-    deliver()
-    assert _fingerprint(engine, report) == before, (
+    stale = report.incarnation != view.incarnation or view.dead
+    before = _fingerprint(engine, report) if stale else None
+    engine.on_report(report, now)
+    assert not stale or _fingerprint(engine, report) == before, (
         f"{type(report).__name__} of rank {report.rank}.{report.incarnation} is accepted at "
         f"{now:.4f} s, but that process is out"
     )

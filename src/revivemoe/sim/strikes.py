@@ -16,6 +16,7 @@ from revivemoe.sim.cluster import SimCluster
 from revivemoe.sim.faults import POISONS, AtPoint, AtTime, FaultSpec, InStage
 from revivemoe.sim.host import EngineHost, stage_of
 from revivemoe.sim.links import Links
+from revivemoe.sim.mishaps import Mishaps
 from revivemoe.sim.process import Process
 from revivemoe.streams import Document
 
@@ -29,8 +30,8 @@ MOST_RETRIES = 10
 Struck = list[tuple[FaultSpec, str]]
 
 
-class Strikes:
-    """The faults still to come, and what those that came make excusable. `Mishaps`."""
+class Strikes(Mishaps):
+    """The faults still to come, and what those that came make excusable."""
 
     def __init__(
         self, clock: Clock, cluster: SimCluster, host: EngineHost, faults: tuple[FaultSpec, ...]

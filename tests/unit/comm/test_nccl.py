@@ -7,7 +7,8 @@ import torch
 from torch.distributed import TCPStore
 
 from revivemoe.comm.fence import DomainLeft, FenceFlag
-from revivemoe.comm.group import Graveyard
+from revivemoe.comm.gloo import connect
+from revivemoe.comm.group import Graveyard, GroupTransport, abort_aside
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
 
@@ -18,7 +19,7 @@ pytestmark = [
 
 
 def test_build_abort_rebuild():
-    from revivemoe.comm.nccl import nccl_transport
+    from revivemoe.comm.nccl import nccl_group
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address, device = f"127.0.0.1:{store.port}", torch.device("cuda", 0)
@@ -26,12 +27,15 @@ def test_build_abort_rebuild():
     for epoch in (1, 2):
         fence = FenceFlag()
         waiter = Waiter(fence, Epoch(epoch), 30.0)
-        transport = nccl_transport(
-            address, waiter, Epoch(epoch), (RankId(0),), RankId(0), 30.0, graveyard, device
+        group = nccl_group(connect(address, epoch, 30.0), 0, 1, device)
+        leave, me = abort_aside(graveyard, 30.0), RankId(0)
+        transport = GroupTransport(
+            group, waiter, Epoch(epoch), (me,), me, device, pin=False, leave=leave
         )
         assert transport.all_gather_ints([1, 2]) == [[1, 2]]
         transport.outbox(16, [3]).fill_(epoch)
-        (rows,) = transport.all_to_all_rows()
+        transport.send()
+        (rows,) = transport.receive()
         assert rows.is_cuda
         assert torch.equal(rows.cpu(), torch.full((3, 16), epoch, dtype=torch.uint8))
         fence.raise_to(Epoch(epoch + 1))

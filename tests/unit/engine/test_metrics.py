@@ -8,7 +8,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def samples(instance: Instance) -> Samples:
-    text = render_metrics(instance.engine, instance.now).decode()
+    text = render_metrics(instance.engine).decode()
     found: Samples = {}
     for family in text_string_to_metric_families(text):
         assert family.name.startswith("revivemoe_")

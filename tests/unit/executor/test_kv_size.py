@@ -1,16 +1,26 @@
 """How many KV blocks a rank takes, and when it refuses."""
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
+from revivemoe.core.limits import RankLimits
 from revivemoe.executor import main
 from revivemoe.executor.main import OutOfMemoryForKV, _num_blocks
 from revivemoe.executor.spec import RankSpec
 
 MIB = 2**20
 
+LIMITS = RankLimits(
+    num_blocks=0,
+    block_size=16,
+    max_num_seqs=2,
+    max_num_batched_tokens=64,
+    max_model_len=160,
+    prefill_tokens_beside_decodes=64,
+)
 SPEC = RankSpec(
     rank=3,
     incarnation=1,
@@ -21,13 +31,9 @@ SPEC = RankSpec(
     dtype="float32",
     device="cpu",
     threads=1,
-    block_size=16,
+    limits=LIMITS,
     num_kv_blocks=None,
     kv_memory_share=0.25,
-    max_num_seqs=2,
-    max_num_batched_tokens=64,
-    max_model_len=160,
-    prefill_tokens_beside_decodes=64,
     commands="",
     reports="",
 )
@@ -62,7 +68,7 @@ def test_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ("free_mib", "fields", "says"),
     [
         (36, {}, "9 blocks of 16 tokens"),
-        (1000, {"max_model_len": 1 << 30}, "lower --max-model-len"),
+        (1000, {"limits": replace(LIMITS, max_model_len=1 << 30)}, "lower --max-model-len"),
         (1000, {"num_kv_blocks": 9}, "raise --num-kv-blocks"),
         (1000, {"num_kv_blocks": 10**9}, "1000 MiB are free: lower --num-kv-blocks"),
     ],

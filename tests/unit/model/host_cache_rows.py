@@ -33,6 +33,6 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def other_process(fd: int) -> bool:
     """Whether what the test has put there is there; puts something itself."""
     cache = HostCache(fd, SHAPES)
-    got = cache.get(LAYERS[0], ExpertId(4))
+    got = cache.fetch(LAYERS[0], ExpertId(4))
     cache.put(LAYERS[2], ExpertId(5), rows_of(5, 5))
     return got is not None and same(got, rows_of(1, 4))

@@ -367,7 +367,7 @@ def test_a_model_with_sharded_layers_gives_the_same_tokens(
     experts, shards = (_counting(microbatches, slots) for slots in (16, num_shards))
     alone = membership(placement, dense=groups)
     runner.enter(experts, alone, ME)
-    runner.enter_dense(shards, alone, ME)
+    runner.exchange.enter_dense(shards, alone, ME)
     solo.runner = runner
     assert solo.run(prompts, params) == expected
     assert shards[0].num_sent > 10, "the dense layer goes through the exchange, on its own way"
@@ -390,6 +390,8 @@ class Counting(Dispatcher):
 
 def _counting(count: int, slots_per_rank: int) -> list[Counting]:
     return [
-        Counting(SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, ME, CPU), slots_per_rank)
+        Counting(
+            SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, CPU), slots_per_rank
+        )
         for _ in range(count)
     ]

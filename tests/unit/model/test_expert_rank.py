@@ -28,7 +28,7 @@ from revivemoe.messages.commands import SlotLoad
 from revivemoe.model import load as load_module
 from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.load import load_model
-from revivemoe.model.runner import DenseSpec, ModelRunner, register_hooks
+from revivemoe.model.runner import NOT_SHARED, DenseSpec, ModelRunner, register_hooks
 from revivemoe.sampling_params import SamplingParams
 
 register_hooks()
@@ -56,7 +56,7 @@ def runner(
     held: tuple[int, ...],
     attention: bool,
     dtype: torch.dtype = torch.float32,
-    dense: DenseSpec | None = None,
+    dense: DenseSpec = NOT_SHARED,
 ) -> ModelRunner:
     info = inspect_checkpoint(path)
     slots = dict.fromkeys(map(LayerId, info.moe_layers), held)
@@ -292,7 +292,8 @@ def enter(rank: ModelRunner, microbatches: int) -> None:
     layers = tuple(rank.worker.held())
     placement = ExpertPlacement(16, layers, {ME: tuple(rank.worker.held().values())})
     transports = [
-        SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, ME, CPU) for _ in range(microbatches)
+        SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, CPU)
+        for _ in range(microbatches)
     ]
     dispatchers = [Dispatcher(t, placement.slots_per_rank) for t in transports]
     rank.enter(dispatchers, membership(placement), ME)
@@ -447,9 +448,9 @@ def test_broken_numbers_of_any_microbatch_are_seen(made: dict[str, Path], lane: 
     exchange.spoil = spoil
     with pytest.raises(NonFiniteStep):
         rank.run(PROMPTS[:2], params(0.0))
-    assert rank.runner.non_finite() == (1, "experts", True)
+    assert rank.runner.exchange.non_finite() == (1, "experts", True)
     exchange.reset()
-    assert rank.runner.non_finite() is None
+    assert rank.runner.exchange.non_finite() is None
 
 
 def test_steps_undone_and_taken_again(made: dict[str, Path]) -> None:

@@ -173,14 +173,14 @@ def test_the_stage_that_made_it(solo: SoloRank, part: str, phase: str, layer: in
         solo.runner.execute(a_batch(solo))
     error = raised.value
     assert (error.layer, error.phase, error.produced_here) == (layer, phase, True)
-    assert solo.runner.non_finite() == (layer, phase, True)
+    assert solo.runner.exchange.non_finite() == (layer, phase, True)
 
 
 def test_logits(solo: SoloRank) -> None:
     poison(solo, "sample", -1)
     with pytest.raises(NonFiniteStep, match="sample"):
         solo.runner.execute(a_batch(solo))
-    assert solo.runner.non_finite() == (-1, "sample", True)
+    assert solo.runner.exchange.non_finite() == (-1, "sample", True)
 
 
 def test_rows_of_others_that_break_here(solo: SoloRank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,11 +195,11 @@ def test_rows_of_others_that_break_here(solo: SoloRank, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(exchange.lanes[0].dispatcher, "send", with_rows)
     solo.runner.serve()
-    assert solo.runner.non_finite() is None
+    assert solo.runner.exchange.non_finite() is None
     poison(solo, "experts", 2)
     with pytest.raises(NonFiniteStep):
         solo.runner.serve()
-    assert solo.runner.non_finite() == (2, "experts", True)
+    assert solo.runner.exchange.non_finite() == (2, "experts", True)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_what_others_send_is_not_laid_to_this_rank(
     monkeypatch.setattr(dispatcher, "combine", combined)
     with pytest.raises(NonFiniteStep):
         solo.runner.execute(a_batch(solo))
-    assert solo.runner.non_finite() == (3, phase, False)
+    assert solo.runner.exchange.non_finite() == (3, phase, False)
 
 
 @pytest.mark.parametrize("phase", ["attention", "experts", "combine", "sample"])
@@ -247,7 +247,7 @@ def test_an_injected_nan_is_seen_where_it_was_put(solo: SoloRank, phase: str) ->
     solo.runner.exchange.spoil = spoil
     with pytest.raises(NonFiniteStep):
         solo.runner.execute(a_batch(solo))
-    assert solo.runner.non_finite() == (at, phase, phase != "combine")
+    assert solo.runner.exchange.non_finite() == (at, phase, phase != "combine")
 
 
 def test_a_step_after_it_starts_clean(solo: SoloRank) -> None:
@@ -260,7 +260,7 @@ def test_a_step_after_it_starts_clean(solo: SoloRank) -> None:
     with torch.no_grad():
         weight.copy_(saved)
     solo.runner.execute(batch)
-    assert solo.runner.non_finite() is None
+    assert solo.runner.exchange.non_finite() is None
 
 
 def test_each_step_forgets_the_one_before(solo: SoloRank) -> None:
@@ -279,7 +279,7 @@ def test_infinite_hidden_states_that_the_router_squashes(made: dict[str, Path]) 
         solo.runner.generator.model.model.layers[1].post_attention_layernorm.weight[3] = math.inf
     with pytest.raises(NonFiniteStep):
         solo.runner.execute(a_batch(solo))
-    assert solo.runner.non_finite() == (1, "attention", True)
+    assert solo.runner.exchange.non_finite() == (1, "attention", True)
 
 
 def test_kv_of_an_undone_step_is_zeroed_and_nothing_else(solo: SoloRank) -> None:

@@ -35,10 +35,10 @@ def test_each_expert_has_a_place_of_its_own(fd: int) -> None:
     cache = HostCache(fd, SHAPES)
     everything = [(layer, ExpertId(e)) for layer in LAYERS for e in range(EXPERTS)]
     for layer, expert in everything:
-        assert cache.get(layer, expert) is None
+        assert cache.fetch(layer, expert) is None
         cache.put(layer, expert, rows_of(layer, expert))
     for layer, expert in everything:
-        got = cache.get(layer, expert)
+        got = cache.fetch(layer, expert)
         assert got is not None
         assert same(got, rows_of(layer, expert))
 
@@ -48,7 +48,7 @@ def test_what_is_there_is_not_written_again(fd: int) -> None:
     cache = HostCache(fd, SHAPES)
     cache.put(LAYERS[1], ExpertId(2), rows_of(2, 2))
     cache.put(LAYERS[1], ExpertId(2), rows_of(9, 9))
-    got = cache.get(LAYERS[1], ExpertId(2))
+    got = cache.fetch(LAYERS[1], ExpertId(2))
     assert got is not None
     assert same(got, rows_of(2, 2))
 
@@ -65,9 +65,9 @@ def test_a_row_cut_short_is_not_there(fd: int) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         cache.put(LAYERS[0], ExpertId(3), Dies(rows))
-    assert cache.get(LAYERS[0], ExpertId(3)) is None
+    assert cache.fetch(LAYERS[0], ExpertId(3)) is None
     cache.put(LAYERS[0], ExpertId(3), rows)
-    got = cache.get(LAYERS[0], ExpertId(3))
+    got = cache.fetch(LAYERS[0], ExpertId(3))
     assert got is not None
     assert same(got, rows)
 
@@ -78,7 +78,7 @@ def test_it_costs_memory_only_where_it_is_written() -> None:
         assert os.fstat(fd).st_size > 3 << 30
         shapes: Any = {"up": ((1 << 22,), torch.float32)}
         cache = HostCache(fd, shapes)
-        assert cache.get(LAYERS[2], ExpertId(63)) is None
+        assert cache.fetch(LAYERS[2], ExpertId(63)) is None
         cache.put(LAYERS[2], ExpertId(63), {"up": torch.ones(1 << 22)})
         assert os.fstat(fd).st_blocks * 512 < 20 << 20
     finally:
@@ -90,7 +90,7 @@ def test_shapes_that_do_not_fit(fd: int) -> None:
         HostCache(fd, {"up": ((112,), torch.float32)})
     with pytest.raises(AssertionError, match="up"):
         HostCache(fd, SHAPES).put(LAYERS[0], ExpertId(0), rows_of(1, 0) | {"up": torch.zeros(7, 3)})
-    assert HostCache(fd, SHAPES).get(LAYERS[0], ExpertId(0)) is None
+    assert HostCache(fd, SHAPES).fetch(LAYERS[0], ExpertId(0)) is None
 
 
 def test_a_descriptor_of_something_else(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_another_process_gets_it_and_puts_its_own(fd: int, warm: Zygote) -> None
     cache = HostCache(fd, SHAPES)
     cache.put(LAYERS[0], ExpertId(4), rows_of(1, 4))
     assert warm.run(OTHER, str(fd), str(Path(__file__).parent), fds=[fd]) == "True\n"
-    got = cache.get(LAYERS[2], ExpertId(5))
+    got = cache.fetch(LAYERS[2], ExpertId(5))
     assert got is not None
     assert same(got, rows_of(5, 5))
 
@@ -186,8 +186,8 @@ def test_empty_slots_are_not_cached(made: dict[str, Path]) -> None:
     fd = cache_for(solo, path)
     assert solo.runner.worker.fill_host_cache() == 4 * 16 - 3
     cache = HostCache(fd, solo.runner.worker.row_shapes())
-    assert cache.get(LayerId(3), ExpertId(2)) is None
-    assert cache.get(LayerId(3), ExpertId(3)) is not None
+    assert cache.fetch(LayerId(3), ExpertId(2)) is None
+    assert cache.fetch(LayerId(3), ExpertId(3)) is not None
     os.close(fd)
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.margins import draw_margins
 
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model.sampling import (
     SampledToken,
     SamplingRow,
-    draw_margins,
     sample,
     token_logprobs,
     uniform,
