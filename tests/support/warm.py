@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 import msgspec
-from support.zygote import MAX_MESSAGE, Run, Start, Started
+from support.forked import Run, Start
+from support.zygote import MAX_MESSAGE, Started
 
 IMPORTED_WITHIN_S = 120.0
 RUN_S = 60.0
