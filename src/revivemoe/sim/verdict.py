@@ -112,7 +112,7 @@ class Verdict:
     def _check_documents(self, now: float) -> None:
         """What an operator reads can be built, and no stall is negative."""
         document = status_document(self._engine, now, now)
-        list(EngineCollector(self._engine, now).collect())
+        list(EngineCollector(self._engine).collect())
         assert document["epoch"] == self._engine.membership.epoch
         stalls = [record.stall_s for record in self._engine.epochs.records]
         assert all(s is None or s >= 0 for s in stalls), f"stalls of {stalls} s"

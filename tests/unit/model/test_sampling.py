@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 from support.margins import draw_margins
 
 from revivemoe.messages.tokens import TokenLogprobs
-from revivemoe.model.sampling import (
-    SampledToken,
-    SamplingRow,
-    sample,
-    token_logprobs,
-    uniform,
-)
+from revivemoe.model.sampling import SampledToken, SamplingRow, sample, token_logprobs, uniform
 from revivemoe.sampling_params import SamplingParams
 
 VOCAB = 24
