@@ -77,7 +77,7 @@ def test_tokens_before_a_second_fault_make_no_negative_stall() -> None:
     assert record.stall_s is not None
     assert record.stall_s >= 0
     assert status_document(instance.engine, instance.now, 0.0)["state"] == "serving"
-    assert b"stall_seconds" in render_metrics(instance.engine, instance.now)
+    assert b"stall_seconds" in render_metrics(instance.engine)
 
 
 def test_a_wish_to_drain_dies_with_the_process_that_was_meant() -> None:
