@@ -41,7 +41,8 @@ class Generation:
         self.check_model(form.model)
         prompts = await self.encoder.completion(form.prompt, form.add_special_tokens)
         submission = completion_submission(_new_id("cmpl"), form, prompts, self.engine.model)
-        echoes = [self._text_of(item) for item in prompt_items(form.prompt)] if form.echo else []
+        items, decode = prompt_items(form.prompt) if form.echo else [], self.vocabulary.decode
+        echoes = [item if isinstance(item, str) else decode(item) for item in items]
         shape = CompletionShape(form, submission, echoes, self.vocabulary)
         return await self._answer(request, form, submission, shape, form.max_tokens == 0)
 
@@ -74,8 +75,7 @@ class Generation:
             raise ApiError("`stream_options` needs `stream` to be true", param="stream_options")
 
         async def submit() -> Reply:
-            stream = await self.engine.submit(submission)
-            name = self.engine.model.name
+            stream, name = await self.engine.submit(submission), self.engine.model.name
             return Reply(submission, stream, shape, name, form.include_usage, discard_output)
 
         async def answer() -> Response:
@@ -86,9 +86,6 @@ class Generation:
             return await self.lifetime.run(request.receive, answer())
         reply = await self.lifetime.run(request.receive, submit())
         return EventStream(reply.events(), self.lifetime, reply.close, reply.headers)
-
-    def _text_of(self, item: str | list[int]) -> str:
-        return item if isinstance(item, str) else self.vocabulary.decode(item)
 
 
 def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[None]]) -> APIRouter:
