@@ -61,7 +61,8 @@ class Vocabulary:
         self.skip_special_tokens = skip_special_tokens
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._byte_of_char = _byte_of_char() if _is_byte_level(self._backend) else {}
+        byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
+        self._byte_of_char = _byte_of_char() if byte_level else {}
         self._bytes_of_id: dict[int, bytes] = {}
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
@@ -151,10 +152,6 @@ def _backend_of(tokenizer: Tokenizer) -> Backend:
             "the checkpoint needs a tokenizer.json"
         )
     return backend
-
-
-def _is_byte_level(backend: Backend) -> bool:
-    return type(backend.decoder).__name__ == "ByteLevel"
 
 
 def _byte_of_char() -> dict[str, int]:

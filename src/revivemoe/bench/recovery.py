@@ -35,8 +35,6 @@ KINDS = ("kill", "stop", "hang", "error", "nan", "drain")
 
 @dataclass(frozen=True)
 class Setup:
-    """One measurement's dimensions."""
-
     preset: str = "small"
     dtype: str = "bfloat16"
     ranks: int = 4

@@ -279,7 +279,6 @@ def _kill(pidfd: int) -> None:
 
 
 def describe_status(status: int) -> str:
-    """Exit status in words."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"exit status {status}"

@@ -29,8 +29,6 @@ from revivemoe.streams import ServingEngine, Submission
 
 @dataclass(frozen=True)
 class Generation:
-    """What a request for tokens needs."""
-
     engine: ServingEngine
     encoder: PromptEncoder
     vocabulary: Vocabulary

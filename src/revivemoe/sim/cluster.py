@@ -63,6 +63,7 @@ class SimCluster:
         self._commands[rank] = Channel(self.clock, self.rng, delay_s, process.deliver)
         self._reports[process] = reports
         core = Rank(rank, incarnation, self._scenario.limits_of(rank))
+        process.stats = core.stats
         driver = Driver(
             process,
             core,

@@ -33,8 +33,6 @@ StepLoop = Generator[Request, list[object] | None, None]
 
 
 class Host(Protocol):
-    """What a process can reach."""
-
     clock: Clock
     rng: Random
 
@@ -102,7 +100,6 @@ class Process:
         self._host.on_exit(self, detail)
 
     def kill(self) -> None:
-        """SIGKILL."""
         self.kill_pending = True
         if not self.unkillable:
             self.die("killed by signal 9")
