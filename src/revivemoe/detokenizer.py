@@ -57,7 +57,13 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._backend = _backend_of(tokenizer)
+        backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no `tokenizers` backend; "
+                "the checkpoint needs a tokenizer.json"
+            )
+        self._backend = backend
         self.skip_special_tokens = skip_special_tokens
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -142,16 +148,6 @@ class _WindowDetokenizer:
         self._read = len(self._window)
         self._read_text = self._vocabulary.decode(self._window)
         return new_text
-
-
-def _backend_of(tokenizer: Tokenizer) -> Backend:
-    backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no `tokenizers` backend; "
-            "the checkpoint needs a tokenizer.json"
-        )
-    return backend
 
 
 def _byte_of_char() -> dict[str, int]:

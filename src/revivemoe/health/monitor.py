@@ -72,9 +72,7 @@ class HealthMonitor:
         """One source's thread: poll, deliver, wait; at the end close the source."""
         waiting: deque[DeviceReport] = deque()
         failures = 0
-        while not self._stop.wait(
-            min(self._interval_s * 2 ** min(failures, 30), self._max_backoff_s)
-        ):
+        while not self._stop.wait(self._pause_s(failures)):
             error = self._turn(source, waiting)
             if error is not None and failures == 0:
                 log.warning("%s: %s; trying again", source.name, one_line(error))
@@ -97,6 +95,9 @@ class HealthMonitor:
         except Exception as error:
             return error
         return None
+
+    def _pause_s(self, failures: int) -> float:
+        return float(min(self._interval_s * 2 ** min(failures, 30), self._max_backoff_s))
 
 
 def one_line(error: Exception) -> str:
