@@ -90,7 +90,16 @@ def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[N
     router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(guard)])
     router.post("/completions")(generation.complete)
     router.post("/chat/completions")(generation.chat)
-    card = _model_card(generation.engine)
+    model_info = generation.engine.model
+    card: dict[str, object] = {
+        "id": model_info.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "revivemoe",
+        "root": model_info.model_dir,
+        "parent": None,
+        "max_model_len": model_info.max_model_len,
+    }
 
     @router.get("/models")
     async def models() -> dict[str, object]:
@@ -102,18 +111,6 @@ def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[N
         return card
 
     return router
-
-
-def _model_card(engine: ServingEngine) -> dict[str, object]:
-    return {
-        "id": engine.model.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "revivemoe",
-        "root": engine.model.model_dir,
-        "parent": None,
-        "max_model_len": engine.model.max_model_len,
-    }
 
 
 def _new_id(prefix: str) -> str:

@@ -54,13 +54,8 @@ class Instance:
             eos_token_ids=info.eos_token_ids,
         )
         topology = config.topology()
-        placement = place(
-            info.num_experts,
-            info.moe_layers,
-            topology.experts,
-            config.redundant_experts,
-            config.spare_expert_slots,
-        )
+        redundant, spare = config.redundant_experts, config.spare_expert_slots
+        placement = place(info.num_experts, info.moe_layers, topology.experts, redundant, spare)
         home = Membership(topology, placement, config.dense_groups())
         self._cluster = LocalCluster(
             partial(rank_spec, config, info, home),

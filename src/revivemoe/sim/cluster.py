@@ -64,16 +64,12 @@ class SimCluster:
         self._reports[process] = reports
         core = Rank(rank, incarnation, self._scenario.limits_of(rank))
         process.stats = core.stats
-        driver = Driver(
-            process,
-            core,
+        held, forward = (
+            [[*row] for row in slots],
             FakeForward(process, core, self.rng, self.mishaps),
-            [list(row) for row in slots],
-            self._load_s(),
-            self._enter,
-            self.clock.after,
-            self.mishaps,
         )
+        world = (self._load_s(), self._enter, self.clock.after, self.mishaps)
+        driver = Driver(process, core, forward, held, *world)
         self.drivers[rank] = driver
         if self.forkserver_alive:
             process.start(driver.run(), START_S * (0.5 + self.rng.random()))
