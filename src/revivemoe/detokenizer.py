@@ -57,11 +57,18 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._backend = _backend_of(tokenizer)
+        backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no `tokenizers` backend; "
+                "the checkpoint needs a tokenizer.json"
+            )
+        self._backend = backend
         self.skip_special_tokens = skip_special_tokens
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._byte_of_char = _byte_of_char() if _is_byte_level(self._backend) else {}
+        byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
+        self._byte_of_char = _byte_of_char() if byte_level else {}
         self._bytes_of_id: dict[int, bytes] = {}
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
@@ -141,20 +148,6 @@ class _WindowDetokenizer:
         self._read = len(self._window)
         self._read_text = self._vocabulary.decode(self._window)
         return new_text
-
-
-def _backend_of(tokenizer: Tokenizer) -> Backend:
-    backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no `tokenizers` backend; "
-            "the checkpoint needs a tokenizer.json"
-        )
-    return backend
-
-
-def _is_byte_level(backend: Backend) -> bool:
-    return type(backend.decoder).__name__ == "ByteLevel"
 
 
 def _byte_of_char() -> dict[str, int]:

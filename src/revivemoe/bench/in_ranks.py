@@ -22,8 +22,6 @@ WARM_UP = 20
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured."""
-
     ranks: int
     tokens: int
     """Per rank that sends."""

@@ -38,8 +38,6 @@ def greedy(model_dir: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -
 
 @dataclass
 class StreamResult:
-    """What one streamed completion yielded."""
-
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     times: list[float] = field(default_factory=list)

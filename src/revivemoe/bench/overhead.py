@@ -39,8 +39,6 @@ WAITS_PER_LAYER = 2
 
 @dataclass(frozen=True)
 class Setup:
-    """One measurement's dimensions."""
-
     preset: str = "small"
     ranks: int = 4
     streams: int = 16
@@ -56,8 +54,9 @@ def run(setup: Setup, console: Console) -> dict[str, object]:
         hidden = inspect_checkpoint(model_dir).hidden_size
         step_s = _median_step_s(model_dir, setup)
     per_rank = setup.streams // setup.ranks
+    clear_s = _cpu_s(Journal(BlockPool(4), Queues()).clear)
     costs = {
-        "journal": per_rank * _allocation_s() / setup.block_size + _clear_s(),
+        "journal": per_rank * _allocation_s() / setup.block_size + clear_s,
         "heartbeat": _heartbeat_s() * HEARTBEATS_PER_S * step_s,
         "progress": _phase_s() * (PHASES_PER_LAYER * layers + 3)
         + _wait_s() * (WAITS_PER_LAYER * layers + 1),
@@ -106,10 +105,6 @@ def _allocation_s() -> float:
         journal.roll_back(executed=False)
 
     return _cpu_s(act)
-
-
-def _clear_s() -> float:
-    return _cpu_s(Journal(BlockPool(4), Queues()).clear)
 
 
 def _heartbeat_s() -> float:

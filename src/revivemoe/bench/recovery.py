@@ -23,7 +23,7 @@ from rich.table import Table
 
 from revivemoe.bench import paper_table
 from revivemoe.bench.faultrun import FaultRun, mend, run_with_fault
-from revivemoe.bench.loadgen import Body, StreamResult, gaps, greedy, random_prompts, warm
+from revivemoe.bench.loadgen import StreamResult, gaps, greedy, random_prompts, warm
 from revivemoe.bench.models import bench_model
 from revivemoe.bench.restart import restart
 from revivemoe.bench.server_process import ServerProcess
@@ -35,8 +35,6 @@ KINDS = ("kill", "stop", "hang", "error", "nan", "drain")
 
 @dataclass(frozen=True)
 class Setup:
-    """One measurement's dimensions."""
-
     preset: str = "small"
     dtype: str = "bfloat16"
     ranks: int = 4
@@ -124,7 +122,7 @@ def _context(
     shortest = context == min(setup.contexts)
     kinds = setup.kinds if shortest else setup.kinds[:1]
     count = setup.faults if shortest else max(3, setup.faults // 4)
-    draw = random.Random(context)
+    total, draw = setup.streams * setup.output_tokens, random.Random(context)
     rows: list[Row] = []
     with ServerProcess(model_dir, flags) as server:
         prompts = random_prompts(draw, setup.streams, context)
@@ -133,29 +131,14 @@ def _context(
         rate = _prefill_rate(server, model_dir, draw)
         for kind in kinds:
             for index in range(count):
-                rows.append(_one(server, kind, index, setup, context, calm, rate, bodies, draw))
+                strike = _strike(server, kind, index % setup.ranks)
+                after = draw.randrange(total // 8, total // 2)
+                fault = asyncio.run(run_with_fault(server, bodies, strike, after))
+                mend(server)
+                phases = fault.status["recoveries"][-1]["phases"]
+                rows.append(Row(kind, context, _figures(calm, fault, rate), phases))
                 console.print(_line(rows[-1], index, count))
     return rows
-
-
-def _one(
-    server: ServerProcess,
-    kind: str,
-    index: int,
-    setup: Setup,
-    context: int,
-    calm: Sequence[StreamResult],
-    rate: float,
-    bodies: Sequence[Body],
-    draw: random.Random,
-) -> Row:
-    victim = index % setup.ranks
-    total = setup.streams * setup.output_tokens
-    after = draw.randrange(total // 8, total // 2)
-    fault = asyncio.run(run_with_fault(server, bodies, _strike(server, kind, victim), after))
-    mend(server)
-    figures = _figures(calm, fault, rate)
-    return Row(kind, context, figures, fault.status["recoveries"][-1]["phases"])
 
 
 def _strike(server: ServerProcess, kind: str, victim: int) -> Callable[[], object]:

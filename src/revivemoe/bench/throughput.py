@@ -30,8 +30,6 @@ from revivemoe.bench.server_process import ServerProcess
 
 @dataclass(frozen=True)
 class Setup:
-    """One measurement's dimensions."""
-
     preset: str = "small"
     dtype: str = "bfloat16"
     ranks: tuple[int, ...] = (1, 2, 4)

@@ -14,8 +14,6 @@ _EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(?:(\d+)\.)?")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """The dimensions of a MoE checkpoint."""
-
     model_dir: Path
     architecture: str
     dtype: str

@@ -142,18 +142,14 @@ class LocalCluster:
         if rank in self._outboxes:
             self._outboxes.pop(rank)[1].close(linger=0)
         self._outboxes[rank] = ((rank, incarnation), outbox)
-        if self._forkserver_gone:
-            self._restart_forkserver()
+        if self._forkserver_gone:  # a new one is warm in a few seconds; what is to start waits
+            self._forkserver_gone, self._warm = False, False
+            self._launcher.restart()
+            self._loop.add_reader(self._launcher.fileno, self._on_launcher)
         if self._warm:
             self._launcher.launch(spec)
         else:
             self._launch_when_warm.append(spec)
-
-    def _restart_forkserver(self) -> None:
-        """A new one is warm in a few seconds; what is to be launched waits for it."""
-        self._forkserver_gone, self._warm = False, False
-        self._launcher.restart()
-        self._loop.add_reader(self._launcher.fileno, self._on_launcher)
 
     def send(self, rank: RankId, command: Command) -> None:
         """Queue a command. Never blocks; what is sent to a dead rank goes nowhere."""
@@ -279,7 +275,6 @@ def _kill(pidfd: int) -> None:
 
 
 def describe_status(status: int) -> str:
-    """Exit status in words."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"exit status {status}"

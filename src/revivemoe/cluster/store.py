@@ -11,7 +11,6 @@ class GroupStore:
         self.address: str | None = None
 
     def start(self) -> None:
-        """Listen on a free port."""
         from torch.distributed import TCPStore
 
         with socket.socket() as probe:
@@ -29,5 +28,4 @@ class GroupStore:
         self.address = f"127.0.0.1:{port}"
 
     def close(self) -> None:
-        """Stop listening."""
         self._server = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from revivemoe.comm.shm import region_bytes_for, round_up
 from revivemoe.comm.transport import Flow, Transport
@@ -27,9 +28,9 @@ class DispatchHandle:
     num_tokens: int
     dtype: torch.dtype
     device: torch.device
-    rows_by_token_M: torch.Tensor
+    rows_by_token_M: Tensor
     """Rows sent, int64, by token and then by destination. (They are sent the other way round.)"""
-    first_row_T: torch.Tensor
+    first_row_T: Tensor
     """Where each token's rows begin in `rows_by_token_M`."""
     sent_N: tuple[int, ...]
     received_N: tuple[int, ...]
@@ -39,11 +40,11 @@ class DispatchHandle:
 class Dispatched:
     """Rows for this rank's experts, by source logical rank and then by the source's token."""
 
-    rows_RH: torch.Tensor
+    rows_RH: Tensor
     """Hidden states, the dtype and device they were dispatched with."""
-    slot_ids_RK: torch.Tensor
+    slot_ids_RK: Tensor
     """int64, this rank's slots; S where that choice is not on this rank."""
-    weights_RK: torch.Tensor
+    weights_RK: Tensor
     """float32; 0 where that choice is not on this rank."""
     handle: DispatchHandle
 
@@ -52,9 +53,9 @@ class Dispatched:
 class Sent:
     """Tokens on their way. Opaque to callers."""
 
-    hidden_TH: torch.Tensor
-    slot_ids_TK: torch.Tensor
-    weights_TK: torch.Tensor
+    hidden_TH: Tensor
+    slot_ids_TK: Tensor
+    weights_TK: Tensor
     route: "_Route | None"
     """None in a domain of one."""
 
@@ -133,9 +134,7 @@ class Dispatcher:
         self._out = Flow(from_all if is_server else (), to_all if is_source else ())
         self._back = Flow(to_all if is_source else (), from_all if is_server else ())
 
-    def dispatch(
-        self, hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Dispatched:
+    def dispatch(self, hidden_TH: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         """Send each token to the ranks that hold its experts; return the rows sent here.
 
         `hidden_TH`: float32 or bfloat16, the same on all members; T may be 0. `slot_ids_TK`:
@@ -144,9 +143,7 @@ class Dispatcher:
         """
         return self.receive(self.send(hidden_TH, slot_ids_TK, weights_TK))
 
-    def send(
-        self, hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Sent:
+    def send(self, hidden_TH: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Sent:
         """The first half of `dispatch`, which waits for nobody's tokens."""
         if self._transport.size == 1:
             return Sent(hidden_TH, slot_ids_TK, weights_TK, None)
@@ -184,7 +181,7 @@ class Dispatcher:
             handle=handle,
         )
 
-    def combine(self, out_RH: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    def combine(self, out_RH: Tensor, handle: DispatchHandle) -> Tensor:
         """Return each row's partial weighted sum to its source; add them up per token.
 
         `out_RH`: in the order of `Dispatched.rows_RH`, in the dispatched dtype or float32, the same
@@ -203,7 +200,7 @@ class Dispatcher:
         return _sum_per_token(parts_MH, handle).to(handle.dtype)
 
     def _dispatch_alone(
-        self, hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+        self, hidden_TH: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
     ) -> Dispatched:
         self._transport.check_fence()
         none = slot_ids_TK < 0
@@ -225,9 +222,7 @@ class Dispatcher:
         )
 
 
-def _pack(
-    hidden_TH: torch.Tensor, slot_ids_TK: torch.Tensor, weights_TK: torch.Tensor
-) -> torch.Tensor:
+def _pack(hidden_TH: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """One row on the wire for each token, uint8 `[T, B]`."""
     (num_tokens, hidden), top_k = hidden_TH.shape, slot_ids_TK.shape[1]
     row_bytes = _row_bytes(hidden, hidden_TH.itemsize, top_k)
@@ -239,7 +234,7 @@ def _pack(
     return rows_TB
 
 
-def _gather(rows_TB: torch.Tensor, tokens_M: torch.Tensor, outbox_MB: torch.Tensor) -> None:
+def _gather(rows_TB: Tensor, tokens_M: Tensor, outbox_MB: Tensor) -> None:
     """Copy the tokens' rows into the outbox: directly, if it lies on the same device."""
     if rows_TB.device == outbox_MB.device:
         torch.index_select(rows_TB, 0, tokens_M, out=outbox_MB)
@@ -247,7 +242,7 @@ def _gather(rows_TB: torch.Tensor, tokens_M: torch.Tensor, outbox_MB: torch.Tens
         outbox_MB.copy_(rows_TB.index_select(0, tokens_M))
 
 
-def _sum_per_token(parts_MH: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+def _sum_per_token(parts_MH: Tensor, handle: DispatchHandle) -> Tensor:
     """Add up each token's parts, one after another in the order of its rows: float32 `[T, H]`.
 
     An embedding bag does just that in one kernel, without atomics on a GPU.
@@ -258,8 +253,8 @@ def _sum_per_token(parts_MH: torch.Tensor, handle: DispatchHandle) -> torch.Tens
 
 
 def _fields(
-    rows_MB: torch.Tensor, dtype: torch.dtype, hidden: int, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows_MB: Tensor, dtype: torch.dtype, hidden: int, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Views of hidden states `[M, H]`, slot ids and weights `[M, K]` in rows on the wire."""
     return (
         rows_MB.view(dtype).narrow(1, _hidden_offset(top_k) // dtype.itemsize, hidden),

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from revivemoe.comm.fence import DomainLeft, FenceFlag
 from revivemoe.comm.gloo import connect, gloo_group
-from revivemoe.comm.group import Graveyard, GroupTransport, abort_aside, build_bounded, bury_in
+from revivemoe.comm.group import Graveyard, GroupTransport, build_bounded
 from revivemoe.comm.nccl import nccl_group
 from revivemoe.comm.shm import Segment, ShmTransport
 from revivemoe.comm.transport import SoloTransport, Transport
@@ -100,7 +100,8 @@ class Domains:
             return gloo_group(*place, spec.timeout_s) if gloo else nccl_group(*place, self._device)
 
         group = build_bounded(build, waiter, members, me)
-        leave = (bury_in if gloo else abort_aside)(self._graveyard, spec.timeout_s)
         device = torch.device("cpu") if gloo else self._device
-        pin = gloo and self._device.type == "cuda"
-        return GroupTransport(group, waiter, epoch, members, me, device, pin=pin, leave=leave)
+        pin, rest = gloo and self._device.type == "cuda", (spec.timeout_s, self._graveyard)
+        return GroupTransport(
+            group, waiter, epoch, members, me, device, *rest, pin=pin, aborts=not gloo
+        )

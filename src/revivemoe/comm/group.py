@@ -80,17 +80,20 @@ class GroupTransport(Transport):
         members: tuple[RankId, ...],
         me: RankId,
         device: torch.device,
+        timeout_s: float,
+        graveyard: Graveyard,
         *,
         pin: bool,
-        leave: Callable[["GroupTransport"], None],
+        aborts: bool,
     ) -> None:
-        """`pin`: page-lock host buffers. `leave`: called once by `close` to dispose of it all."""
+        """`pin`: page-lock host buffers. `aborts`: whether the library can cancel stuck work."""
         super().__init__(waiter, epoch, members, me, device)
         self.group: ProcessGroup | None = group
         """None once it is freed."""
         self._others = tuple(rank for rank in members if rank != me)
         self._pin = pin
-        self._leave: Callable[[GroupTransport], None] | None = leave
+        self._timeout_s, self._graveyard, self._aborts = timeout_s, graveyard, aborts
+        self._left = False
         self._rows_to: list[int] = []
         self._outbox = self._buffer(0, 0)
         self._rows_from: list[int] | None = None
@@ -160,9 +163,15 @@ class GroupTransport(Transport):
 
     def close(self) -> None:
         """Leave: bury or free the group. Waits for nobody."""
-        leave, self._leave = self._leave, None
-        if leave is not None:
-            leave(self)
+        group, left, self._left = self.group, self._left, True
+        if left or group is None:
+            return
+        if self._aborts:  # in a thread, for an abort may block too
+            threading.Thread(target=_abort, args=(group,), name="abort-group", daemon=True).start()
+        elif not self.broken:
+            self.group = None
+            return
+        self._graveyard.bury(self, self._timeout_s, time.monotonic())
 
     def _start_all_to_all(
         self,
@@ -182,8 +191,8 @@ class GroupTransport(Transport):
 
     def _start(self, name: str, start: Callable[[ProcessGroup], Work], buffers: object) -> None:
         """Start a collective; until it is complete its remains stay in `_in_flight`."""
-        assert self._leave is not None, "the transport is closed"
         assert self.group is not None, "the group is freed"
+        assert not self._left, "the transport is closed"
         self._waiter.check_fence()
         self._in_flight.append((None, buffers))
         try:
@@ -209,30 +218,6 @@ class GroupTransport(Transport):
         )
 
 
-def bury_in(graveyard: Graveyard, timeout_s: float) -> Callable[[GroupTransport], None]:
-    """How a transport whose stuck work cannot be cancelled leaves."""
-
-    def leave(transport: GroupTransport) -> None:
-        if transport.broken:
-            graveyard.bury(transport, timeout_s, time.monotonic())
-        else:
-            transport.group = None
-
-    return leave
-
-
-def abort_aside(graveyard: Graveyard, timeout_s: float) -> Callable[[GroupTransport], None]:
-    """How a transport leaves whose library can abort: in a thread, for an abort may block too."""
-
-    def leave(transport: GroupTransport) -> None:
-        group = transport.group
-        assert group is not None, "left twice"
-
-        def abort() -> None:
-            with contextlib.suppress(RuntimeError):  # the communicator is in error already
-                group.abort()
-
-        threading.Thread(target=abort, name="abort-group", daemon=True).start()
-        graveyard.bury(transport, timeout_s, time.monotonic())
-
-    return leave
+def _abort(group: ProcessGroup) -> None:
+    with contextlib.suppress(RuntimeError):  # the communicator is in error already
+        group.abort()

@@ -35,8 +35,6 @@ class Entered:
 
 
 class StepLoop:
-    """Owns the order of things on one rank."""
-
     def __init__(self, rank: Rank, device: str, report: Callable[[reports.Report], None]) -> None:
         self._rank, self._device, self._report = rank, device, report
         self._in_domain = False
@@ -228,14 +226,11 @@ class StepLoop:
         state, begun, self._begun = self._rank.state, self._begun, None
         departure = _of((yield effects.Leave(begun)), effects.Departure)
         if begun is not None and departure.place is not None and isinstance(state, InDomain):
-            self._report(self._claim(state, departure.place))
+            at = (state.epoch, state.step, *departure.place)
+            self._report(reports.NonFinite(self._rank.rank_id, self._rank.incarnation, *at))
         self._rolled_back |= self._rank.roll_back()
         self._in_domain = False
         return departure
-
-    def _claim(self, state: InDomain, place: effects.Place) -> reports.NonFinite:
-        rank = self._rank
-        return reports.NonFinite(rank.rank_id, rank.incarnation, state.epoch, state.step, *place)
 
 
 def _of(answer: object, kind: type[T]) -> T:

@@ -93,7 +93,8 @@ class Driver:
             case effects.LoadBeside():
                 self._loader.load_beside(effect.command, self._inbox.put)
             case effects.GiveUpAttention():
-                self._give_up_attention(effect.num_slots)
+                self._progress.announce("role switch", LOAD_BUDGET_S)
+                self._runner.become_expert_rank(effect.num_slots)
             case effects.Enter():
                 return self._enter(effect.configure)
             case effects.Leave():
@@ -181,10 +182,6 @@ class Driver:
         loaded = self._loader.load(wanted)
         self._memory_bytes = self._runner.num_bytes()
         return loaded
-
-    def _give_up_attention(self, num_slots: int) -> None:
-        self._progress.announce("role switch", LOAD_BUDGET_S)
-        self._runner.become_expert_rank(num_slots)
 
     # ---- the domain --------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Experts' weights from peer to peer: every rank serves the rows its slots hold, in a thread.
 
 Beside the domain, so that a rank can load from its peers while all of them run steps. One request,
-`(layer, expert)`; one answer: a header and the parameters' bytes, or an empty header if the expert
-is not here (any more).
+`(layer, expert)`; one answer: its parameters as in a safetensors file, or nothing if the expert is
+not here (any more).
 """
 
 import os
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import torch
 import zmq
+from safetensors.torch import load, save
 
 from revivemoe.ids import ExpertId, LayerId, RankId
 from revivemoe.membership.membership import Membership
@@ -25,17 +26,7 @@ POLL_S = 5.0
 """Between two looks at nothing; a request or the end is seen at once."""
 
 
-class Wanted(msgspec.Struct, frozen=True):
-    layer: LayerId
-    expert: ExpertId
-
-
-class Field(msgspec.Struct, frozen=True):
-    """One parameter of the answer; its bytes follow as a part of their own."""
-
-    name: str
-    dtype: str
-    shape: list[int]
+Wanted = tuple[LayerId, ExpertId]
 
 
 class WeightServer:
@@ -65,7 +56,7 @@ class WeightServer:
             while self._stop_fd not in (ready := dict(poller.poll(round(POLL_S * 1000)))):
                 if socket in ready:
                     wanted = msgspec.msgpack.decode(socket.recv(), type=Wanted)
-                    socket.send_multipart(pack(self._find(wanted.layer, wanted.expert)))
+                    socket.send(pack(self._find(*wanted)))
 
 
 class PeerSource:
@@ -83,7 +74,7 @@ class PeerSource:
         for rank, _ in self._membership.holders(layer, expert):
             if rank == self._me or rank in self._silent or rank not in self._endpoints:
                 continue
-            rows = self._ask(rank, Wanted(layer, expert))
+            rows = self._ask(rank, (layer, expert))
             if rows is not None:
                 return rows
         return None
@@ -96,28 +87,14 @@ class PeerSource:
             if not socket.poll(round(PEER_TIMEOUT_S * 1000)):
                 self._silent.add(rank)
                 return None
-            return unpack(socket.recv_multipart())
+            return unpack(socket.recv())
 
 
-def pack(rows: Rows | None) -> list[bytes]:
-    """The parts of an answer."""
-    if rows is None:
-        return [msgspec.msgpack.encode([])]
-    fields = [
-        Field(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in rows.items()
-    ]
-    parts = [t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in rows.values()]
-    return [msgspec.msgpack.encode(fields), *parts]
+def pack(rows: Rows | None) -> bytes:
+    """An answer."""
+    return b"" if rows is None else save({name: t.contiguous() for name, t in rows.items()})
 
 
-def unpack(parts: list[bytes]) -> Rows | None:
+def unpack(answer: bytes) -> Rows | None:
     """The rows in an answer; None if the expert was not there."""
-    fields = msgspec.msgpack.decode(parts[0], type=list[Field])
-    if not fields:
-        return None
-    return {
-        field.name: torch.frombuffer(bytearray(part), dtype=getattr(torch, field.dtype)).reshape(
-            field.shape
-        )
-        for field, part in zip(fields, parts[1:], strict=True)
-    }
+    return load(answer) if answer else None

@@ -84,14 +84,6 @@ MAX_DETAIL = 200
 """Characters of foreign text in one report."""
 
 
-@dataclass
-class Reading:
-    """Reports, and complaints about what could not be understood (one line each)."""
-
-    reports: list[DeviceReport] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Ranks:
     """Which ranks a Node and its devices carry."""
@@ -104,6 +96,15 @@ class Ranks:
         return tuple(sorted({rank for ranks in self.of_device.values() for rank in ranks}))
 
 
+@dataclass
+class Reading:
+    """Reports, and complaints about what could not be understood (one line each)."""
+
+    ranks: Ranks
+    reports: list[DeviceReport] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
 def reports_of(
     node: Mapping[str, object], ranks: Ranks, device_info: Mapping[str, object] | None = None
 ) -> Reading:
@@ -112,15 +113,15 @@ def reports_of(
     Both as the API's JSON. Whatever has another form than expected becomes a complaint; nothing
     is raised.
     """
-    reading = Reading()
+    reading = Reading(ranks)
     annotations = _mapping(_mapping(node.get("metadata")).get("annotations"))
-    _ascend(annotations, ranks, reading)
+    _ascend(annotations, reading)
     if device_info is not None:
         data = _mapping(device_info.get("data"))
-        _ascend(_device_list(data, reading), ranks, reading)
-        _chips(data.get("ManuallySeparateNPU"), 6, "ManuallySeparateNPU", ranks, reading)
-    _conditions(_mapping(node.get("status")).get("conditions"), ranks, reading)
-    _taints(_mapping(node.get("spec")).get("taints"), ranks, reading)
+        _ascend(_device_list(data, reading), reading)
+        _chips(data.get("ManuallySeparateNPU"), 6, "ManuallySeparateNPU", reading)
+    _conditions(_mapping(node.get("status")).get("conditions"), reading)
+    _taints(_mapping(node.get("spec")).get("taints"), reading)
     return reading
 
 
@@ -133,7 +134,7 @@ def _device_list(data: Mapping[str, object], reading: Reading) -> Mapping[str, o
     return _mapping(_mapping(config.get("DeviceInfo")).get("DeviceList"))
 
 
-def _ascend(values: Mapping[str, object], ranks: Ranks, reading: Reading) -> None:
+def _ascend(values: Mapping[str, object], reading: Reading) -> None:
     """Faults first: a chip that has one is in `-Unhealthy` too, and needs no second report."""
     ours = {key: text for key, text in values.items() if str(key).startswith("huawei.com/")}
     explained: set[str] = set()
@@ -145,21 +146,21 @@ def _ascend(values: Mapping[str, object], ranks: Ranks, reading: Reading) -> Non
                 continue
             for entry in entries:
                 explained.add(str(_mapping(entry).get("npu_name")))
-                _fault(_mapping(entry), key, ranks, reading)
+                _fault(_mapping(entry), key, reading)
     for key, text in ours.items():
         if key.endswith(("-Unhealthy", "-NetworkUnhealthy")):
             code = key.rpartition("-")[2]
-            _chips(text, UNHEALTHY_LEVEL, code, ranks, reading, but=explained)
+            _chips(text, UNHEALTHY_LEVEL, code, reading, but=explained)
 
 
-def _fault(entry: Mapping[str, object], key: str, ranks: Ranks, reading: Reading) -> None:
+def _fault(entry: Mapping[str, object], key: str, reading: Reading) -> None:
     """One entry of the list; one report per fault code and rank.
 
     `fault_time_and_level_map`, where there is one, gives each code a level of its own. Of the
     three names of the entry's own level the manual recommends the first.
     """
     name = str(entry.get("npu_name") or "")
-    hit = _ranks_of_chip(name, ranks, reading) if name else ranks.all
+    hit = _ranks_of_chip(name, reading) if name else reading.ranks.all
     names = (entry.get(f) for f in ("fault_handling", "fault_level", "large_model_fault_level"))
     general = next((n for n in names if n), None)
     levels = _mapping(entry.get("fault_time_and_level_map"))
@@ -182,30 +183,23 @@ def _ascend_level(handling: object, reading: Reading) -> int:
     return ASCEND_LEVELS.get(str(handling), UNKNOWN_ASCEND_LEVEL)
 
 
-def _chips(
-    text: object,
-    level: int,
-    code: str,
-    ranks: Ranks,
-    reading: Reading,
-    but: Iterable[str] = (),
-) -> None:
+def _chips(text: object, level: int, code: str, reading: Reading, but: Iterable[str] = ()) -> None:
     """A list such as `Ascend910-0,Ascend910-4`: one report for each chip that is not in `but`."""
     for name in (part.strip() for part in str(text or "").split(",")):
         if name and name not in but:
-            _add(reading, _ranks_of_chip(name, ranks, reading), level, code, f"{name} is {code}")
+            _add(reading, _ranks_of_chip(name, reading), level, code, f"{name} is {code}")
 
 
-def _ranks_of_chip(name: str, ranks: Ranks, reading: Reading) -> Sequence[RankId]:
+def _ranks_of_chip(name: str, reading: Reading) -> Sequence[RankId]:
     """`Ascend910-3`: device 3. A chip that carries no rank is none of our business."""
     index = name.rpartition("-")[2]
     if not (index.isascii() and index.isdigit()):
         _complain(reading, f"chip name {name!r} does not end in a number")
         return ()
-    return ranks.of_device.get(int(index), ())
+    return reading.ranks.of_device.get(int(index), ())
 
 
-def _conditions(conditions: object, ranks: Ranks, reading: Reading) -> None:
+def _conditions(conditions: object, reading: Reading) -> None:
     for condition in _mappings(conditions):
         kind, status = str(condition.get("type")), condition.get("status")
         if kind == "Ready":
@@ -214,16 +208,22 @@ def _conditions(conditions: object, ranks: Ranks, reading: Reading) -> None:
             level = CONDITION_LEVELS.get(kind, 0) if status == "True" else 0
         if level:
             said = f"{condition.get('reason') or ''} {condition.get('message') or ''}"
-            _add(reading, ranks.all, level, kind, f"node condition {kind} is {status}: {said}")
+            _add(
+                reading,
+                reading.ranks.all,
+                level,
+                kind,
+                f"node condition {kind} is {status}: {said}",
+            )
 
 
-def _taints(taints: object, ranks: Ranks, reading: Reading) -> None:
+def _taints(taints: object, reading: Reading) -> None:
     for taint in _mappings(taints):
         key, effect = str(taint.get("key")), taint.get("effect")
         other = NO_EXECUTE_LEVEL if effect == "NoExecute" else 0
         level = TAINT_LEVELS.get(key, other)
         if level:
-            _add(reading, ranks.all, level, key, f"node taint {key}:{effect}")
+            _add(reading, reading.ranks.all, level, key, f"node taint {key}:{effect}")
 
 
 def _add(reading: Reading, ranks: Iterable[RankId], level: int, code: str, detail: str) -> None:

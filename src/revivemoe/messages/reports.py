@@ -179,15 +179,5 @@ class Fatal(FromRank, frozen=True, tag=True):
     """True when mending lies with the user (bad checkpoint, no memory): one line, no traceback."""
 
 
-Report = (
-    Hello
-    | Ready
-    | Heartbeat
-    | Tokens
-    | FenceAck
-    | Resumed
-    | StepAborted
-    | NonFinite
-    | ExpertsLoaded
-    | Fatal
-)
+Trouble = StepAborted | NonFinite | Fatal
+Report = Hello | Ready | Heartbeat | Tokens | FenceAck | Resumed | ExpertsLoaded | Trouble

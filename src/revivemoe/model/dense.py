@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from revivemoe.ids import LayerId, RankId
 from revivemoe.membership.dense_groups import DenseGroups
@@ -21,7 +21,7 @@ from revivemoe.membership.topology import Topology
 from revivemoe.model.load import CheckpointError, checkpoint_files
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-Weights = dict[str, torch.Tensor]
+Weights = dict[str, Tensor]
 
 
 class DenseLayer:
@@ -29,7 +29,7 @@ class DenseLayer:
 
     def __init__(self, layer: LayerId, num_shards: int, device: torch.device) -> None:
         self.layer, self.top_k = layer, num_shards
-        self.act: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.act: Callable[[Tensor], Tensor] | None = None
         self.shards: dict[int, Weights] = {}
         self._device = device
         self._slots_GS = torch.zeros(0, num_shards, dtype=torch.int64, device=device)
@@ -46,16 +46,14 @@ class DenseLayer:
         self._slots_GS = torch.tensor(slots, dtype=torch.int64, device=self._device)
         self._first = topology.logical_rank(me)
 
-    def slots_of(self, num_tokens: int) -> torch.Tensor:
+    def slots_of(self, num_tokens: int) -> Tensor:
         """For each token the slots of its group, [T, S]: round the groups, so that they share the
         work; ranks begin at different ones.
         """
         at = torch.arange(self._first, self._first + num_tokens, device=self._device)
         return self._slots_GS[at % len(self._slots_GS)]
 
-    def compute(
-        self, rows_RH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor
-    ) -> torch.Tensor:
+    def compute(self, rows_RH: Tensor, slot_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Sum of this rank's shards for each row, [R, H] float32."""
         out_RH = torch.zeros(rows_RH.shape, dtype=torch.float32, device=rows_RH.device)
         for shard, weights in sorted(self.shards.items()):
@@ -64,27 +62,27 @@ class DenseLayer:
                 out_RH.index_add_(0, rows, self._shard(rows_RH[rows], weights).float())
         return out_RH
 
-    def _shard(self, rows: torch.Tensor, weights: Weights) -> torch.Tensor:
+    def _shard(self, rows: Tensor, weights: Weights) -> Tensor:
         assert self.act is not None, "a rank without the attention role computes no dense layer"
         gate, up, down = (weights[name] for name in PROJECTIONS)
         linear = torch.nn.functional.linear
         return linear(self.act(linear(rows, gate)) * linear(rows, up), down)
 
 
-RunDense = Callable[[DenseLayer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+RunDense = Callable[[DenseLayer, Tensor, Tensor, Tensor], Tensor]
 """`ExpertExchange.run_dense`."""
 
 
 class ShardedMlp(nn.Module):
     """Stands in the model for a dense feed-forward module."""
 
-    def __init__(self, layer: DenseLayer, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, layer: DenseLayer, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._layer = layer
         layer.act = act
         self.run: RunDense | None = None
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         if self.run is None:  # shape probe at start-up
             return torch.zeros_like(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])

@@ -7,7 +7,7 @@ received from all members, H hidden size.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
@@ -24,7 +24,7 @@ EXPERTS_BACKEND = "grouped_mm"
 PhaseHook = Callable[[str, int, int], None]
 """Called with (phase, layer, rows it will work on) as a step reaches each phase: progress, what is
 to be expected of the phase, and where faults strike."""
-SpoilHook = Callable[[str, int, torch.Tensor], torch.Tensor]
+SpoilHook = Callable[[str, int, Tensor], Tensor]
 """Given (phase, layer, what the phase produced), returns that, or what an injected fault makes of
 it. Phases as in `Place`."""
 
@@ -45,9 +45,7 @@ class MoeLayer:
         self.slot_of_expert_E = torch.full((num_experts,), -1, dtype=torch.int64)
         self._backend = ALL_EXPERTS_FUNCTIONS[EXPERTS_BACKEND]
 
-    def compute(
-        self, rows_RH: torch.Tensor, slot_ids_RK: torch.Tensor, weights_RK: torch.Tensor
-    ) -> torch.Tensor:
+    def compute(self, rows_RH: Tensor, slot_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Weighted sum of this rank's experts for each row, [R, H] float32.
 
         Slot id S is the sentinel for "not on this rank"; only real (row, slot) pairs are computed.
@@ -74,14 +72,12 @@ class MoeLayer:
         self.module.num_experts = num_slots
         self.held = [EMPTY] * num_slots
 
-    def read_slot(self, slot: SlotId) -> dict[str, torch.Tensor]:
+    def read_slot(self, slot: SlotId) -> dict[str, Tensor]:
         """The slot's row of each parameter of the experts module: views of the live buffers."""
         return {name: getattr(self.module, name).data[slot] for name in self.module.revive_rows}
 
     @torch.no_grad()
-    def write_slot(
-        self, slot: SlotId, expert: ExpertId, params: Mapping[str, torch.Tensor]
-    ) -> None:
+    def write_slot(self, slot: SlotId, expert: ExpertId, params: Mapping[str, Tensor]) -> None:
         """Put an expert into a slot, in place, and only then say that it is there.
 
         The slot must not be one that the present epoch uses, unless for this very expert.
@@ -181,10 +177,10 @@ class ExpertExchange:
     def run(
         self,
         layer: MoeLayer,
-        hidden_TH: torch.Tensor,
-        experts_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
-    ) -> torch.Tensor:
+        hidden_TH: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+    ) -> Tensor:
         """The experts' [T, H] output for this rank's tokens; collective over the domain."""
         slot_ids_TK = layer.slot_of_expert_E[experts_TK]
         return self._run(self._lane.dispatcher, layer, hidden_TH, slot_ids_TK, weights_TK)
@@ -192,10 +188,10 @@ class ExpertExchange:
     def run_dense(
         self,
         layer: DenseLayer,
-        hidden_TH: torch.Tensor,
-        slot_ids_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
-    ) -> torch.Tensor:
+        hidden_TH: Tensor,
+        slot_ids_TK: Tensor,
+        weights_TK: Tensor,
+    ) -> Tensor:
         """The same for a dense layer, whose shards stand for experts that every token chooses."""
         return self._run(self._lane.dense, layer, hidden_TH, slot_ids_TK, weights_TK)
 
@@ -203,10 +199,10 @@ class ExpertExchange:
         self,
         dispatcher: Dispatcher | None,
         layer: MoeLayer | DenseLayer,
-        hidden_TH: torch.Tensor,
-        slot_ids_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
-    ) -> torch.Tensor:
+        hidden_TH: Tensor,
+        slot_ids_TK: Tensor,
+        weights_TK: Tensor,
+    ) -> Tensor:
         assert dispatcher is not None, "experts are called outside an epoch"
         note, at = self._lane.finite.note, layer.layer
         hidden_TH = self.spoil("attention", at, hidden_TH)
@@ -293,13 +289,13 @@ def choose_slots(membership: Membership, me: RankId) -> dict[LayerId, list[int]]
 
 def dispatched_experts(
     module: nn.Module,
-    hidden_TH: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+    hidden_TH: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
     """Registered with `ALL_EXPERTS_FUNCTIONS`: the experts modules' forward."""
     exchange = module.revive_exchange
     if exchange is None:  # shape probe at start-up
         return torch.zeros_like(hidden_TH)
-    out: torch.Tensor = exchange.run(module.revive_layer, hidden_TH, top_k_index, top_k_weights)
+    out: Tensor = exchange.run(module.revive_layer, hidden_TH, top_k_index, top_k_weights)
     return out

@@ -96,12 +96,11 @@ class Generator:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Lay out the KV pages, zeroed."""
         self._cache = PagedCache(self._kv_shapes, num_blocks, block_size, self._dtype, self._device)
-        self._cache.on_attention = self._reach_attention
+        self._cache.on_attention = lambda layer, num: self._exchange.on_phase(
+            "attention", layer, num
+        )
         for module in self._attention_modules():
             module.revive_cache = self._cache
-
-    def _reach_attention(self, layer: int, num_tokens: int) -> None:
-        self._exchange.on_phase("attention", layer, num_tokens)
 
     @torch.inference_mode()
     def zero_written(self, batch: Batch) -> None:
@@ -177,9 +176,9 @@ class Generator:
             if item.samples:
                 sample_rows.append(row)
                 row += 1
-        drawn = iter(
-            sample(logits[sample_rows], [_sampling_row(item) for item in items if item.samples])
-        )
+        sampled = [item.sequence for item in items if item.samples]
+        rows = [SamplingRow(s.params, s.prompt_ids, s.output_ids) for s in sampled]
+        drawn = iter(sample(logits[sample_rows], rows))
         results = []
         for item, part in zip(items, prompt_parts, strict=True):
             if item.samples:
@@ -240,8 +239,3 @@ def _rows_to_keep(items: Sequence[ScheduledSequence]) -> list[int]:
             keep.append(row + item.count - 1)
         row += item.count
     return keep
-
-
-def _sampling_row(item: ScheduledSequence) -> SamplingRow:
-    sequence = item.sequence
-    return SamplingRow(sequence.params, sequence.prompt_ids, sequence.output_ids)

@@ -84,6 +84,14 @@ def load_model(
         parts = {"": model}
         model.tie_weights()
         _materialise_empty(model)
+    _refuse(model_dir, problems, parts)
+    for part in parts.values():
+        part.to(device).eval()
+    return LoadedModel(model if attention else None, model.config, experts, routers, num_slots)
+
+
+def _refuse(model_dir: Path, problems: list[str], parts: dict[str, nn.Module]) -> None:
+    """Raises CheckpointError for problems, and for what is still on meta."""
     named = " ".join(problems)
     left = [of + name for of, m in parts.items() for name, p in m.named_parameters() if p.is_meta]
     problems += [name for name in left if name not in named]
@@ -92,9 +100,6 @@ def load_model(
             f"{model_dir} does not fill the model: {', '.join(sorted(problems)[:4])}"
             f"{' ...' if len(problems) > 4 else ''} (an incomplete or mismatched checkpoint?)"
         )
-    for part in parts.values():
-        part.to(device).eval()
-    return LoadedModel(model if attention else None, model.config, experts, routers, num_slots)
 
 
 def find_experts(model: nn.Module) -> dict[LayerId, nn.Module]:

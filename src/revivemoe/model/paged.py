@@ -7,9 +7,10 @@ MLA models hand over compressed latents (one "head"); they are expanded after th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from revivemoe.core.step import ScheduledSequence
@@ -22,7 +23,7 @@ class PrefillItem:
     row: int
     count: int
     start: int
-    blocks: torch.Tensor
+    blocks: Tensor
     """[ceil((start+count)/P)] int64"""
 
 
@@ -30,12 +31,12 @@ class PrefillItem:
 class AttentionBatch:
     """Where this step's tokens are written and what each of them may read."""
 
-    positions_T: torch.Tensor
-    write_slots_T: torch.Tensor
+    positions_T: Tensor
+    write_slots_T: Tensor
     """Flat slot (block * P + offset) of each token."""
-    decode_rows_B: torch.Tensor
-    decode_blocks_BN: torch.Tensor
-    decode_mask_BL: torch.Tensor
+    decode_rows_B: Tensor
+    decode_blocks_BN: Tensor
+    decode_mask_BL: Tensor
     """True where a decoding sequence may look."""
     prefills: tuple[PrefillItem, ...]
 
@@ -71,9 +72,7 @@ def plan_attention(
     )
 
 
-def _pad_tables(
-    items: Sequence[ScheduledSequence], block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_tables(items: Sequence[ScheduledSequence], block_size: int) -> tuple[Tensor, Tensor]:
     """Block tables padded with block 0, and the mask that hides the padding."""
     lengths = [item.start + 1 for item in items]
     width = max((-(-n // block_size) for n in lengths), default=0)
@@ -102,7 +101,7 @@ class PagedCache:
     ) -> None:
         """`shapes[layer]` is ((key heads, key dim), (value heads, value dim))."""
 
-        def pages(heads: int, dim: int) -> torch.Tensor:
+        def pages(heads: int, dim: int) -> Tensor:
             shape = (num_blocks, block_size, heads, dim)
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -113,8 +112,8 @@ class PagedCache:
         """Called with (layer, tokens of the step) before each layer reads its pages."""
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         """Write this step's [1, H, T, D] keys and values (or latents) into their slots."""
         assert self.batch is not None, "the cache is written outside a step"
         for pages, new in zip(self.pages[layer_idx], (key, value), strict=True):
@@ -122,7 +121,7 @@ class PagedCache:
             flat.index_copy_(0, self.batch.write_slots_T, new[0].transpose(0, 1))
         return key, value
 
-    def zero(self, slots: torch.Tensor) -> None:
+    def zero(self, slots: Tensor) -> None:
         """Zero flat slots (block * P + offset), [N] int64, in every layer."""
         for pair in self.pages:
             for pages in pair:
@@ -132,9 +131,7 @@ class PagedCache:
         """Positions are always given explicitly; this is only asked for defaults."""
         return 0
 
-    def read(
-        self, module: nn.Module, layer_idx: int, blocks: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, module: nn.Module, layer_idx: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of block tables [..., N] as [..., L, H, D], latents expanded."""
         batch_shape = blocks.shape[:-1]
         key, value = (
@@ -158,8 +155,8 @@ class ProbeCache:
         self.shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
         self.shapes[layer_idx] = (
             (key.shape[1], key.shape[3]),
             (value.shape[1], value.shape[3]),
@@ -175,14 +172,14 @@ _UNSUPPORTED = ("s_aux", "softcap")
 
 def paged_attention(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: object,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attention of [1, Hq, T, D] queries over the pages; returns ([1, T, Hq, Dv], None).
 
     Registered with `ALL_ATTENTION_FUNCTIONS`. `module.revive_cache` is set by the runner.
@@ -198,25 +195,25 @@ def paged_attention(
     cache.on_attention(module.layer_idx, query.shape[2])
     out_THD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    read = partial(cache.read, module, module.layer_idx)
     if len(batch.decode_rows_B):
-        _decode(module, cache, batch, query, out_THD, scale, sliding_window)
+        out_THD[batch.decode_rows_B] = _decode(read, batch, query, scale, sliding_window)
     for item in batch.prefills:
-        _prefill(module, cache, item, query, out_THD, scale, sliding_window)
+        rows = slice(item.row, item.row + item.count)
+        out_THD[rows] = _prefill(read, item, query[0, :, rows], scale, sliding_window)
     return out_THD[None], None
 
 
+Read = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""`PagedCache.read` of one layer."""
+
+
 def _decode(
-    module: nn.Module,
-    cache: PagedCache,
-    batch: AttentionBatch,
-    query: torch.Tensor,
-    out_THD: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> None:
+    read: Read, batch: AttentionBatch, query: Tensor, scale: float, window: int | None
+) -> Tensor:
     """One query per sequence: the G query heads of a KV head take the place of query positions."""
     rows = batch.decode_rows_B
-    key, value = cache.read(module, module.layer_idx, batch.decode_blocks_BN)
+    key, value = read(batch.decode_blocks_BN)
     kv_heads, dim = key.shape[2:]
     query_BHGD = query[0].transpose(0, 1)[rows].view(len(rows), kv_heads, -1, dim)
     mask_BL = batch.decode_mask_BL
@@ -230,25 +227,18 @@ def _decode(
         attn_mask=mask_BL[:, None, None, :],
         scale=scale,
     )
-    out_THD[rows] = out.reshape(len(rows), -1, out.shape[-1])
+    return out.reshape(len(rows), -1, out.shape[-1])
 
 
 def _prefill(
-    module: nn.Module,
-    cache: PagedCache,
-    item: PrefillItem,
-    query: torch.Tensor,
-    out_THD: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> None:
+    read: Read, item: PrefillItem, query: Tensor, scale: float, window: int | None
+) -> Tensor:
     """A chunk of one sequence: causal over everything before it."""
-    key, value = cache.read(module, module.layer_idx, item.blocks)
+    key, value = read(item.blocks)
     total = item.start + item.count
     key, value = key[:total], value[:total]
     kv_heads, dim = key.shape[1:]
-    rows = slice(item.row, item.row + item.count)
-    query_HGCD = query[0, :, rows].view(kv_heads, -1, item.count, dim)
+    query_HGCD = query.view(kv_heads, -1, item.count, dim)
     at = torch.arange(item.start, total, device=query.device)[:, None]
     seen = torch.arange(total, device=query.device)[None, :]
     mask = seen <= at
@@ -262,4 +252,4 @@ def _prefill(
         attn_mask=mask,
         scale=scale,
     )
-    out_THD[rows] = out.reshape(-1, item.count, out.shape[-1]).transpose(0, 1)
+    return out.reshape(-1, item.count, out.shape[-1]).transpose(0, 1)

@@ -85,7 +85,9 @@ def token_logprobs(
     chosen = logprobs_TV.gather(1, targets[:, None])[:, 0].tolist()
     values, ids = logprobs_TV.topk(min(max(num_top), logprobs_TV.shape[1]), dim=-1)
     return [
-        TokenLogprobs(logprob=lp, top=sorted(zip(i, v, strict=True), key=_likeliest_first)[:n])
+        TokenLogprobs(
+            logprob=lp, top=sorted(zip(i, v, strict=True), key=lambda e: (-e[1], e[0]))[:n]
+        )
         for lp, i, v, n in zip(chosen, ids.tolist(), values.tolist(), num_top, strict=True)
     ]
 
@@ -194,7 +196,3 @@ def _sampled_logprobs(
         for i, entry in zip(indices, token_logprobs(logits_BV[indices], ids, num_top), strict=True):
             result[i] = entry
     return result
-
-
-def _likeliest_first(entry: tuple[int, float]) -> tuple[float, int]:
-    return -entry[1], entry[0]

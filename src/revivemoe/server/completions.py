@@ -45,9 +45,11 @@ class CompletionShape:
             yield written
 
     def _written(self, delta: Delta, first: bool) -> dict[str, object]:
+        echoes = first and self._form.echo
+        echo = self._echoes[delta.index // self._submission.n] if echoes else ""
         written: dict[str, object] = {
             "index": delta.index,
-            "text": self._echo(delta.index, first) + delta.text,
+            "text": echo + delta.text,
             "logprobs": self._written_logprobs(delta, first),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
@@ -57,9 +59,6 @@ class CompletionShape:
             if first:
                 written["prompt_token_ids"] = list(self._prompt(delta.index))
         return written
-
-    def _echo(self, index: int, first: bool) -> str:
-        return self._echoes[index // self._submission.n] if first and self._form.echo else ""
 
     def _written_logprobs(self, delta: Delta, first: bool) -> dict[str, object] | None:
         if self._form.logprobs is None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import KW_ONLY, dataclass
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -22,24 +23,19 @@ _TYPE_OF_STATUS = {
 }
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """Ends a request with `status` and an error object."""
 
-    def __init__(
-        self,
-        message: str,
-        status: int = 400,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.param = param
-        self.code = code
-        self.retry_after_s = retry_after_s
+    message: str
+    status: int = 400
+    _: KW_ONLY
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     def document(self) -> dict[str, object]:
         return {

@@ -29,8 +29,6 @@ from revivemoe.streams import ServingEngine, Submission
 
 @dataclass(frozen=True)
 class Generation:
-    """What a request for tokens needs."""
-
     engine: ServingEngine
     encoder: PromptEncoder
     vocabulary: Vocabulary
@@ -41,7 +39,8 @@ class Generation:
         self.check_model(form.model)
         prompts = await self.encoder.completion(form.prompt, form.add_special_tokens)
         submission = completion_submission(_new_id("cmpl"), form, prompts, self.engine.model)
-        echoes = [self._text_of(item) for item in prompt_items(form.prompt)] if form.echo else []
+        items, decode = prompt_items(form.prompt) if form.echo else [], self.vocabulary.decode
+        echoes = [item if isinstance(item, str) else decode(item) for item in items]
         shape = CompletionShape(form, submission, echoes, self.vocabulary)
         return await self._answer(request, form, submission, shape, form.max_tokens == 0)
 
@@ -74,8 +73,7 @@ class Generation:
             raise ApiError("`stream_options` needs `stream` to be true", param="stream_options")
 
         async def submit() -> Reply:
-            stream = await self.engine.submit(submission)
-            name = self.engine.model.name
+            stream, name = await self.engine.submit(submission), self.engine.model.name
             return Reply(submission, stream, shape, name, form.include_usage, discard_output)
 
         async def answer() -> Response:
@@ -87,15 +85,21 @@ class Generation:
         reply = await self.lifetime.run(request.receive, submit())
         return EventStream(reply.events(), self.lifetime, reply.close, reply.headers)
 
-    def _text_of(self, item: str | list[int]) -> str:
-        return item if isinstance(item, str) else self.vocabulary.decode(item)
-
 
 def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[None]]) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(guard)])
     router.post("/completions")(generation.complete)
     router.post("/chat/completions")(generation.chat)
-    card = _model_card(generation.engine)
+    model_info = generation.engine.model
+    card: dict[str, object] = {
+        "id": model_info.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "revivemoe",
+        "root": model_info.model_dir,
+        "parent": None,
+        "max_model_len": model_info.max_model_len,
+    }
 
     @router.get("/models")
     async def models() -> dict[str, object]:
@@ -107,18 +111,6 @@ def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[N
         return card
 
     return router
-
-
-def _model_card(engine: ServingEngine) -> dict[str, object]:
-    return {
-        "id": engine.model.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "revivemoe",
-        "root": engine.model.model_dir,
-        "parent": None,
-        "max_model_len": engine.model.max_model_len,
-    }
 
 
 def _new_id(prefix: str) -> str:

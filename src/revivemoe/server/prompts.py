@@ -26,7 +26,10 @@ class PromptEncoder:
 
     async def completion(self, prompt: object, add_special_tokens: bool) -> tuple[TokenIds, ...]:
         """Token ids of each prompt of a completion request. Raises ApiError."""
-        encoded = [await self._item(item, add_special_tokens) for item in prompt_items(prompt)]
+        encoded = [
+            await self._encode(item, add_special_tokens) if isinstance(item, str) else item
+            for item in prompt_items(prompt)
+        ]
         return tuple(self._checked(ids, "prompt") for ids in encoded)
 
     async def chat(self, messages: list[dict[str, object]], add_special_tokens: bool) -> TokenIds:
@@ -34,11 +37,6 @@ class PromptEncoder:
         plain = [_message(k, message) for k, message in enumerate(messages)]
         text = self._render(plain)
         return self._checked(await self._encode(text, add_special_tokens), "messages")
-
-    async def _item(self, item: str | list[int], add_special_tokens: bool) -> Sequence[int]:
-        if isinstance(item, str):
-            return await self._encode(item, add_special_tokens)
-        return item
 
     def _render(self, messages: list[dict[str, object]]) -> str:
         if not self._tokenizer.chat_template:

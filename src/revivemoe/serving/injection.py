@@ -17,8 +17,6 @@ INJECTABLE = ("kill", "hang", "error", "slow", "nan", "comm", "device_fault")
 
 
 class Injector:
-    """Injects faults into one instance."""
-
     def __init__(self, engine: Engine, operations: Operations, cluster: LocalCluster) -> None:
         self._engine, self._operations, self._cluster = engine, operations, cluster
 

@@ -23,7 +23,6 @@ from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import place
 from revivemoe.messages.events import Event, document
-from revivemoe.messages.reports import Report
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.serving.injection import Injector
 from revivemoe.serving.specs import host_cache_spec, rank_spec, segment_spec
@@ -55,19 +54,18 @@ class Instance:
             eos_token_ids=info.eos_token_ids,
         )
         topology = config.topology()
-        placement = place(
-            info.num_experts,
-            info.moe_layers,
-            topology.experts,
-            config.redundant_experts,
-            config.spare_expert_slots,
-        )
+        redundant, spare = config.redundant_experts, config.spare_expert_slots
+        placement = place(info.num_experts, info.moe_layers, topology.experts, redundant, spare)
         home = Membership(topology, placement, config.dense_groups())
         self._cluster = LocalCluster(
             partial(rank_spec, config, info, home),
             segment_spec(config, info) if config.comm_backend == "shm" else None,
             config.comm_backend,
-            Callbacks(self._on_report, self._on_exit, self._on_forkserver_gone),
+            Callbacks(
+                lambda report: self.engine.on_report(report, time.monotonic()),
+                self._on_exit,
+                lambda: self.engine.signals.on_forkserver_gone(),
+            ),
             host_cache_spec(config, info) if config.expert_host_cache else None,
             config.num_microbatches or 1,
         )
@@ -136,16 +134,10 @@ class Instance:
 
     # ---- from the cluster --------------------------------------------------------------------
 
-    def _on_report(self, report: Report) -> None:
-        self.engine.on_report(report, time.monotonic())
-
     def _on_exit(
         self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool
     ) -> None:
         self.engine.on_exit(rank, incarnation, detail, time.monotonic(), by_itself=by_itself)
-
-    def _on_forkserver_gone(self) -> None:
-        self.engine.signals.on_forkserver_gone()
 
     def _on_event(self, event: Event) -> None:
         stamped: Document = {"time": time.time(), **document(event)}

@@ -50,7 +50,6 @@ def rank_spec(
 
 
 def segment_spec(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:
-    """Shared memory of the instance."""
     return SegmentSpec(
         num_ranks=config.num_ranks,
         channels=config.num_microbatches or 1,

@@ -63,16 +63,13 @@ class SimCluster:
         self._commands[rank] = Channel(self.clock, self.rng, delay_s, process.deliver)
         self._reports[process] = reports
         core = Rank(rank, incarnation, self._scenario.limits_of(rank))
-        driver = Driver(
-            process,
-            core,
+        process.stats = core.stats
+        held, forward = (
+            [[*row] for row in slots],
             FakeForward(process, core, self.rng, self.mishaps),
-            [list(row) for row in slots],
-            self._load_s(),
-            self._enter,
-            self.clock.after,
-            self.mishaps,
         )
+        world = (self._load_s(), self._enter, self.clock.after, self.mishaps)
+        driver = Driver(process, core, forward, held, *world)
         self.drivers[rank] = driver
         if self.forkserver_alive:
             process.start(driver.run(), START_S * (0.5 + self.rng.random()))

@@ -17,8 +17,6 @@ class Exchange:
 
 
 class Domain:
-    """All exchanges of one epoch."""
-
     def __init__(self, epoch: Epoch, members: tuple[RankId, ...], eager_errors: bool) -> None:
         """`eager_errors`: whoever waits for a member that is gone gets an error (gloo, NCCL);
         otherwise it waits for the fence (shared memory)."""

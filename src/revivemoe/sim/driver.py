@@ -4,6 +4,7 @@ The loop itself is the real one (`core.loop`).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import assert_never
 
 from revivemoe.core import effects
@@ -30,28 +31,22 @@ EnterDomain = Callable[[Configure, Process], Domain]
 Later = Callable[[float, Callable[[], None]], None]
 
 
+@dataclass
 class Driver:
     """One rank process, from its start to its end."""
 
-    def __init__(
-        self,
-        process: Process,
-        rank: Rank,
-        forward: FakeForward,
-        slots: list[list[int]],
-        load_s: float,
-        enter: EnterDomain,
-        later: Later,
-        mishaps: Mishaps,
-    ) -> None:
-        """`slots[layer index][slot]`: the expert that lies there, or -1."""
-        self.rank, self.forward, self.slots = rank, forward, slots
-        self._process, self._load_s, self._enter_domain = process, load_s, enter
-        self._later, self._mishaps = later, mishaps
-        self._steps = 0
-        self._undone = False
-        """A step was cut since the blocks were last checked."""
-        process.stats = rank.stats
+    _process: Process
+    rank: Rank
+    forward: FakeForward
+    slots: list[list[int]]
+    """`slots[layer index][slot]`: the expert that lies there, or -1."""
+    _load_s: float
+    _enter_domain: EnterDomain
+    _later: Later
+    _mishaps: Mishaps
+    _steps: int = 0
+    _undone: bool = False
+    """A step was cut since the blocks were last checked."""
 
     def run(self) -> Steps:
         """As `executor.main` runs one: load, say so, step until told to stop, last words."""
@@ -141,19 +136,11 @@ class Driver:
         assert isinstance(state, InDomain)
         if effect.phase == "schedule":
             process.step = state.step
-            self._check_now_and_then()
+            self._steps += 1
+            if self._steps % STEPS_PER_CHECK == 0:
+                self.forward.check()
         process.progress.work(effect.phase, -1, state.step, effect.num_rows)
         return process.reach(effect.phase)
-
-    def _check_undo(self) -> None:
-        if self._undone:
-            self._undone = False
-            self.forward.check()
-
-    def _check_now_and_then(self) -> None:
-        self._steps += 1
-        if self._steps % STEPS_PER_CHECK == 0:
-            self.forward.check()
 
     def _forward(self, batch: Batch) -> Doing[effects.Ran]:
         state, began = self.rank.state, self._process.now

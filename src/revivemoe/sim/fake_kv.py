@@ -27,8 +27,6 @@ class Slot:
 
 
 class FakeKv:
-    """The slots of one rank's KV cache."""
-
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._slots: dict[tuple[BlockId, int], Slot] = {}

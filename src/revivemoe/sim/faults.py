@@ -68,8 +68,6 @@ When = AtTime | AtPoint | InStage
 
 @dataclass(frozen=True)
 class FaultSpec:
-    """One fault of a scenario."""
-
     kind: FaultKind
     rank: int
     when: When

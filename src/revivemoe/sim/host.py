@@ -34,7 +34,6 @@ class EngineHost:
         self._clock.after(TICK_S, self._tick)
 
     def stop(self) -> None:
-        """No more ticks."""
         self._stopped = True
 
     def call(self, action: Callable[[], object]) -> None:

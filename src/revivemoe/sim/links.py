@@ -13,8 +13,6 @@ MOST_EXCHANGES = 12
 
 @dataclass
 class Cut:
-    """One link that has been cut."""
-
     ends: frozenset[RankId]
     times_left: int
     """In so many further epochs."""
@@ -24,8 +22,6 @@ class Cut:
 
 
 class Links:
-    """All links that have been cut."""
-
     def __init__(self, rng: Random) -> None:
         self._cuts: list[Cut] = []
         self._failures: Counter[frozenset[RankId]] = Counter()

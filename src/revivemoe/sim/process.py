@@ -33,8 +33,6 @@ StepLoop = Generator[Request, list[object] | None, None]
 
 
 class Host(Protocol):
-    """What a process can reach."""
-
     clock: Clock
     rng: Random
 
@@ -102,7 +100,6 @@ class Process:
         self._host.on_exit(self, detail)
 
     def kill(self) -> None:
-        """SIGKILL."""
         self.kill_pending = True
         if not self.unkillable:
             self.die("killed by signal 9")
@@ -118,6 +115,12 @@ class Process:
         for action in frozen:
             action()
 
+    def _is_held(self, action: Callable[[], None]) -> bool:
+        """Whether this cannot happen now: never to the dead, later to the stopped."""
+        if self.alive and self.stopped:
+            self._frozen.append(action)
+        return not self.alive or self.stopped
+
     def report(self, report: Report) -> None:
         if self.alive:
             self._say(report)
@@ -126,10 +129,7 @@ class Process:
 
     def deliver(self, command: Command) -> None:
         """A command has reached the process."""
-        if not self.alive:
-            return
-        if self.stopped:
-            self._frozen.append(partial(self.deliver, command))
+        if self._is_held(partial(self.deliver, command)):
             return
         if isinstance(command, Fence) and not command.at_boundary:
             self.fenced = max(self.fenced, command.epoch)
@@ -144,10 +144,7 @@ class Process:
             self._later(partial(self._advance, None))
 
     def _beat(self) -> None:
-        if not self.alive:
-            return
-        if self.stopped:
-            self._frozen.append(self._beat)
+        if self._is_held(self._beat):
             return
         if isinstance(self.doing, Meet) and self.now - self._since > WAIT_TIMEOUT_S:
             self.fail_wait(f"{self.doing.phase} not complete after {WAIT_TIMEOUT_S:g} s")
@@ -193,12 +190,9 @@ class Process:
         self._host.clock.after(delay_s, partial(self._end_wait, self._wait, action))
 
     def _end_wait(self, wait: int, action: Callable[[], None]) -> None:
-        if wait != self._wait or not self.alive or self.hung:
-            return
-        if self.stopped:
-            self._frozen.append(partial(self._end_wait, wait, action))
-            return
-        action()
+        again = partial(self._end_wait, wait, action)
+        if wait == self._wait and not self.hung and not self._is_held(again):
+            action()
 
     def _advance(self, answer: list[object] | None) -> None:
         self._resume(lambda loop: loop.send(answer))
@@ -232,10 +226,7 @@ class Process:
                 assert_never(request)
 
     def _meet(self, request: Meet) -> None:
-        if self.hung or not self.alive:
-            return
-        if self.stopped:
-            self._frozen.append(partial(self._meet, request))
+        if self.hung or self._is_held(partial(self._meet, request)):
             return
         if self._is_fenced():
             self._later(self._leave_wait, 0.0)

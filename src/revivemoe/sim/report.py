@@ -10,8 +10,6 @@ from revivemoe.sim.strikes import coverage
 
 @dataclass
 class Tally:
-    """What many seeds came to."""
-
     seeds: int = 0
     failing: list[Result] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)

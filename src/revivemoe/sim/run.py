@@ -32,8 +32,6 @@ Trace = Callable[[str], None]
 
 @dataclass
 class Result:
-    """What became of one seed."""
-
     seed: int
     violation: str | None = None
     trace: str = ""
@@ -46,8 +44,6 @@ class Result:
 
 
 class Simulation:
-    """One instance under one scenario."""
-
     def __init__(self, scenario: Scenario, trace: Trace | None = None) -> None:
         self.scenario = scenario
         self.clock, self.rng = Clock(), Random(f"events {scenario.seed}")

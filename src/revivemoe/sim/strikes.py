@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from revivemoe.core.step import Batch, ScheduledSequence
+from revivemoe.core.step import Batch
 from revivemoe.engine.operations import Operations
 from revivemoe.ids import Epoch, RankId
 from revivemoe.messages.reports import Fatal
@@ -120,7 +120,9 @@ class Strikes(Mishaps):
         return [process for process, times in self._nan_done.items() if times > 1]
 
     def runs(self, process: Process, batch: Batch) -> None:
-        if self._poison is None or not any(_is_poison(item) for item in batch.items):
+        if self._poison is None or not any(
+            POISON in item.sequence.prompt_ids for item in batch.items
+        ):
             return
         self.poisoned.append(process)
         if self._poison.kind == "poison":
@@ -313,10 +315,6 @@ class Strikes(Mishaps):
         request_id = f"{instruction} {self._clock.num_actions}"
         with contextlib.suppress(ValueError):
             self._operations.apply(instruction, params, request_id, self._clock.now)
-
-
-def _is_poison(item: ScheduledSequence) -> bool:
-    return POISON in item.sequence.prompt_ids
 
 
 def _is_at(fault: FaultSpec, process: Process, phase: str, layer: int) -> bool:

@@ -7,8 +7,6 @@ from revivemoe.sim.answers import letter
 
 
 class Letters:
-    """Text of one choice."""
-
     def push(self, token_id: int) -> str:
         return letter(token_id)
 

@@ -8,7 +8,7 @@ from torch.distributed import TCPStore
 
 from revivemoe.comm.fence import DomainLeft, FenceFlag
 from revivemoe.comm.gloo import connect
-from revivemoe.comm.group import Graveyard, GroupTransport, abort_aside
+from revivemoe.comm.group import Graveyard, GroupTransport
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
 
@@ -28,9 +28,9 @@ def test_build_abort_rebuild():
         fence = FenceFlag()
         waiter = Waiter(fence, Epoch(epoch), 30.0)
         group = nccl_group(connect(address, epoch, 30.0), 0, 1, device)
-        leave, me = abort_aside(graveyard, 30.0), RankId(0)
+        me = RankId(0)
         transport = GroupTransport(
-            group, waiter, Epoch(epoch), (me,), me, device, pin=False, leave=leave
+            group, waiter, Epoch(epoch), (me,), me, device, 30.0, graveyard, pin=False, aborts=True
         )
         assert transport.all_gather_ints([1, 2]) == [[1, 2]]
         transport.outbox(16, [3]).fill_(epoch)

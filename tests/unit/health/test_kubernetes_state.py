@@ -106,8 +106,8 @@ FROM_DEVICE_LIST = {
 
 
 def test_a_healthy_node_says_nothing() -> None:
-    assert reports_of(HEALTHY, RANKS) == Reading()
-    assert reports_of({}, RANKS, {}) == Reading()
+    assert reports_of(HEALTHY, RANKS) == Reading(RANKS)
+    assert reports_of({}, RANKS, {}) == Reading(RANKS)
 
 
 def test_faults_in_the_config_map_of_the_device_plugin() -> None:
