@@ -142,6 +142,11 @@ class Driver:
         process.progress.work(effect.phase, -1, state.step, effect.num_rows)
         return process.reach(effect.phase)
 
+    def _check_undo(self) -> None:
+        if self._undone:
+            self._undone = False
+            self.forward.check()
+
     def _forward(self, batch: Batch) -> Doing[effects.Ran]:
         state, began = self.rank.state, self._process.now
         assert isinstance(state, InDomain)
