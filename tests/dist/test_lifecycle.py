@@ -378,7 +378,7 @@ def test_a_rank_that_cannot_start_ends_it_with_one_line(model_dir: Path, tmp_pat
         tensors = load_file(shard)
         tensors = {k: v[:, :5].contiguous() if "up_proj" in k else v for k, v in tensors.items()}
         save_file(tensors, shard, metadata={"format": "pt"})
-    with launched(spoiled, "--data-parallel-size", "2") as served:
+    with launched(spoiled, "--data-parallel-size", "2", warm=True) as served:
         served.await_line("listening on ")
         status, _ = served.ended(START_S)
         assert status == 2, served.err

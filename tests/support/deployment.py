@@ -81,11 +81,14 @@ class Deployment(ServerProcess):
         return httpx.get(self.url + path, timeout=10)
 
     def await_status(self, holds: Callable[[Status], bool], timeout_s: float = 20.0) -> Status:
-        """The first status document of which something holds."""
-        deadline = time.monotonic() + timeout_s
+        """The first status document of which something holds. Asks ever less often: the answers
+        cost the engine and the tests what the ranks could use.
+        """
+        deadline, pause_s = time.monotonic() + timeout_s, 0.01
         while not holds(status := self.status()):
             assert time.monotonic() < deadline, f"never came: {status}"
-            time.sleep(0.01)
+            time.sleep(pause_s)
+            pause_s = min(1.2 * pause_s, 0.1)
         return status
 
     def await_recovery(self, num_dead: int = 1) -> Status:

@@ -87,10 +87,7 @@ main()
     [
         ("revivemoe.cli.app", ["--help"]),
         ("typer.main", ["--help"]),
-        ("revivemoe.cli.serve", ["--help"]),
         ("revivemoe.config", ["serve", "x"]),
-        ("asyncio", ["serve", "x"]),
-        ("rich.console", ["sim"]),
         ("revivemoe.sim.run", ["sim"]),
         ("httpx", ["demo"]),
         ("revivemoe.bench.dispatch", ["bench", "dispatch"]),
