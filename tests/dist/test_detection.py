@@ -155,18 +155,18 @@ async def _stopped_rank(model_dir: Path, mixed: list[Case], backend: str, may_ki
             cluster.kill = lambda rank: None
 
         async def stop() -> None:
-            if not instance.engine.records:
+            if not instance.engine.epochs.records:
                 os.kill(pid, signal.SIGSTOP)
 
         cases = [c for c in mixed if c.name == "greedy 0"]
         await asyncio.gather(*(read(instance, c, stop) for c in cases * 3))
-        (record,) = instance.engine.records
+        (record,) = instance.engine.epochs.records
         assert [f.kind for f in record.faults] == ["heartbeat"]
         if not may_kill:
             os.kill(pid, signal.SIGCONT)  # the zombie finds that its epoch is over
             await asyncio.gather(*(read(instance, c) for c in cases * 3))
             assert psutil.pid_exists(pid)
-        assert len(instance.engine.records) == 1
+        assert len(instance.engine.epochs.records) == 1
         assert record.stall_s is not None
         return record.stall_s
 

@@ -52,7 +52,9 @@ class Layout:
 
 
 COLLOCATED = (Layout("shm", 4), Layout("gloo", 4))
-DISAGGREGATED = (Layout("shm", 3, 2), Layout("shm", 2, 3), Layout("shm", 2, 2))
+DISAGGREGATED = (
+    Layout("shm", 3, 2), Layout("shm", 2, 3), Layout("shm", 2, 2), Layout("gloo", 3, 2),
+)  # fmt: skip
 LAYOUTS = (*COLLOCATED, *DISAGGREGATED)
 
 
@@ -90,7 +92,9 @@ def disaggregated_cells(layout: Layout) -> list[Cell]:
         for phase in PHASES
     ]
     if (layout.attention, layout.experts) == (3, 2):
-        others = [cell for cell in cells("shm") if not (cell.kind == "kill" and not cell.idle)]
+        others = [
+            cell for cell in cells(layout.backend) if not (cell.kind == "kill" and not cell.idle)
+        ]
         makers = {"attention": (1, 2), "sample": (1, 2), "combine": (1, 2), "experts": (3, 4)}
         found += [
             replace(cell, victims=makers[cell.phase or ""])
@@ -139,6 +143,6 @@ def part(layout: Layout) -> list[Cell]:
             "kill-attention", "hang-combine", "hang-stop-experts", "nan-attention",
             "comm-0-dispatch", "comm-0-idle", "kill-idle", "device_fault-5-any",
         ),
-    }[layout.name]  # fmt: skip
+    }.get(layout.name, ())  # fmt: skip
     by_name = {cell.name: cell for cell in cells_of(layout)}
     return [by_name[name] for name in chosen]
