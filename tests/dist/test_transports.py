@@ -100,6 +100,15 @@ def test_survivors_leave_after_a_kill(backend):
         kinds = {kind for kind, _ in cluster.answers([0, 2, 3], within_s=2.0)}
         assert kinds <= ({"left"} if backend == "shm" else {"left", "failed"})
         assert_new_domain(cluster, backend, 2, [0, 2, 3])
+        assert_freed(cluster, [0, 2, 3])
+
+
+def assert_freed(cluster: Cluster, members: list[int]) -> None:
+    """What was left behind is gone long before its time-out of 30 s, and costs no core."""
+    until = time.monotonic() + 5.0
+    while any(cluster.call(members, "unfreed")):
+        assert time.monotonic() < until, "groups of left epochs are still there"
+        time.sleep(0.05)
 
 
 def assert_new_domain(cluster: Cluster, backend: str, epoch: int, members: list[int]) -> None:
@@ -121,6 +130,7 @@ def test_abort_without_the_peers_death_and_a_zombie_afterwards(backend):
         cluster.fence(survivors, 8)
         assert cluster.answers(survivors, within_s=0.5) == [("left", None)] * 3
         assert_new_domain(cluster, backend, 8, survivors)
+        assert_freed(cluster, survivors)
         cluster.ask(survivors, "uneven", list(range(200)))
         cluster.signal(1, signal.SIGCONT)  # the zombie wakes into the middle of it
         assert {kind for kind, _ in cluster.answers(survivors)} == {"ok"}

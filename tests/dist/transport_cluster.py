@@ -178,6 +178,9 @@ class Worker:
     def waited_s(self) -> float:
         return self._transport.waited_s
 
+    def unfreed(self) -> int:
+        return self._domains.unfreed
+
     @property
     def _transport(self) -> Transport:
         (transport,) = self._domains.current

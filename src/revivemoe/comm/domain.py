@@ -1,6 +1,5 @@
 """The owner of a process's transport: at most one domain at a time, one per epoch."""
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from revivemoe.comm.gloo import connect, gloo_group
 from revivemoe.comm.group import Graveyard, GroupTransport, build_bounded
 from revivemoe.comm.nccl import nccl_group
 from revivemoe.comm.shm import Segment, ShmTransport
+from revivemoe.comm.sockets import connections
 from revivemoe.comm.transport import SoloTransport, Transport
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
@@ -66,6 +66,11 @@ class Domains:
             self.current += (self._build(spec, epoch, members, me, channel),)
         return self.current
 
+    @property
+    def unfreed(self) -> int:
+        """Groups that were left, and still have work that has not ended."""
+        return len(self._graveyard)
+
     def check_fence(self, epoch: Epoch) -> None:
         """Raise DomainLeft if `epoch` is fenced: for work before it is entered."""
         if self._fence.covers(epoch):
@@ -76,7 +81,6 @@ class Domains:
         for transport in self.current:
             transport.close()
         self.current = ()
-        self._graveyard.sweep(time.monotonic())
 
     def _build(
         self, spec: DomainSpec, epoch: Epoch, members: tuple[RankId, ...], me: RankId, channel: int
@@ -94,14 +98,16 @@ class Domains:
         if address is None:
             raise ValueError(f"the {spec.backend} transport needs a store_address")
 
-        def build() -> ProcessGroup:
+        def build() -> tuple[ProcessGroup, frozenset[int] | None]:
             store = connect(address, epoch, spec.timeout_s, channel)
-            place = (store, members.index(me), len(members))
-            return gloo_group(*place, spec.timeout_s) if gloo else nccl_group(*place, self._device)
+            place, before = (store, members.index(me), len(members)), connections()
+            if not gloo:
+                return nccl_group(*place, self._device), None
+            return gloo_group(*place, spec.timeout_s), connections() - before
 
-        group = build_bounded(build, waiter, members, me)
+        group, connected = build_bounded(build, waiter, members, me)
         device = torch.device("cpu") if gloo else self._device
         pin, rest = gloo and self._device.type == "cuda", (spec.timeout_s, self._graveyard)
         return GroupTransport(
-            group, waiter, epoch, members, me, device, *rest, pin=pin, aborts=not gloo
+            group, waiter, epoch, members, me, device, *rest, pin=pin, connections=connected
         )

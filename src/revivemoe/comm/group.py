@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch.distributed import AllToAllOptions, ProcessGroup, Work
 
 from revivemoe.comm.fence import CommunicationFailed
+from revivemoe.comm.sockets import hang_up
 from revivemoe.comm.transport import EVERYBODY, MAX_INTS, Flow, Transport
 from revivemoe.comm.wait import Waiter
 from revivemoe.ids import Epoch, RankId
@@ -25,26 +25,37 @@ T = TypeVar("T")
 
 _GRACE_S = 5.0
 """Beyond its time-out, how long abandoned work is kept before it may be freed."""
+_LOOK_S = 0.02
+"""How often abandoned work is looked at."""
 
 
-@dataclass
 class Graveyard:
     """Groups, work and buffers that were left behind, until nothing can touch them any more.
 
-    To free a group is to join its threads, which blocks while a collective is stuck in one.
+    To free a group is to join its threads, which blocks while a collective is stuck in one: so each
+    has a thread that waits for that, and frees it. (An unfreed gloo group can cost a core: its loop
+    spins on a connection whose buffer is gone, and starves whoever shares the host.)
     """
 
-    _graves: list[tuple[float, object]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._graves: list[list[object]] = []
 
-    def bury(self, remains: object, timeout_s: float, now: float) -> None:
-        """Keep `remains` until its time-out has passed for certain."""
-        self._graves.append((now + timeout_s + _GRACE_S, remains))
+    def bury(self, remains: list[object], done: Callable[[], bool], timeout_s: float) -> None:
+        """Free `remains`, which become empty, once `done()` or its time-out has surely passed."""
+        held, until = remains.copy(), time.monotonic() + timeout_s + _GRACE_S
+        remains.clear()
+        self._graves.append(held)
 
-    def sweep(self, now: float) -> None:
-        """Free what has timed out."""
-        self._graves = [(until, remains) for until, remains in self._graves if until > now]
+        def linger() -> None:
+            while time.monotonic() < until and not done():
+                time.sleep(_LOOK_S)
+            self._graves.remove(held)
+            held.clear()
+
+        threading.Thread(target=linger, name="free-group", daemon=True).start()
 
     def __len__(self) -> int:
+        """How many are not freed yet."""
         return len(self._graves)
 
 
@@ -84,16 +95,17 @@ class GroupTransport(Transport):
         graveyard: Graveyard,
         *,
         pin: bool,
-        aborts: bool,
+        connections: frozenset[int] | None,
     ) -> None:
-        """`pin`: page-lock host buffers. `aborts`: whether the library can cancel stuck work."""
+        """`pin`: page-lock host buffers. `connections`: hung up when work is left behind, so that
+        it ends (gloo, which cannot cancel it); None: the library aborts it itself (NCCL).
+        """
         super().__init__(waiter, epoch, members, me, device)
         self.group: ProcessGroup | None = group
-        """None once it is freed."""
+        """None once it is left."""
         self._others = tuple(rank for rank in members if rank != me)
         self._pin = pin
-        self._timeout_s, self._graveyard, self._aborts = timeout_s, graveyard, aborts
-        self._left = False
+        self._timeout_s, self._graveyard, self._connections = timeout_s, graveyard, connections
         self._rows_to: list[int] = []
         self._outbox = self._buffer(0, 0)
         self._rows_from: list[int] | None = None
@@ -162,16 +174,23 @@ class GroupTransport(Transport):
         return list(self._inbox.split(self._rows_from))
 
     def close(self) -> None:
-        """Leave: bury or free the group. Waits for nobody."""
-        group, left, self._left = self.group, self._left, True
-        if left or group is None:
+        """Leave, and let the group be freed. Waits for nobody."""
+        group, self.group = self.group, None
+        if group is None:
             return
-        if self._aborts:  # in a thread, for an abort may block too
+        remains, stuck = [group, *self._in_flight], [work for work, _ in self._in_flight]
+        self._in_flight = []
+        if self._connections is None:  # in a thread, for an abort may block too
             threading.Thread(target=_abort, args=(group,), name="abort-group", daemon=True).start()
-        elif not self.broken:
-            self.group = None
-            return
-        self._graveyard.bury(self, self._timeout_s, time.monotonic())
+            stuck = [None]  # what a device still does after it cannot be told
+        elif stuck:
+            hang_up(self._connections)
+        del group
+
+        def done() -> bool:
+            return all(work is not None and work.is_completed() for work in stuck)
+
+        self._graveyard.bury(remains, done, self._timeout_s)
 
     def _start_all_to_all(
         self,
@@ -191,8 +210,7 @@ class GroupTransport(Transport):
 
     def _start(self, name: str, start: Callable[[ProcessGroup], Work], buffers: object) -> None:
         """Start a collective; until it is complete its remains stay in `_in_flight`."""
-        assert self.group is not None, "the group is freed"
-        assert not self._left, "the transport is closed"
+        assert self.group is not None, "the transport is closed"
         self._waiter.check_fence()
         self._in_flight.append((None, buffers))
         try:

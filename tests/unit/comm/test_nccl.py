@@ -30,7 +30,16 @@ def test_build_abort_rebuild():
         group = nccl_group(connect(address, epoch, 30.0), 0, 1, device)
         me = RankId(0)
         transport = GroupTransport(
-            group, waiter, Epoch(epoch), (me,), me, device, 30.0, graveyard, pin=False, aborts=True
+            group,
+            waiter,
+            Epoch(epoch),
+            (me,),
+            me,
+            device,
+            30.0,
+            graveyard,
+            pin=False,
+            connections=None,
         )
         assert transport.all_gather_ints([1, 2]) == [[1, 2]]
         transport.outbox(16, [3]).fill_(epoch)
