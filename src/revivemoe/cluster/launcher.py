@@ -34,9 +34,9 @@ class LaunchedProcess:
 def start_process(arguments: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
     """A fork server that inherits these descriptors; its arguments name them.
 
-    A process group of its own, so that Ctrl-C is the engine's alone; not a session of its own: Linux
-    shares the processor out by session first (autogroup), and left a runnable engine standing for
-    seconds while ranks were busy (decisions.md).
+    A process group of its own, so that Ctrl-C is the engine's alone; not a session of its own:
+    Linux shares the processor out by session first (autogroup), and left a runnable engine
+    standing for seconds while ranks were busy (decisions.md).
     """
     return subprocess.Popen(
         [sys.executable, "-m", "revivemoe.cluster.forkserver", *arguments],
