@@ -5,7 +5,7 @@ it. A rank's tokens are a function of prompt and position, so every stream is kn
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,9 @@ class Instance:
         policy: Policy | None = None,
         max_model_len: int = 256,
         spare: int = 0,
+        auto_rejoin: bool = False,
     ) -> None:
+        """`auto_rejoin`: lost ranks come back by themselves, whatever `policy` says of that."""
         self.now = 100.0
         self.cluster = FakeCluster()
         self.events: list[dict[str, Any]] = []
@@ -224,7 +226,7 @@ class Instance:
             data_parallel_size=num_ranks,
             max_model_len=max_model_len,
             device="cpu",
-            policy=policy or Policy(),
+            policy=replace(policy or Policy(), auto_rejoin=auto_rejoin),
         )
         self.engine = Engine(
             config,

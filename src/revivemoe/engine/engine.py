@@ -19,7 +19,7 @@ from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
 from revivemoe.epochs.fleet import Fleet
 from revivemoe.epochs.ports import Cluster
-from revivemoe.epochs.rank_life import RankView
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.epochs.signals import Signals
 from revivemoe.epochs.state import FailedState, State
 from revivemoe.ids import Incarnation, RankId
@@ -59,6 +59,8 @@ class Engine:
         self.devices = DeviceWatch(self.epochs, self.maintenance, tell)
         self.last_ft_request_id: str | None = None
         self._last_tick = clock()
+        self._spared = False
+        """Whether nobody was judged in the last tick."""
 
     # ---- what others may see -----------------------------------------------------------------
 
@@ -96,22 +98,18 @@ class Engine:
     def tick(self, now: float) -> None:
         """Judge deadlines. Called a few times a second, after the inbox has been drained.
 
-        After a long stall of its own the engine judges nobody in this tick; after any, it moves
-        the deadlines.
+        After a long stall of its own the engine judges nobody in this tick, but does in the next;
+        after any, it moves the deadlines by what went beyond the usual.
         """
-        stalled_s = self._own_stall_s(now)
-        if stalled_s:
-            self.signals.postpone(stalled_s)
-            self.maintenance.postpone(stalled_s)
-        if stalled_s > OWN_STALL_S:
-            self.tell(Stalled(stalled_s))
-        elif self.signals.tick(now):
-            self._look_after(now)
-
-    def _own_stall_s(self, now: float) -> float:
-        """How long the engine itself stood still before this tick, seconds."""
         gap_s, self._last_tick = now - self._last_tick, now
-        return gap_s if gap_s > TICK_GAP_S else 0.0
+        if gap_s > TICK_GAP_S:
+            self.signals.postpone(gap_s - TICK_GAP_S)
+            self.maintenance.postpone(gap_s - TICK_GAP_S)
+        spared, self._spared = self._spared, gap_s > OWN_STALL_S
+        if self._spared:
+            self.tell(Stalled(gap_s))
+        if (spared or not self._spared) and self.signals.tick(now):
+            self._look_after(now)
 
     def _look_after(self, now: float) -> None:
         """Nobody is accused: what else is due."""
@@ -150,6 +148,10 @@ class Engine:
             self.signals.on_report(report, now)
             if isinstance(report, ExpertsLoaded):
                 self.maintenance.tick(now)
+
+    def on_arrived(self, rank: RankId, incarnation: Incarnation, pid: int, now: float) -> None:
+        """A process of a rank has come into being."""
+        self.epochs.fleet.on_arrived(rank, incarnation, pid, now)
 
     def on_exit(
         self,

@@ -96,7 +96,7 @@ class Operations:
     def _restore(self, params: Document, request_id: str, now: float) -> None:
         _only(params)
         self._need_serving()
-        self._engine.maintenance.restore(request_id)
+        self._engine.maintenance.restore(request_id, now)
 
     def _rejoin(self, params: Document, request_id: str, now: float) -> None:
         _only(params, "id")

@@ -3,9 +3,9 @@
 from datetime import UTC, datetime
 
 from revivemoe.engine.engine import Engine
-from revivemoe.epochs.rank_life import RankView
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.epochs.record import RecoveryRecord
-from revivemoe.epochs.state import FailedState, Starting, state_name
+from revivemoe.epochs.state import FailedState, state_name
 from revivemoe.recovery.faults import Fault
 from revivemoe.streams import Document
 
@@ -33,7 +33,7 @@ def status_document(engine: Engine, now: float, wall: float) -> Document:
 
 def _engine(engine: Engine, view: RankView, now: float) -> Document:
     fleet, topology = engine.epochs.fleet, engine.membership.topology
-    member = view.rank in topology.members and not (view.dead or fleet.is_new(view))
+    member = view.member and view.rank in topology.members
     age_s = fleet.detector.age_s(view.rank, now)
     stats = view.stats
     return {
@@ -56,9 +56,9 @@ def _engine(engine: Engine, view: RankView, now: float) -> Document:
 
 
 def _status(engine: Engine, view: RankView, now: float) -> str:
-    if view.dead:
+    if view.dead and view.incarnation:
         return "dead"
-    if not view.ready or isinstance(engine.state, Starting) or engine.epochs.fleet.is_new(view):
+    if not view.member:
         return "joining"
     if view.draining:
         return "draining"

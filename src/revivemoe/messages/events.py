@@ -103,6 +103,21 @@ class Unkillable(Event, event="unkillable"):
     pid: int | None
 
 
+class RejoinQueued(Event, event="rejoin_queued"):
+    """A lost rank will be started again."""
+
+    id: RankId
+    attempt: int
+    delay_s: float
+
+
+class RejoinGivenUp(Event, event="rejoin_given_up"):
+    """It did not stay so many times in a row: it is left to the operator."""
+
+    id: RankId
+    attempts: int
+
+
 class ForkserverGone(Event, event="forkserver_gone"):
     pass
 
