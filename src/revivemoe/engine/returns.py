@@ -39,16 +39,23 @@ class Returns:
 
     def tick(self, now: float) -> None:
         """Queue those that are lost."""
-        if not self._policy.auto_rejoin or self._epochs.stopping or not self._fleet.can_launch:
-            return
         for view in self._fleet.views.values():
             match view.life:
                 case Member(since=since) if now - since >= self._policy.settled_after_s:
                     self.asked(view.rank)
-                case Gone() if self._fleet.trusted(view) and view.rank not in self._given_up:
+                case _ if self.wants(view):
                     self._queue(view, now)
-                case _:
-                    pass
+
+    def wants(self, view: RankView) -> bool:
+        """Whether this rank is to be started again, and is not yet on its way."""
+        return (
+            isinstance(view.life, Gone)
+            and self._policy.auto_rejoin
+            and self._fleet.can_launch
+            and not self._epochs.stopping
+            and self._fleet.trusted(view)
+            and view.rank not in self._given_up
+        )
 
     def _queue(self, view: RankView, now: float) -> None:
         rank, attempt = view.rank, self._attempts[view.rank]

@@ -263,11 +263,15 @@ class Coordinator:
             record.reason = plan.reason
             record.restarted = tuple(sorted({*record.restarted, *plan.ranks}))
             self._tell(RestartPlanned(list(plan.ranks), plan.reason))
-        self._current = [f for f in self._current if f.rank not in plan.ranks]
         fenced -= set(plan.ranks)
         for rank in plan.ranks:
-            self.held.pop(rank, None)
+            self.renewed(rank)
             self._start_anew(rank)
+
+    def renewed(self, rank: RankId) -> None:
+        """A new process of the rank is on its way: what was wrong with the last one is over."""
+        self._current = [f for f in self._current if f.rank != rank]
+        self.held.pop(rank, None)
 
     def _execute(
         self,

@@ -81,6 +81,7 @@ class Epochs:
         self.numbers = Numbers(policy.repeat_window_s)
         self.stopping = False
         fleet.on_late = self._late
+        fleet.on_launch = self.coordinator.renewed
         fleet.on_unkillable = self.proceed
         self._switch: RankId | None = None
         """The rank whose role the planned change under way is to change."""

@@ -67,6 +67,8 @@ class Fleet:
         """Counts the times that ranks were told of work."""
         self.on_late: Callable[[Fault, float], None] = lambda fault, now: None
         """A process has missed a deadline of its life: it is to be accused."""
+        self.on_launch: Callable[[RankId], None] = lambda rank: None
+        """A new process of a rank is asked for."""
         self.on_unkillable: Callable[[float], None] = lambda now: None
         """Nobody waits any longer for a process to be gone: plans may depend on it."""
         self._cluster, self._policy, self._tell = cluster, policy, tell
@@ -83,6 +85,7 @@ class Fleet:
         self.switched.pop(rank, None)
         self.slowness.forget(rank)
         self.detector.launched(rank, incarnation, now)
+        self.on_launch(rank)
         self._cluster.launch(rank, incarnation, view.table)
         if incarnation > 1:
             self._tell(Launched(rank, incarnation))

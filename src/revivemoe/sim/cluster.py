@@ -21,6 +21,7 @@ from revivemoe.sim.scenario import Scenario
 START_S = 0.02
 LOAD_S = 0.1
 SLOW_LOAD_S = 4.0
+ENDLESS_S = 1e6
 
 
 class SimCluster:
@@ -32,6 +33,7 @@ class SimCluster:
         rng: Random,
         scenario: Scenario,
         on_report: Callable[[Report], None],
+        on_arrived: Callable[[RankId, Incarnation, int], None],
         on_exit: Callable[[RankId, Incarnation, str, bool], None],
     ) -> None:
         self.clock, self.rng = clock, rng
@@ -46,8 +48,16 @@ class SimCluster:
         self.mishaps = Mishaps()
         self.slow_launches = 0
         """So many of the next launches take very long."""
+        self.endless_launches = 0
+        """So many of the next launches never come to the end of their load."""
+        self.late_launches = 0
+        """So many of the next launches come into being after they were given up."""
+        self.doomed: set[Process] = set()
+        """Processes that cannot get ready in time."""
+        self.exits_late_s: list[float] = []
+        """How late the next exits are told of; infinity: never."""
         self._scenario = scenario
-        self._on_report, self._tell_exit = on_report, on_exit
+        self._on_report, self._tell_arrived, self._tell_exit = on_report, on_arrived, on_exit
         self._commands: dict[RankId, Channel[Command]] = {}
         self._reports: dict[Process, Channel[Report]] = {}
         self._domains: dict[Epoch, tuple[Configure, Domain]] = {}
@@ -68,16 +78,37 @@ class SimCluster:
             [[*row] for row in slots],
             FakeForward(process, core, self.rng, self.mishaps),
         )
-        world = (self._load_s(), self._enter, self.clock.after, self.mishaps)
+        world = (self._load_s(process), self._enter, self.clock.after, self.mishaps)
         driver = Driver(process, core, forward, held, *world)
         self.drivers[rank] = driver
         if self.forkserver_alive:
-            process.start(driver.run(), START_S * (0.5 + self.rng.random()))
+            process.start(driver.run(), self._start_s(process))
         else:
-            self.never_started.add(process)
-            process.die("the fork server is gone")
+            self._never_start(process)
 
-    def _load_s(self) -> float:
+    def _never_start(self, process: Process) -> None:
+        self.never_started.add(process)
+        process.die("the fork server ended before its process came")
+
+    def end_forkserver(self) -> None:
+        """What it was asked for and has not handed over never comes into being."""
+        self.forkserver_alive = False
+        for process in self.history:
+            if process.alive and not process.arrived:
+                self._never_start(process)
+
+    def _start_s(self, process: Process) -> float:
+        if self.late_launches > 0:
+            self.late_launches -= 1
+            self.doomed.add(process)
+            return 4 * self._scenario.policy.spawn_timeout_s
+        return START_S * (0.5 + self.rng.random())
+
+    def _load_s(self, process: Process) -> float:
+        if self.endless_launches > 0:
+            self.endless_launches -= 1
+            self.doomed.add(process)
+            return ENDLESS_S
         slow = self.slow_launches > 0
         self.slow_launches -= slow
         return (SLOW_LOAD_S if slow else LOAD_S) * (0.5 + self.rng.random())
@@ -88,7 +119,7 @@ class SimCluster:
 
     def kill(self, rank: RankId) -> None:
         process = self.processes.get(rank)
-        if process is not None:
+        if process is not None and process.arrived:  # there is no handle on any other
             process.kill()
 
     def domain(self) -> DomainSpec:
@@ -96,12 +127,22 @@ class SimCluster:
 
     # ---- process.Host ------------------------------------------------------------------------
 
+    def on_arrived(self, process: Process) -> None:
+        delay_s = self.rng.random() * self._scenario.max_delay_s
+        told = partial(self._tell_arrived, process.rank, process.incarnation, 1000 + process.rank)
+        self.clock.after(delay_s, told)
+
     def on_exit(self, process: Process, detail: str) -> None:
         """The exit is noticed on another way than the reports come, and may overtake them."""
         rank, incarnation = process.rank, process.incarnation
         self._reports[process].lose_rest()
         by_itself = not detail.startswith("killed")
         delay_s = self.rng.random() * 2 * self._scenario.max_delay_s
+        if self.exits_late_s:
+            delay_s = self.exits_late_s.pop()
+            by_itself = True  # how it ended is not known by then
+        if delay_s == float("inf"):
+            return
         self.clock.after(delay_s, partial(self._tell_exit, rank, incarnation, detail, by_itself))
 
     def reach(self, process: Process, phase: str, layer: int, meets: bool) -> float:

@@ -185,6 +185,8 @@ class Driver:
 
     def _load_beside(self, command: LoadExperts) -> None:
         """A thread of its own loads them; the steps go on."""
+        if self._mishaps.load_is_silent(self._process):
+            return
         seconds = LOAD_EXPERT_S * len(command.loads)
         self._later(seconds, lambda: self._loaded_beside(command, seconds))
 
