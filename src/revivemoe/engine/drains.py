@@ -63,6 +63,10 @@ class Drains:
         return self._drain is not None or bool(self._asked)
 
     @property
+    def under_way(self) -> Drain | None:
+        return self._drain
+
+    @property
     def draining(self) -> bool:
         return self._drain is not None
 

@@ -52,7 +52,8 @@ class Engine:
         devices = {rank: config.rank_device(rank) for rank in membership.members}
         fleet = Fleet(cluster, membership.placement, devices, config.policy, tell)
         self.config, self.tell = config, tell
-        self.traffic = Traffic(vocabulary, config.max_model_len, membership, fleet, tell)
+        requests = (vocabulary, config.max_model_len, membership, fleet)
+        self.traffic = Traffic(*requests, config.policy.trial_timeout_s, clock, tell)
         self.epochs = Epochs(config.policy, membership, fleet, self.traffic, clock, tell)
         self.signals = Signals(self.epochs, config.start_timeout_s, tell)
         self.maintenance = Maintenance(self.epochs, self.traffic, tell)
@@ -113,7 +114,7 @@ class Engine:
 
     def _look_after(self, now: float) -> None:
         """Nobody is accused: what else is due."""
-        self.traffic.assign()  # a suspect whose turn has come without a token to tell of it
+        self.traffic.tick()
         for fault in self.epochs.fleet.newly_slow(now):
             if self.config.policy.isolate_slow:
                 self.maintenance.drain(fault, now)

@@ -110,6 +110,14 @@ class Ledger:
             self.hand_over(sequence.seq_id, target)
         return assigned
 
+    def make_room(self, rank: RankId) -> None:
+        """Take back what has not got on by a token there: a suspect has waited for it too long."""
+        for sequence in self._sequences.values():
+            owner = sequence.owner
+            if owner is not None and owner[0] == rank and not sequence.proven:
+                self._send(rank, Abort(sequence.seq_id))
+                sequence.owner, sequence.orphan = None, True
+
     # ---- loss of a rank ----------------------------------------------------------------------
 
     def orphan(self, rank: RankId) -> list[Victim]:

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 
 from revivemoe.engine.engine import Engine
+from revivemoe.engine.outstanding import life_document, obligations_document
 from revivemoe.epochs.rank_view import RankView
 from revivemoe.epochs.record import RecoveryRecord
 from revivemoe.epochs.state import FailedState, state_name
@@ -27,6 +28,7 @@ def status_document(engine: Engine, now: float, wall: float) -> Document:
         "engines": [_engine(engine, view, now) for view in views],
         "experts": _experts(engine),
         "dense_ffn_groups": _dense_groups(engine),
+        "obligations": obligations_document(engine, now),
         "recoveries": [_recovery(record, now, wall) for record in engine.epochs.records],
     }
 
@@ -52,6 +54,7 @@ def _engine(engine: Engine, view: RankView, now: float) -> Document:
         "last_step": stats.last_step,
         "heartbeat_age_s": None if age_s is None else round(age_s, 4),
         "fault_info": None if view.fault is None else _fault(view.fault),
+        "life": life_document(view, now),
     }
 
 

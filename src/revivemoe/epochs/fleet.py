@@ -26,7 +26,15 @@ from revivemoe.ids import Epoch, Incarnation, RankId
 from revivemoe.membership.placement import EMPTY, ExpertPlacement
 from revivemoe.membership.topology import Topology, switched
 from revivemoe.messages.commands import Command, DomainSpec, Wake
-from revivemoe.messages.events import Accused, FoundSlow, Launched, RoleSwitched, Tell, Unkillable
+from revivemoe.messages.events import (
+    Accused,
+    FoundSlow,
+    Launched,
+    LifeChanged,
+    RoleSwitched,
+    Tell,
+    Unkillable,
+)
 from revivemoe.messages.reports import Heartbeat, RankStats, Report
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import Fault
@@ -179,13 +187,17 @@ class Fleet:
         after = transition(view.life, event, now)
         if after is None:
             return False
-        self.obligations.met(type(view.life).__name__, view.rank)
+        was, name, until = type(view.life).__name__, type(after).__name__, deadline(after)
+        self.obligations.met(was, view.rank)
         view.life = after
-        until, name = deadline(after), type(after).__name__
         if until is not None:
             lapse = partial(self._lapsed, view)
             owed = Obligation(name, view.rank, after.since, until, AT_DEADLINE[name], lapse)
             self.obligations.owe(owed)
+        if name != was:
+            due_s = None if until is None else until - now
+            told = (was.lower(), name.lower(), WAITS_FOR[name], due_s)
+            self._tell(LifeChanged(view.rank, view.incarnation, *told))
         return True
 
     def _lapsed(self, view: RankView, now: float) -> None:

@@ -41,12 +41,14 @@ class Obligations:
     def owed(self, what: str, who: Who) -> bool:
         return (what, who) in self._owed
 
-    def overdue(self, now: float) -> list[Obligation]:
-        """Those whose time has come, oldest first; struck out, for `lapse` may enter new ones."""
-        late = sorted((o for o in self._owed.values() if now >= o.due), key=lambda o: o.due)
-        for obligation in late:
-            del self._owed[obligation.what, obligation.who]
-        return late
+    def overdue(self, now: float) -> Obligation | None:
+        """The oldest one whose time has come; struck out, for `lapse` may enter another."""
+        late = [o for o in self._owed.values() if now >= o.due]
+        if not late:
+            return None
+        oldest = min(late, key=lambda o: o.due)
+        del self._owed[oldest.what, oldest.who]
+        return oldest
 
     def postpone(self, seconds: float) -> None:
         """The host itself stood still for so long: nobody else is late by that."""

@@ -57,8 +57,8 @@ class Signals:
         self._epochs.symptoms.postpone(seconds)
 
     def _judge(self, now: float) -> bool:
-        for obligation in self._fleet.obligations.overdue(now):
-            obligation.lapse(now)
+        while (late := self._fleet.obligations.overdue(now)) is not None:
+            late.lapse(now)
             if isinstance(self._epochs.state, FailedState):
                 return False
         if faults := self._fleet.judge(now):

@@ -66,6 +66,14 @@ class RecoveryEnded(Event, event="recovery"):
     request_id: str | None
 
 
+class InternalError(Event, event="internal_error"):
+    """Something could not be taken in: a defect of ours. What it would have brought about, the
+    deadlines see to."""
+
+    what: str
+    detail: str
+
+
 class InstanceFailed(Event, event="failed"):
     reason: str
     streams_ended: int
@@ -83,6 +91,17 @@ class Stalled(Event, event="engine_stalled"):
 class Launched(Event, event="launch"):
     id: RankId
     incarnation: Incarnation
+
+
+class LifeChanged(Event, event="life"):
+    """A rank's process is in another state, for at most `due_s` seconds; None: for any time."""
+
+    id: RankId
+    incarnation: Incarnation
+    was: str
+    state: str
+    waits_for: str
+    due_s: float | None
 
 
 class RankReady(Event, event="ready"):
