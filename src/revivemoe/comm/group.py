@@ -102,8 +102,8 @@ class GroupTransport(Transport):
         connections: frozenset[int] | None,
     ) -> None:
         """`pin`: page-lock host buffers. `connections`: hung up when work is left behind, so that
-        it ends (gloo, which cannot cancel it): once the epoch is fenced, for before that others
-        would take it for a broken link. None: the library aborts it itself (NCCL).
+        it ends (gloo, which cannot cancel it). Not before the epoch is fenced, and freed neither:
+        others would take it for a broken link. None: the library aborts it itself (NCCL).
         """
         super().__init__(waiter, epoch, members, me, device)
         self.group: ProcessGroup | None = group
@@ -193,7 +193,9 @@ class GroupTransport(Transport):
 
     def _ended(self, stuck: list[Work | None]) -> bool:
         """Whether all of this work is over. What is not, and is nobody's any more, is ended."""
-        if stuck and self._connections and self._waiter.fenced:
+        if not self._waiter.fenced:
+            return False
+        if stuck and self._connections:
             hang_up(self._connections)
             self._connections = frozenset()
         return all(work is not None and work.is_completed() for work in stuck)
