@@ -111,6 +111,15 @@ class Deployment(ServerProcess):
             if sample.name == name
         }
 
+    def await_per_rank(self, name: str, ranks: set[int], within_s: float = 5.0) -> dict[int, float]:
+        """A metric by rank, once these ranks agree on it: heartbeats tell of it later."""
+        deadline = time.monotonic() + within_s
+        while True:
+            values = self.per_rank(name)
+            if len({values[rank] for rank in ranks}) == 1 or time.monotonic() > deadline:
+                return values
+            time.sleep(0.05)
+
 
 def with_status(status: Status, name: str) -> list[Status]:
     """The ranks in one condition."""
