@@ -22,6 +22,7 @@ from revivemoe.core.outcome import Outcome, outcome_of
 from revivemoe.core.queues import Queues
 from revivemoe.core.scheduler import Scheduler
 from revivemoe.core.sequence import Sequence
+from revivemoe.core.slots import ExpertSlots
 from revivemoe.core.state import Fenced, InDomain, OpenStep, Parked, RankState, Unconfigured
 from revivemoe.core.step import Agreement, Batch, Leave, Park, Run, StepHeader, StepResult
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
@@ -32,10 +33,18 @@ from revivemoe.messages.tokens import SequenceSpec
 class Rank:
     """Sequences, blocks and step number of one rank. Owns all of `revivemoe.core`'s state."""
 
-    def __init__(self, rank_id: RankId, incarnation: Incarnation, limits: RankLimits) -> None:
+    def __init__(
+        self,
+        rank_id: RankId,
+        incarnation: Incarnation,
+        limits: RankLimits,
+        slots: ExpertSlots | None = None,
+    ) -> None:
+        """`slots`: filled by whoever drives it; told with every acknowledgement."""
         self.rank_id = rank_id
         self.incarnation = incarnation
         self.limits = limits
+        self._slots = slots
         self.state: RankState = Unconfigured()
         self._lay_out()
         self._counters = Counters()
@@ -178,6 +187,7 @@ class Rank:
             next_step=next_step,
             num_output={s.seq_id: len(s.output_ids) for s in self.queues.live.values()},
             rolled_back=rolled_back,
+            slots=None if self._slots is None else self._slots.table,
         )
 
     def configure(self, epoch: Epoch, step: int, mask_key: bytes, wake: int) -> bool:

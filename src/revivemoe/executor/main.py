@@ -91,7 +91,7 @@ def _serve(
         num_blocks = _num_blocks(spec, runner)
         runner.allocate(num_blocks, spec.limits.block_size)
         limits = replace(spec.limits, num_blocks=num_blocks)
-        rank = Rank(spec.rank, spec.incarnation, limits)
+        rank = Rank(spec.rank, spec.incarnation, limits, runner.worker.slots)
         with (
             WeightServer(spec.weights, runner.worker.find),
             Domains(fence, segment_fd, spec.device, progress.waits) as domains,

@@ -7,6 +7,7 @@ had committed.
 import msgspec
 
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
+from revivemoe.membership.placement import Table
 from revivemoe.messages.tokens import CommittedToken, PromptLogprobs
 
 STEP_PHASES = ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit")
@@ -122,6 +123,9 @@ class FenceAck(FromRank, frozen=True, tag=True):
     """Whether a step was open and has been undone."""
     rollback_s: float = 0.0
     """Seconds from taking up the fence to this message."""
+    slots: Table | None = None
+    """Experts in its slots in truth, [L][S], or () without slots. EMPTY also where a load is under
+    way or has failed. None: the rank does not tell."""
 
 
 class Resumed(FromRank, frozen=True, tag=True):

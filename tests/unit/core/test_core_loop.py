@@ -32,6 +32,7 @@ from revivemoe.core.effects import (
 )
 from revivemoe.core.loop import StepLoop
 from revivemoe.core.rank import Rank
+from revivemoe.core.slots import ExpertSlots
 from revivemoe.core.state import Fenced, InDomain, Parked
 from revivemoe.core.step import Batch, StepHeader, StepResult
 from revivemoe.ids import Epoch, ExpertId, Incarnation, LayerId, RankId, SeqId, SlotId
@@ -73,6 +74,8 @@ SWITCHED = membership(placed({0: ((0, 1), (0, 1))}, 2), of_roles(1, [1], [0]))
 """Rank 0 is an expert rank."""
 NOTHING = Departure(None, 0.0)
 QUICKLY = Loaded(0.0, 0, {})
+HELD = ((0, 1), (0, 1))
+"""In the slots of each rank here, unless a load has begun."""
 TOKEN = 3
 
 
@@ -80,7 +83,8 @@ class Hand:
     """One rank's loop: what it wants now, what it has said. Every answer is the test's."""
 
     def __init__(self, rank_id: int = 0, **changes: int) -> None:
-        self.rank = Rank(RankId(rank_id), FIRST, limits(**changes))
+        self.slots = ExpertSlots({LayerId(1): (0, 1), LayerId(2): (0, 1)})
+        self.rank = Rank(RankId(rank_id), FIRST, limits(**changes), self.slots)
         self.told: list[Report] = []
         self._steps = StepLoop(self.rank, "cpu", self.told.append).run()
         self.wants: Effect | None = next(self._steps)
@@ -292,7 +296,7 @@ def test_whose_numbers_they_were_is_said_before_the_fence_is_acknowledged() -> N
     assert hand.wants == Leave(None), "zeroed once"
     hand.answer(Leave, Departure(None, 0.125))
     held = {SeqId(0): 1}
-    ack = FenceAck(ME, FIRST, Epoch(2), 1, held, rolled_back=True, rollback_s=0.125)
+    ack = FenceAck(ME, FIRST, Epoch(2), 1, held, rolled_back=True, rollback_s=0.125, slots=HELD)
     assert hand.told == [claim, ack]
     assert waits(hand)
     hand.rank.check_invariants()
@@ -316,7 +320,9 @@ def test_a_fence_between_steps_undoes_nothing() -> None:
     hand.command(Fence(Epoch(2)))
     assert hand.wants == Leave(None)
     hand.answer(Leave, Departure(None, 0.25))
-    ack = FenceAck(ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=False, rollback_s=0.25)
+    ack = FenceAck(
+        ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=False, rollback_s=0.25, slots=HELD
+    )
     assert hand.told[-1] == ack
     assert waits(hand)
 
@@ -343,7 +349,9 @@ def test_a_fence_at_the_boundary_is_agreed_on_in_the_exchange() -> None:
     hand.answer(Exchange, [header])
     assert hand.wants == Leave(None), "the forward was not begun"
     hand.answer(Leave, Departure(None, 0.25))
-    ack = FenceAck(ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=False, rollback_s=0.25)
+    ack = FenceAck(
+        ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=False, rollback_s=0.25, slots=HELD
+    )
     assert hand.told[-1] == ack
     assert waits(hand)
 
@@ -367,7 +375,7 @@ def test_outside_of_any_epoch_here_and_now_is_a_boundary() -> None:
     hand = Hand()
     hand.command(Fence(Epoch(1), at_boundary=True))
     hand.answer(Leave, NOTHING)
-    assert hand.told == [FenceAck(ME, FIRST, Epoch(1), 0, {}, rolled_back=False)]
+    assert hand.told == [FenceAck(ME, FIRST, Epoch(1), 0, {}, rolled_back=False, slots=HELD)]
     assert waits(hand)
 
 
@@ -387,7 +395,7 @@ def test_a_broken_exchange_commits_nothing_and_the_next_epoch_goes_on() -> None:
     hand.command(Fence(Epoch(2)))
     hand.answer(Leave, NOTHING)
     ack = hand.told[-1]
-    assert ack == FenceAck(ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=True)
+    assert ack == FenceAck(ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=True, slots=HELD)
     hand.enter(configure(ALONE.at(Epoch(2)), step=4))
     hand.step()
     resumed, tokens = hand.told[-2:]
@@ -433,7 +441,9 @@ def test_a_fence_on_the_way_into_an_epoch(within: type[Effect]) -> None:
     assert SeqId(0) in hand.rank.queues.live, "what came behind is not lost"
     hand.command(Fence(Epoch(2)))
     hand.answer(Leave, NOTHING)
-    assert hand.told == [FenceAck(ME, FIRST, Epoch(2), 0, {SeqId(0): 0}, rolled_back=False)]
+    assert hand.told == [
+        FenceAck(ME, FIRST, Epoch(2), 0, {SeqId(0): 0}, rolled_back=False, slots=HELD)
+    ]
     hand.enter(configure(ALONE.at(Epoch(2))))
     hand.step()
     assert hand.names() == ["FenceAck", "Resumed", "Tokens"]
@@ -474,6 +484,35 @@ def test_experts_are_loaded_beside_the_steps() -> None:
     hand.answer(LoadBeside)
     assert not hand.rank.queues.live, "the batch of commands goes on"
     assert hand.wants == Reach("schedule")
+
+
+def test_an_acknowledgement_tells_what_lies_in_the_slots() -> None:
+    """Not what the map says: a load beside the steps is under way, then done, then another."""
+    hand = stepping()
+    hand.step()
+    one, other = (SlotLoad(LayerId(n), SlotId(1), ExpertId(9)) for n in (1, 2))
+    number = hand.slots.begin([one, other])
+    hand.slots.check(number, one)
+    hand.slots.fill(one)
+    hand.command(Fence(Epoch(2)))
+    hand.answer(Leave, NOTHING)
+    hand.slots.fill(other)
+    hand.command(Fence(Epoch(3), at_boundary=True))
+    hand.answer(Leave, NOTHING)
+    told = [r.slots for r in hand.told if isinstance(r, FenceAck)]
+    assert told == [((0, 9), (0, -1)), ((0, 9), (0, 9))]
+
+
+@pytest.mark.parametrize("interruption", [Left("fenced"), LoadFailed("no such file")])
+def test_a_load_that_was_cut_short_is_told_as_it_is(interruption: Exception) -> None:
+    hand = Hand()
+    hand.command(configure())
+    hand.slots.begin([SlotLoad(LayerId(1), SlotId(0), ExpertId(5))])
+    hand.throw(Load, interruption)
+    hand.command(Fence(Epoch(2)))
+    hand.answer(Leave, NOTHING)
+    (ack,) = [r for r in hand.told if isinstance(r, FenceAck)]
+    assert ack.slots == ((-1, 1), (0, 1))
 
 
 def test_a_role_switch_outside_of_the_epoch() -> None:
