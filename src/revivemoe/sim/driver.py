@@ -57,7 +57,9 @@ class Driver:
                 raise effects.LoadFailed("weights: read error")
             num_blocks = rank.limits.num_blocks
             process.report(Ready(rank.rank_id, rank.incarnation, "sim", num_blocks, self._load_s))
-            yield from self._drive(StepLoop(rank, "sim", self._report).run())
+            loop = StepLoop(rank, "sim", self._report)
+            process.holdings = lambda: loop.holdings
+            yield from self._drive(loop.run())
         except effects.LoadFailed as failure:
             process.report(Fatal(rank.rank_id, rank.incarnation, str(failure)))
             process.die("exited with status 1")

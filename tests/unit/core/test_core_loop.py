@@ -50,11 +50,13 @@ from revivemoe.messages.commands import (
     SlotLoad,
     Stop,
     SwitchRole,
+    TellHoldings,
     Wake,
 )
 from revivemoe.messages.reports import (
     ExpertsLoaded,
     FenceAck,
+    Holdings,
     NonFinite,
     Ready,
     Report,
@@ -62,6 +64,7 @@ from revivemoe.messages.reports import (
     StepAborted,
     Tokens,
 )
+from revivemoe.messages.tally import Tally
 
 E = TypeVar("E", bound=Effect)
 ME, FIRST = RankId(0), Incarnation(1)
@@ -86,8 +89,15 @@ class Hand:
         self.slots = ExpertSlots({LayerId(1): (0, 1), LayerId(2): (0, 1)})
         self.rank = Rank(RankId(rank_id), FIRST, limits(**changes), self.slots)
         self.told: list[Report] = []
-        self._steps = StepLoop(self.rank, "cpu", self.told.append).run()
+        self.counted: list[Tally] = []
+        """What heartbeats would have told at each report."""
+        self.loop = StepLoop(self.rank, "cpu", self._say)
+        self._steps = self.loop.run()
         self.wants: Effect | None = next(self._steps)
+
+    def _say(self, report: Report) -> None:
+        self.told.append(report)
+        self.counted.append(self.loop.holdings)
 
     def answer(self, kind: type[E], answer: object = None) -> E:
         """Answer the present effect, which has to be of this kind. Returns it."""
@@ -271,6 +281,53 @@ def test_it_has_resumed_only_when_all_have_agreed() -> None:
     hand.throw(Exchange, Broken("a peer is gone"))
     hand.answer(Leave, NOTHING)
     assert hand.names() == ["StepAborted"], "it never resumed"
+
+
+# ---- what it holds --------------------------------------------------------------------------
+
+
+def test_what_is_told_with_heartbeats_counts_what_has_been_reported() -> None:
+    hand = stepping()
+    assert hand.loop.holdings == (1, 0, 0)
+    hand.step()
+    assert hand.counted[-1] == (1, 0, 0), "not before its tokens are on their way"
+    assert hand.loop.holdings == (1, 1, 0)
+    hand.command(add(seq_id=6), add(seq_id=3))
+    assert hand.loop.holdings == (3, 1, 6 ^ 3)
+    hand.to_forward()
+    hand.throw(Forward, Left("fenced"))
+    hand.answer(Leave, NOTHING)
+    assert hand.loop.holdings == (3, 1, 6 ^ 3), "what is undone has never been"
+    hand.command(Abort(SeqId(6)), Abort(SeqId(77)))
+    assert hand.loop.holdings == (2, 1, 3)
+
+
+def test_adds_count_while_a_configuration_behind_them_is_carried_out() -> None:
+    hand = Hand()
+    hand.command(add(), configure())
+    assert isinstance(hand.wants, Load)
+    assert hand.loop.holdings == (1, 0, 0)
+
+
+def test_a_finished_sequence_is_not_held_any_more() -> None:
+    hand = Hand()
+    hand.enter(configure(), add(seq_id=5, max_tokens=1))
+    hand.step()
+    assert hand.loop.holdings == (0, 0, 0)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_it_tells_what_it_holds_behind_every_token(parked: bool) -> None:
+    hand = stepping()
+    hand.step()
+    if parked:
+        hand.command(Abort(SeqId(0)))
+        hand.answer(Exchange, [hand.to_exchange()])
+    hand.command(TellHoldings(7))
+    held = {} if parked else {SeqId(0): 1}
+    assert hand.told[-1] == Holdings(ME, FIRST, 7, held)
+    assert hand.names() == ["Resumed", "Tokens", "Holdings"]
+    assert waits(hand) == parked
 
 
 # ---- fences ---------------------------------------------------------------------------------
