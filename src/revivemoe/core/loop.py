@@ -44,6 +44,8 @@ class StepLoop:
         self._rolled_back = False
         """Whether a step was undone since the last fence that was acknowledged."""
         self._stopped = False
+        self.holdings = rank.tally
+        """Told with heartbeats, by another thread: every token that it counts has been reported."""
 
     def run(self) -> Effects:
         """Take commands and steps until told to stop."""
@@ -51,8 +53,10 @@ class StepLoop:
             for command in _of((yield effects.Commands(wait=not self._stepping)), list):
                 if not self._stopped:
                     yield from self._handle(command)
+                    self.holdings = self._rank.tally
             if self._stepping and not self._stopped:
                 yield from self._step()
+                self.holdings = self._rank.tally
 
     @property
     def _stepping(self) -> bool:
@@ -68,6 +72,8 @@ class StepLoop:
                 self._rank.abort(command.seq_id)
             case commands.Wake():
                 self._rank.wake(command.counter)
+            case commands.TellHoldings():
+                self._report(self._rank.holdings(command.request))
             case commands.Fence():
                 yield from self._fence(command)
             case commands.Configure():

@@ -25,7 +25,7 @@ from revivemoe.epochs.state import FailedState, State
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.messages.events import Event, Stalled
-from revivemoe.messages.reports import ExpertsLoaded, Report, Tokens
+from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Holdings, Report, Tokens
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.streams import EngineUnavailable, Submission
 
@@ -145,9 +145,13 @@ class Engine:
             self.traffic.on_tokens(report)
             self.signals.committed(report, now)
             self.devices.reached(self.signals.last_step, now)
+        elif isinstance(report, Holdings):
+            self.traffic.on_holdings(report)
         else:
             self.signals.on_report(report, now)
-            if isinstance(report, ExpertsLoaded):
+            if isinstance(report, Heartbeat):
+                self.traffic.on_heartbeat(report, now)
+            elif isinstance(report, ExpertsLoaded):
                 self.maintenance.tick(now)
 
     def on_arrived(self, rank: RankId, incarnation: Incarnation, pid: int, now: float) -> None:

@@ -15,8 +15,9 @@ from revivemoe.epochs.obligations import Obligation
 from revivemoe.epochs.record import RecoveryRecord
 from revivemoe.ids import RankId, SeqId
 from revivemoe.membership.membership import Membership
-from revivemoe.messages.events import Convicted, Migrated, Tell
-from revivemoe.messages.reports import Tokens
+from revivemoe.messages.commands import TellHoldings
+from revivemoe.messages.events import Convicted, HoldingsMended, Migrated, RequestFailed, Tell
+from revivemoe.messages.reports import Heartbeat, Holdings, Tokens
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.plan import Continue
 from revivemoe.recovery.world import SequenceView
@@ -43,7 +44,9 @@ class Traffic:
         tell: Tell,
     ) -> None:
         """`trial_timeout_s`: for a suspect on trial to get on by a token."""
-        self.ledger = Ledger(vocabulary, max_model_len, fleet.send, fleet.incarnation)
+        self.ledger = Ledger(
+            vocabulary, max_model_len, fleet.send, fleet.incarnation, self._tell_failed
+        )
         self.totals = Totals()
         self._membership, self._fleet, self._tell = membership, fleet, tell
         self._turns: dict[str, LiveRequest] = {}
@@ -94,10 +97,29 @@ class Traffic:
             self.assign()
         return arrival
 
+    def on_heartbeat(self, beat: Heartbeat, now: float) -> None:
+        """A rank tells what it holds: asked for all of it if that goes on differing."""
+        if not self._serving or beat.holdings is None or beat.rank not in self._membership.members:
+            return
+        owner = (beat.rank, beat.incarnation)
+        question = self.ledger.holdings.doubtful(owner, beat.holdings, now)
+        if question is not None:
+            self._fleet.send(beat.rank, TellHoldings(question))
+
+    def on_holdings(self, report: Holdings) -> None:
+        """A rank has answered. While it is fenced it tells more than that."""
+        mended = self.ledger.on_holdings(report) if self._serving else 0
+        if mended:
+            self.totals.mended += mended
+            self._tell(HoldingsMended(report.rank, mended))
+            self.wake()
+
+    def _tell_failed(self, request_id: str, error: str) -> None:
+        self._tell(RequestFailed(request_id, error))
+
     def tell_migrated(self, moved: Sequence[SeqId]) -> None:
         """Name the requests that go on elsewhere."""
-        requests = [self.ledger.request_id(seq_id) for seq_id in moved]
-        self._tell(Migrated(self._membership.epoch, requests))
+        self._tell(Migrated(self._membership.epoch, self.ledger.request_ids(moved)))
 
     def _count_moved(self, orphans: Sequence[Assigned]) -> None:
         """Suspects that have lost their rank move one by one, after the recovery itself."""
@@ -172,6 +194,7 @@ class Traffic:
 
     def epoch_left(self) -> None:
         self._serving = False
+        self.ledger.holdings.forget_doubts()
 
     def planned(self, plan: Continue) -> None:
         self.totals.migrated += len(plan.migrations)

@@ -137,8 +137,8 @@ class Signals:
                 self._on_experts_loaded(report, now)
             case reports.Fatal():
                 self._on_fatal(report)
-            case reports.Tokens():
-                raise AssertionError("tokens belong to whoever owns the sequences")
+            case reports.Tokens() | reports.Holdings():
+                raise AssertionError("sequences belong to whoever owns the sequences")
             case _:
                 assert_never(report)
 

@@ -23,6 +23,7 @@ from revivemoe.executor.injection import Injections
 from revivemoe.executor.loading import LOAD_BUDGET_S, Loader
 from revivemoe.messages.commands import Command, Configure, Inject
 from revivemoe.messages.reports import ExpertsLoaded, RankStats, Report
+from revivemoe.messages.tally import Tally
 from revivemoe.model.dense import dense_servers
 from revivemoe.model.runner import ModelRunner
 
@@ -56,12 +57,13 @@ class Driver:
         self._step_s = self._waited_s = 0.0
         """In all steps that were run."""
         self._stats, self._stats_at = rank.stats(), 0.0
+        self._loop = StepLoop(rank, str(runner.device), report)
         runner.exchange.on_phase = self._reach
         runner.exchange.spoil = self._injections.spoilt
 
     def run(self) -> None:
         """Until told to stop. What breaks this rank for good is raised."""
-        steps = StepLoop(self._rank, str(self._runner.device), self._report).run()
+        steps = self._loop.run()
         effect = next(steps)
         while True:
             try:
@@ -77,6 +79,10 @@ class Driver:
     def stats(self) -> RankStats:
         """Called from the control thread: the last published snapshot."""
         return self._stats
+
+    def holdings(self) -> Tally:
+        """Called from the control thread: of what has been reported."""
+        return self._loop.holdings
 
     def _perform(self, effect: effects.Effect) -> object:
         match effect:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from revivemoe.comm.domain import Domains
 from revivemoe.core.effects import Load, Loaded, LoadFailed
 from revivemoe.core.progress import Progress
+from revivemoe.core.slots import SlotTaken
 from revivemoe.executor.weights import PeerSource
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.membership import Membership
@@ -39,7 +40,7 @@ class Loader:
     def load(self, wanted: Load) -> Loaded:
         """What the slots do not hold yet. Raises Left if fenced meanwhile, LoadFailed."""
         began, num_bytes, sources = time.monotonic(), 0, Counter[str]()
-        loads = self._runner.worker.to_load(wanted.membership.placement.layers, wanted.table)
+        loads = self._runner.worker.slots.lacking(wanted.table)
         peers = [PeerSource(wanted.membership, wanted.domain.weights, self._me[0])]
         try:
             for some in self._runner.worker.in_portions(loads):  # a fence must not wait for all
@@ -57,22 +58,27 @@ class Loader:
 
     def load_beside(self, command: LoadExperts, done: Callable[[ExpertsLoaded], None]) -> None:
         """In a thread of its own, into slots that the present epoch does not use. `done` is called
-        from that thread.
+        from that thread. From here on the slots are that load's.
         """
+        begun = self._runner.worker.begin(command.loads)
         threading.Thread(
-            target=self._load_aside, args=(command, self._peers, done), name="load", daemon=True
+            target=self._load_aside,
+            args=(command, begun, self._peers, done),
+            name="load",
+            daemon=True,
         ).start()
 
     def _load_aside(
         self,
         command: LoadExperts,
+        begun: int,
         peers: Sequence[PeerSource],
         done: Callable[[ExpertsLoaded], None],
     ) -> None:
         began, num_bytes, error = time.monotonic(), 0, None
         try:
-            num_bytes = self._runner.worker.load(command.loads, peers).num_bytes
-        except (CheckpointError, OSError, RuntimeError) as failure:
+            num_bytes = self._runner.worker.load(command.loads, peers, begun).num_bytes
+        except (CheckpointError, OSError, RuntimeError, SlotTaken) as failure:
             error = str(failure)
         seconds = time.monotonic() - began
         done(ExpertsLoaded(*self._me, command.request, seconds, num_bytes, error))

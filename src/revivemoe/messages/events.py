@@ -212,6 +212,20 @@ class Convicted(Event, event="convicted"):
     detail: str
 
 
+class RequestFailed(Event, event="request_failed"):
+    """An error of the engine's own, or of the stream, at one request has ended it."""
+
+    request: str
+    error: str
+
+
+class HoldingsMended(Event, event="holdings_mended"):
+    """A rank had not what it was to have: so many sequences were handed over to it again."""
+
+    id: RankId
+    count: int
+
+
 class Applied(Event, event="applied"):
     instruction: str
     params: dict[str, object]

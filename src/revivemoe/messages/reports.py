@@ -8,6 +8,7 @@ import msgspec
 
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.membership.placement import Table
+from revivemoe.messages.tally import Tally
 from revivemoe.messages.tokens import CommittedToken, PromptLogprobs
 
 STEP_PHASES = ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit")
@@ -99,6 +100,8 @@ class Heartbeat(FromRank, frozen=True, tag=True):
     activity: Activity = Activity()
     pace: list[Pace] | None = None
     """Now and then."""
+    holdings: Tally | None = None
+    """What it holds between two steps; sent behind all tokens that this counts."""
 
 
 class Tokens(FromRank, frozen=True, tag=True):
@@ -110,6 +113,13 @@ class Tokens(FromRank, frozen=True, tag=True):
     prompt_logprobs: list[PromptLogprobs] = []
     step_s: float = 0.0
     """Wall time of the step on this rank, seconds."""
+
+
+class Holdings(FromRank, frozen=True, tag=True):
+    """Answer to `TellHoldings`: the rank's live sequences and committed lengths."""
+
+    request: int
+    num_output: dict[SeqId, int]
 
 
 class FenceAck(FromRank, frozen=True, tag=True):
@@ -184,4 +194,5 @@ class Fatal(FromRank, frozen=True, tag=True):
 
 
 Trouble = StepAborted | NonFinite | Fatal
-Report = Hello | Ready | Heartbeat | Tokens | FenceAck | Resumed | ExpertsLoaded | Trouble
+OfSequences = Tokens | Holdings
+Report = Hello | Ready | Heartbeat | OfSequences | FenceAck | Resumed | ExpertsLoaded | Trouble

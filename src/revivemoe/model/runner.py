@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.microbatches import split
+from revivemoe.core.slots import ExpertSlots
 from revivemoe.core.step import Batch, StepResult
 from revivemoe.ids import LayerId, RankId
 from revivemoe.membership.membership import Membership
@@ -70,9 +71,10 @@ class ModelRunner:
         loaded = load_model(
             model_dir, slots, dtype, device, attention, lambda model: replace_dense(model, shared)
         )
-        layers = _moe_layers(loaded, slots, num_experts, top_k, device)
+        layers = _moe_layers(loaded, num_experts, top_k, device)
+        held = ExpertSlots({layer.layer: slots.get(layer.layer, ()) for layer in layers})
         hidden_size, each = loaded.model_config.hidden_size, list(shared.values())
-        self.worker = ExpertWorker(layers, hidden_size, model_dir, dtype, each)
+        self.worker = ExpertWorker(layers, held, hidden_size, model_dir, dtype, each)
         self._dense_reader = DenseReader(model_dir, dense.num_shards, dtype, device)
         self.generator: Generator | None = None
         if attention:
@@ -173,14 +175,12 @@ class ModelRunner:
 
 def _moe_layers(
     loaded: LoadedModel,
-    slots: dict[LayerId, tuple[int, ...]],
     num_experts: int,
     top_k: int,
     device: torch.device,
 ) -> list[MoeLayer]:
     layers = [
-        MoeLayer(layer, module, num_experts, top_k, slots.get(layer, ()))
-        for layer, module in loaded.experts.items()
+        MoeLayer(layer, module, num_experts, top_k) for layer, module in loaded.experts.items()
     ]
     for layer in layers:
         layer.slot_of_expert_E = layer.slot_of_expert_E.to(device)

@@ -5,7 +5,8 @@ from functools import partial
 from random import Random
 
 from revivemoe.core.rank import Rank
-from revivemoe.ids import Epoch, Incarnation, RankId
+from revivemoe.core.slots import ExpertSlots
+from revivemoe.ids import Epoch, Incarnation, LayerId, RankId
 from revivemoe.membership.placement import Table
 from revivemoe.messages.commands import Command, Configure, DomainSpec
 from revivemoe.messages.reports import Report
@@ -13,7 +14,7 @@ from revivemoe.sim.channel import Channel
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.driver import Driver
-from revivemoe.sim.forward import FakeForward
+from revivemoe.sim.forward import NUM_LAYERS, FakeForward
 from revivemoe.sim.mishaps import Mishaps
 from revivemoe.sim.process import Process
 from revivemoe.sim.scenario import Scenario
@@ -72,12 +73,11 @@ class SimCluster:
         self.history.append(process)
         self._commands[rank] = Channel(self.clock, self.rng, delay_s, process.deliver)
         self._reports[process] = reports
-        core = Rank(rank, incarnation, self._scenario.limits_of(rank))
+        rows = slots or ((),) * NUM_LAYERS
+        held = ExpertSlots({LayerId(layer): row for layer, row in enumerate(rows)})
+        core = Rank(rank, incarnation, self._scenario.limits_of(rank), held)
         process.stats = core.stats
-        held, forward = (
-            [[*row] for row in slots],
-            FakeForward(process, core, self.rng, self.mishaps),
-        )
+        forward = FakeForward(process, core, self.rng, self.mishaps)
         world = (self._load_s(process), self._enter, self.clock.after, self.mishaps)
         driver = Driver(process, core, forward, held, *world)
         self.drivers[rank] = driver
@@ -163,7 +163,7 @@ class SimCluster:
         return domain
 
     def _assert_holds(self, configure: Configure, process: Process) -> None:
-        held = self.drivers[process.rank].slots
+        held = self.drivers[process.rank].slots.table
         for layer, row in enumerate(configure.membership.table_of(process.rank)):
             for slot, expert in enumerate(row):
                 assert expert < 0 or held[layer][slot] == expert, (

@@ -15,6 +15,7 @@ from revivemoe.core.progress import Progress
 from revivemoe.ids import Epoch, Incarnation, RankId
 from revivemoe.messages.commands import Command, Fence, Stop
 from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats, Report
+from revivemoe.messages.tally import Tally
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.requests import Idle, Meet, Request, Work
@@ -66,6 +67,7 @@ class Process:
         """Every wait in a domain below this epoch ends at once."""
         self.domain: Domain | None = None
         self.stats: Callable[[], RankStats] = RankStats
+        self.holdings: Callable[[], Tally | None] = lambda: None
         self.progress = Progress(lambda: host.clock.now)
         self.step = 0
         self.met = Epoch(0)
@@ -166,7 +168,9 @@ class Process:
         self._beats += 1
         progress, me = self.progress, (self.rank, self.incarnation)
         pace = progress.paces() if self._beats % BEATS_PER_PACE == 0 else None
-        self.report(Heartbeat(*me, progress.count, self.stats(), progress.activity(), pace))
+        self.report(
+            Heartbeat(*me, progress.count, self.stats(), progress.activity(), pace, self.holdings())
+        )
         self._host.clock.after(HEARTBEAT_S, self._beat)
 
     # ---- the step loop's waits ---------------------------------------------------------------

@@ -47,6 +47,8 @@ class Verdict:
                 assert going_home or event.id in self._strikes.drained, f"for nothing: {event}"
             case events.Convicted():
                 self._check_conviction(event)
+            case events.RequestFailed() | events.HoldingsMended():
+                raise AssertionError(f"nothing here may go wrong in that way: {event}")
             case events.StateEntered(state="serving"):
                 self._check_met(event.epoch)
             case _:
