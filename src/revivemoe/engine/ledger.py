@@ -11,6 +11,7 @@ from contextlib import suppress
 import msgspec
 
 from revivemoe.detokenizer import Vocabulary
+from revivemoe.engine.assignment import assignments
 from revivemoe.engine.holdings import Holdings
 from revivemoe.engine.requests import (
     Arrival,
@@ -105,32 +106,13 @@ class Ledger:
         return [sequence.request.submission.request_id for sequence in found]
 
     def assign_waiting(self, ranks: Iterable[RankId]) -> list[Assigned]:
-        """Give every sequence without a rank to the one with the fewest tokens, oldest first.
-
-        Of suspects, each rank is given one request at a time.
-        """
-        load, unproven = dict.fromkeys(ranks, 0), set[RankId]()
-        waiting = []
-        for sequence in self._sequences.values():
-            if sequence.owner is None:
-                waiting.append(sequence)
-                continue
-            rank = sequence.owner[0]
-            if not sequence.proven:
-                unproven.add(rank)
-            if rank in load:
-                load[rank] += sequence.num_tokens
+        """Give every sequence that has no rank, and can have one, to one of these."""
         assigned = []
-        for sequence in sorted(waiting, key=lambda s: s.age):
-            if sequence.seq_id not in self._sequences:
-                continue  # it has failed with another of its request
-            target = self.suspects.target(sequence.request, load, unproven)
-            if target is None:
-                continue
-            load[target] += sequence.num_tokens
-            unproven.add(target)
-            assigned.append(Assigned(sequence.seq_id, sequence.num_tokens, sequence.orphan))
-            self.hand_over(sequence.seq_id, target)
+        for sequence, target in assignments(self._sequences.values(), ranks, self.suspects):
+            if sequence.seq_id in self._sequences:  # it may have failed with one of its request
+                moved = Assigned(sequence.seq_id, sequence.num_tokens, sequence.orphan)
+                assigned.append(moved)
+                self.hand_over(sequence.seq_id, target)
         return assigned
 
     def make_room(self, rank: RankId) -> None:
@@ -139,6 +121,7 @@ class Ledger:
             owner = sequence.owner
             if owner is not None and owner[0] == rank and not sequence.proven:
                 self._send(rank, Abort(sequence.seq_id))
+                self.holdings.drop(sequence.seq_id)
                 sequence.owner, sequence.orphan = None, True
 
     # ---- loss of a rank ----------------------------------------------------------------------

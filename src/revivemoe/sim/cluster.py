@@ -1,5 +1,6 @@
 """The simulated cluster: starts, reaches and kills rank processes. `engine.Cluster`."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from random import Random
@@ -9,7 +10,7 @@ from revivemoe.core.slots import ExpertSlots
 from revivemoe.ids import Epoch, Incarnation, LayerId, RankId
 from revivemoe.membership.placement import Table
 from revivemoe.messages.commands import Command, Configure, DomainSpec
-from revivemoe.messages.reports import Report
+from revivemoe.messages.reports import Report, Tokens
 from revivemoe.sim.channel import Channel
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
@@ -55,6 +56,8 @@ class SimCluster:
         """So many of the next launches come into being after they were given up."""
         self.doomed: set[Process] = set()
         """Processes that cannot get ready in time."""
+        self.mute_steps: Counter[Process] = Counter()
+        """So many of the next `Tokens` of a process are lost on the way."""
         self.exits_late_s: list[float] = []
         """How late the next exits are told of; infinity: never."""
         self._scenario = scenario
@@ -68,7 +71,7 @@ class SimCluster:
     def launch(self, rank: RankId, incarnation: Incarnation, slots: Table) -> None:
         delay_s = self._scenario.max_delay_s
         reports = Channel(self.clock, self.rng, delay_s, self._on_report)
-        process = Process(self, rank, incarnation, reports.send)
+        process = Process(self, rank, incarnation, lambda report: self._carry(process, report))
         self.processes[rank] = process
         self.history.append(process)
         self._commands[rank] = Channel(self.clock, self.rng, delay_s, process.deliver)
@@ -85,6 +88,12 @@ class SimCluster:
             process.start(driver.run(), self._start_s(process))
         else:
             self._never_start(process)
+
+    def _carry(self, process: Process, report: Report) -> None:
+        if isinstance(report, Tokens) and self.mute_steps[process]:
+            self.mute_steps[process] -= 1
+        else:
+            self._reports[process].send(report)
 
     def _never_start(self, process: Process) -> None:
         self.never_started.add(process)

@@ -26,6 +26,7 @@ FaultKind = Literal[
     "load-silent",  # the next load beside the steps is never answered
     "load-endless",  # the next process never comes to the end of its load; then a kill
     "launch-late",  # ... comes into being after it was given up; then a kill
+    "lost-tokens",  # what a rank reports of its next step never comes
     "exit-late",  # a kill whose exit is told of late
     "exit-never",  # ... never
     "deaf",  # the process does not stop when it is told to

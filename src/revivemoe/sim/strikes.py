@@ -164,6 +164,8 @@ class Strikes(Mishaps):
                 late_s = fault.seconds if fault.kind == "exit-late" else float("inf")
                 self._cluster.exits_late_s.append(late_s)
                 self._kill(process)
+            case "lost-tokens":
+                self._cluster.mute_steps[process] += 1
             case "deaf":
                 process.deaf = True
                 self.drained.add(process.rank)

@@ -13,7 +13,7 @@ def serving(num_ranks: int = 4, **policy: object) -> Instance:
 def home_of(instance: Instance, name: str) -> RankId | None:
     """The rank that runs the request, if one does."""
     for view in instance.engine.traffic.ledger.unfinished():
-        if instance.engine.traffic.ledger.request_id(view.seq_id) == name:
+        if instance.engine.traffic.ledger.request_ids([view.seq_id]) == [name]:
             return view.owner
     return None
 
