@@ -151,6 +151,9 @@ class Engine:
             if isinstance(report, ExpertsLoaded):
                 self.maintenance.tick(now)
 
+    def on_arrived(self, rank: RankId, incarnation: Incarnation, pid: int, now: float) -> None:
+        """A process of a rank has come into being."""
+
     def on_exit(
         self,
         rank: RankId,
