@@ -21,6 +21,7 @@ from revivemoe.executor.spec import RankSpec
 from revivemoe.messages.commands import Command, Fence
 from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats, Report
 from revivemoe.messages.tally import Tally
+from revivemoe.messages.complaints import Complaints, say
 
 Told = tuple[RankStats, Tally | None]
 """Of a rank's load, and of what it holds."""
@@ -54,6 +55,7 @@ class ControlThread:
         self._told, self._report = told, report
         self._beats = 0
         self._stopping = threading.Event()
+        self._garbled = Complaints(f"rank {spec.rank}: commands that cannot be decoded", say)
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._thread = threading.Thread(target=self._run_or_exit, name="control", daemon=True)
 
@@ -95,10 +97,17 @@ class ControlThread:
             if self._lifeline in ready:
                 os._exit(ENGINE_GONE)
             if inbox in ready:
-                command = self._decoder.decode(inbox.recv())
-                if isinstance(command, Fence) and not command.at_boundary:
-                    self._fence.raise_to(command.epoch)
-                self.commands.put(command)
+                self._take(inbox.recv())
+
+    def _take(self, raw: bytes) -> None:
+        try:
+            command = self._decoder.decode(raw)
+        except Exception as error:  # whoever sent it: what the engine sends is still to be heard
+            self._garbled.add(error, time.monotonic())
+            return
+        if isinstance(command, Fence) and not command.at_boundary:
+            self._fence.raise_to(command.epoch)
+        self.commands.put(command)
 
     def _heartbeat(self) -> Heartbeat:
         self._beats += 1

@@ -7,6 +7,7 @@ not here (any more).
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -16,6 +17,7 @@ from safetensors.torch import load, save
 
 from revivemoe.ids import ExpertId, LayerId, RankId
 from revivemoe.membership.membership import Membership
+from revivemoe.messages.complaints import Complaints, say
 
 Rows = dict[str, torch.Tensor]
 PEER_TIMEOUT_S = 2.0
@@ -35,6 +37,7 @@ class WeightServer:
     def __init__(self, endpoint: str, find: Callable[[LayerId, ExpertId], Rows | None]) -> None:
         """`find`: copies of an expert's rows on the host; called from the thread."""
         self._endpoint, self._find = endpoint, find
+        self._unanswered = Complaints(f"{endpoint}: requests that cannot be answered", say)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
 
@@ -55,8 +58,16 @@ class WeightServer:
             poller.register(self._stop_fd, zmq.POLLIN)
             while self._stop_fd not in (ready := dict(poller.poll(round(POLL_S * 1000)))):
                 if socket in ready:
-                    wanted = msgspec.msgpack.decode(socket.recv(), type=Wanted)
-                    socket.send(pack(self._find(*wanted)))
+                    socket.send(self._answer(socket.recv_multipart()))
+
+    def _answer(self, request: list[bytes]) -> bytes:
+        """What it cannot answer it does not have: peers are to be served after that, too."""
+        try:
+            (raw,) = request
+            return pack(self._find(*msgspec.msgpack.decode(raw, type=Wanted)))
+        except Exception as error:
+            self._unanswered.add(error, time.monotonic())
+            return pack(None)
 
 
 class PeerSource:

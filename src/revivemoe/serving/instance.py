@@ -63,6 +63,7 @@ class Instance:
             config.comm_backend,
             Callbacks(
                 lambda report: self.engine.on_report(report, time.monotonic()),
+                self._on_arrived,
                 self._on_exit,
                 lambda: self.engine.signals.on_forkserver_gone(),
             ),
@@ -133,6 +134,9 @@ class Instance:
             self.engine.tick(time.monotonic())
 
     # ---- from the cluster --------------------------------------------------------------------
+
+    def _on_arrived(self, rank: RankId, incarnation: Incarnation, pid: int) -> None:
+        self.engine.on_arrived(rank, incarnation, pid, time.monotonic())
 
     def _on_exit(
         self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool

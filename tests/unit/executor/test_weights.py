@@ -5,8 +5,10 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
+import zmq
 from unit.memberships import membership, placed
 
 from revivemoe.executor import weights
@@ -74,6 +76,37 @@ def test_a_silent_peer_is_passed_over_and_not_asked_again(
         assert got is not None
         assert same(got, ROWS)
         assert time.monotonic() - began < limit_s
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"\xc1 no message"],
+        [b""],
+        [msgspec.msgpack.encode((LAYER, "one"))],
+        [msgspec.msgpack.encode((LAYER, 1)), b"and more"],
+        [msgspec.msgpack.encode((99, 1))],
+    ],
+    ids=["garbage", "empty", "another type", "two frames", "no such layer"],
+)
+def test_a_request_that_cannot_be_answered_does_not_end_the_server(
+    endpoint: str, frames: list[bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def find(layer: LayerId, expert: ExpertId) -> Rows | None:
+        return {LAYER: ROWS}[layer]
+
+    with (
+        WeightServer(endpoint, find),
+        zmq.Context() as context,
+        context.socket(zmq.REQ) as stranger,
+    ):
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(endpoint)
+        stranger.send_multipart(frames)
+        assert stranger.poll(2000)
+        assert unpack(stranger.recv()) is None
+        assert PeerSource(MEMBERS, {PEER: endpoint}, ME).fetch(LAYER, ExpertId(1)) is not None
+    assert "requests that cannot be answered: 1, the last: " in capfd.readouterr().err
 
 
 def test_the_server_ends_with_its_block(endpoint: str) -> None:
