@@ -37,7 +37,7 @@ class Intake:
         self._contain("arrival", lambda: self._engine.on_arrived(rank, incarnation, pid, now))
 
     def exited(
-        self, rank: RankId, incarnation: Incarnation, detail: str, now: float, by_itself: bool
+        self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool, now: float
     ) -> None:
         """A process is gone."""
         told = (rank, incarnation, detail, now)

@@ -51,7 +51,6 @@ class Returns:
         return (
             isinstance(view.life, Gone)
             and self._policy.auto_rejoin
-            and self._fleet.can_launch
             and not self._epochs.stopping
             and self._fleet.trusted(view)
             and view.rank not in self._given_up

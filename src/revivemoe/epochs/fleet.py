@@ -69,8 +69,6 @@ class Fleet:
         self.home = home
         self.switched: dict[RankId, RankId | None] = {}
         """Processes that have become expert ranks, or are about to, and whose place they take."""
-        self.can_launch = True
-        """Whether processes can be started: not without the fork server."""
         self.wakes = 0
         """Counts the times that ranks were told of work."""
         self.on_late: Callable[[Fault, float], None] = lambda fault, now: None
@@ -335,8 +333,6 @@ class Fleet:
     @property
     def relaunchable(self) -> list[RankId]:
         """For which a process may be started: on devices that are to be trusted, if there are."""
-        if not self.can_launch:
-            return []
         dead = [v for v in self.views.values() if self.replaceable(v)]
         trusted = [v for v in dead if self.trusted(v)]
         return [v.rank for v in trusted or dead]

@@ -168,7 +168,6 @@ class Signals:
 
     def on_forkserver_gone(self) -> None:
         """Its ranks live on. Only ranks that are still to start need it."""
-        self._fleet.can_launch = False
         self._tell(events.ForkserverGone())
         if isinstance(self._epochs.state, Starting) and not self._start_up.loaded:
             self._epochs.fail("the fork server ended while ranks were starting")

@@ -19,9 +19,9 @@ from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.progress import Progress
 from revivemoe.executor.spec import RankSpec
 from revivemoe.messages.commands import Command, Fence
+from revivemoe.messages.complaints import Complaints, say
 from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats, Report
 from revivemoe.messages.tally import Tally
-from revivemoe.messages.complaints import Complaints, say
 
 Told = tuple[RankStats, Tally | None]
 """Of a rank's load, and of what it holds."""

@@ -44,7 +44,8 @@ class SimCluster:
         self.history: list[Process] = []
         """All processes there have been."""
         self.drivers: dict[RankId, Driver] = {}
-        self.forkserver_alive = True
+        self.launches_lost = 0
+        """So many of the next launches come to nothing: the fork server has ended."""
         self.never_started: set[Process] = set()
         self.on_reach: Callable[[Process, str, int, bool], float] = lambda *where: 1.0
         self.mishaps = Mishaps()
@@ -84,10 +85,11 @@ class SimCluster:
         world = (self._load_s(process), self._enter, self.clock.after, self.mishaps)
         driver = Driver(process, core, forward, held, *world)
         self.drivers[rank] = driver
-        if self.forkserver_alive:
-            process.start(driver.run(), self._start_s(process))
-        else:
+        if self.launches_lost:
+            self.launches_lost -= 1
             self._never_start(process)
+        else:
+            process.start(driver.run(), self._start_s(process))
 
     def _carry(self, process: Process, report: Report) -> None:
         if isinstance(report, Tokens) and self.mute_steps[process]:
@@ -100,8 +102,10 @@ class SimCluster:
         process.die("the fork server ended before its process came")
 
     def end_forkserver(self) -> None:
-        """What it was asked for and has not handed over never comes into being."""
-        self.forkserver_alive = False
+        """What it was asked for and has not handed over never comes into being, nor does what is
+        asked for before there is another one.
+        """
+        self.launches_lost = self.rng.randint(0, 2)
         for process in self.history:
             if process.alive and not process.arrived:
                 self._never_start(process)

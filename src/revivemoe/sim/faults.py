@@ -32,7 +32,7 @@ FaultKind = Literal[
     "deaf",  # the process does not stop when it is told to
     "late-ticks",  # the engine's ticks come when they like
     "stall",  # the engine itself stands still
-    "forkserver",  # the fork server ends: nothing can be launched
+    "forkserver",  # the fork server ends: launches under way, and some later ones, are lost
     "drain",  # an operator takes a rank out
     "switch",  # an expert rank exits, and an operator wants another rank to take its place
     "kill-switching",  # the process that is loading for its new role exits

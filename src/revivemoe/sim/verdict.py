@@ -171,7 +171,7 @@ class Verdict:
         found = []
         if "restart" not in policy.repair:
             found.append("no restart allowed")
-        if kinds & {"forkserver", "corpse", "exit-never"}:
+        if kinds & {"corpse", "exit-never"}:
             found.append("some rank cannot be started anew")
         if any(stage == "starting" for _, stage in self._strikes.struck):
             found.append("a fault before the first step")

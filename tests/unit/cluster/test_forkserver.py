@@ -14,14 +14,7 @@ import msgspec
 import pytest
 from unit.rank_specs import SPEC
 
-from revivemoe.cluster.forkserver import (
-    MAX_MESSAGE,
-    Exited,
-    Launch,
-    Launched,
-    Reply,
-    Unlaunched,
-)
+from revivemoe.cluster.forkserver import MAX_MESSAGE, Exited, Launch, Launched, Reply, Unlaunched
 
 PROGRAM = """
 import os, signal, socket, sys, time

@@ -36,7 +36,8 @@ def test_a_command_that_cannot_be_decoded_is_dropped_and_the_next_is_heard(
         SPEC, commands=endpoint, reports=f"{endpoint}-reports", heartbeat_s=0.02
     )
     fence = FenceFlag()
-    control = ControlThread(spec, lifeline, fence, Progress(time.monotonic), RankStats)
+    said = (lambda: (RankStats(), None), lambda report: None)
+    control = ControlThread(spec, lifeline, fence, Progress(time.monotonic), *said)
     with zmq.Context() as context, context.socket(zmq.PUSH) as engine, control:
         engine.connect(endpoint)
         for garbage in (b"\xc1", b"", b"\x81\xa4type\xa7Unknown", b"\xdd\xff\xff\xff\xff"):
