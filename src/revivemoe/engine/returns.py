@@ -31,6 +31,8 @@ class Returns:
         self._given_up: set[RankId] = set()
         self._looked_at = Epoch(-1)
         """The epoch in which the rest was seen to."""
+        self._tried: tuple[object, object] | None = None
+        """Members and missing experts when these were last to be loaded: not twice the same."""
 
     def asked(self, rank: RankId) -> None:
         """An operator wants it back: what failed before is forgotten."""
@@ -85,11 +87,13 @@ class Returns:
                 self._send_home(rank)
 
     def _load_missing(self, now: float) -> None:
-        loads = self._epochs.loads
-        if loads.loading or not self._epochs.attempts.can_load(now):
+        loads, present = self._epochs.loads, self._epochs.membership
+        tried, self._tried = self._tried, (present.members, present.missing)
+        may = "reload" in self._policy.repair and self._epochs.attempts.can_load(now)
+        if loads.loading or not may or tried == self._tried:
             return
         try:
-            loads.restore(self._epochs.membership, now)
+            loads.restore(present, now)
         except ValueError as reason:  # nothing that could be done: a rank that comes back may
             log.info("experts stay missing: %s", reason)
 

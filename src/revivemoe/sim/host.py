@@ -140,4 +140,5 @@ def is_settled(engine: Engine) -> bool:
 def _is_moving(life: Life) -> bool:
     """Whether something more will become of it, as far as can be foreseen."""
     moving = (Queued, Spawning, Loading, Ready, Switching, Leaving)
-    return isinstance(life, moving) or (isinstance(life, Condemned) and not life.arrived)
+    awaited = isinstance(life, Condemned) and not (life.arrived or life.overdue)
+    return awaited or isinstance(life, moving)

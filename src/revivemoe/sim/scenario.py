@@ -143,7 +143,7 @@ def _policy(rng: Random, masks_more: bool) -> Policy:
         fence_timeout_s=5.0,
         resume_timeout_s=10.0,
         reload_timeout_s=10.0,
-        restart_timeout_s=20.0,
+        restart_timeout_s=8.0,
         drain_timeout_s=3.0,
         first_work_s=5.0,
         slow_after_s=0.3,

@@ -47,8 +47,13 @@ class Verdict:
                 assert going_home or event.id in self._strikes.drained, f"for nothing: {event}"
             case events.Convicted():
                 self._check_conviction(event)
-            case events.RequestFailed() | events.HoldingsMended():
+            case events.RequestFailed():
                 raise AssertionError(f"nothing here may go wrong in that way: {event}")
+            case events.HoldingsMended():
+                lost = self._cluster.processes[event.id] in self._cluster.mute_steps
+                assert lost, f"nothing was lost on its way: {event}"
+            case events.ExpertsTaken():
+                self._check_load(event)
             case events.StateEntered(state="serving"):
                 self._check_met(event.epoch)
             case _:
@@ -73,6 +78,17 @@ class Verdict:
         raise AssertionError(
             f"rank {process.rank} is accused of {event.kind} ({event.detail}), but is healthy"
         )
+
+    def _check_load(self, event: events.ExpertsTaken) -> None:
+        """A rank loads before a resume what the plan has named, and no more: the plan knows what
+        the slots hold.
+        """
+        plan = self._engine.epochs.coordinator.plan
+        if plan is None:
+            return
+        planned = sum(reload.rank == event.id for reload in plan.reloads)
+        loaded = sum(event.sources.values())
+        assert loaded <= planned, f"rank {event.id} loads {loaded} experts, {planned} are planned"
 
     def _check_conviction(self, event: events.Convicted) -> None:
         """Two faults of a rank's own while a request is on trial cannot be told from poison."""
@@ -175,7 +191,7 @@ class Verdict:
             found.append("some rank cannot be started anew")
         if any(stage == "starting" for _, stage in self._strikes.struck):
             found.append("a fault before the first step")
-        if len(self._strikes.guilty) > policy.max_restarts:
+        if len(self._strikes.guilty | self._cluster.doomed) > policy.max_restarts:
             found.append("so many restarts")
         return found
 
@@ -207,4 +223,6 @@ class Verdict:
             has_attention = rank in self._engine.membership.topology.attention
             assert bool(loop.rank.limits.num_blocks) == has_attention, f"role of rank {rank}"
             assert loop.rank.pool.num_free == loop.rank.limits.num_blocks, "blocks are held"
-            assert loop.rank.stats().survivor_refills == 0, f"rank {rank} filled KV again"
+            refills = loop.rank.stats().survivor_refills
+            told_all = process not in self._cluster.mute_steps
+            assert not (refills and told_all), f"rank {rank} filled KV again"
