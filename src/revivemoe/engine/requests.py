@@ -8,7 +8,6 @@ from revivemoe.ids import Incarnation, RankId, SeqId
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.streams import Delta, PromptLogprobsReady, StreamEvent, Submission
 
-
 Owner = tuple[RankId, Incarnation]
 """A process."""
 

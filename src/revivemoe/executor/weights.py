@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import torch
 import zmq
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from revivemoe.ids import ExpertId, LayerId, RankId
@@ -27,6 +28,7 @@ POLL_S = 5.0
 
 
 Wanted = tuple[LayerId, ExpertId]
+NOT_HERE = b""
 
 
 class WeightServer:
@@ -55,8 +57,14 @@ class WeightServer:
             poller.register(self._stop_fd, zmq.POLLIN)
             while self._stop_fd not in (ready := dict(poller.poll(round(POLL_S * 1000)))):
                 if socket in ready:
-                    wanted = msgspec.msgpack.decode(socket.recv(), type=Wanted)
-                    socket.send(pack(self._find(*wanted)))
+                    socket.send(self._answer(socket.recv()))
+
+    def _answer(self, question: bytes) -> bytes:
+        """Whatever goes wrong with one, the next is answered: the peer has other sources."""
+        try:
+            return pack(self._find(*msgspec.msgpack.decode(question, type=Wanted)))
+        except (msgspec.MsgspecError, LookupError, MemoryError, RuntimeError):
+            return NOT_HERE
 
 
 class PeerSource:
@@ -74,7 +82,11 @@ class PeerSource:
         for rank, _ in self._membership.holders(layer, expert):
             if rank == self._me or rank in self._silent or rank not in self._endpoints:
                 continue
-            rows = self._ask(rank, (layer, expert))
+            try:
+                rows = self._ask(rank, (layer, expert))
+            except (zmq.ZMQError, SafetensorError):  # no socket, or no rows in the answer
+                self._silent.add(rank)
+                continue
             if rows is not None:
                 return rows
         return None
@@ -92,7 +104,7 @@ class PeerSource:
 
 def pack(rows: Rows | None) -> bytes:
     """An answer."""
-    return b"" if rows is None else save({name: t.contiguous() for name, t in rows.items()})
+    return NOT_HERE if rows is None else save({name: t.contiguous() for name, t in rows.items()})
 
 
 def unpack(answer: bytes) -> Rows | None:

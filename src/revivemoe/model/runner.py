@@ -115,17 +115,18 @@ class ModelRunner:
         return self._dense_reader.load(self.exchange.dense.values(), shards)
 
     def become_expert_rank(self, num_slots: int) -> None:
-        """Give the attention role up: its weights and KV pages are freed, their memory goes back to
-        the system, and there are `num_slots` empty slots in every layer. Not while a step runs.
+        """Give the attention role up, if it has it: its weights and KV pages are freed, and their
+        memory goes back to the system. Then there are `num_slots` empty slots in every layer; none
+        if there is no memory for them. Not while a step runs.
         """
-        assert self.generator is not None, "it has no attention role to give up"
-        self.generator.free()
+        if self.generator is not None:
+            self.generator.free()
         self.generator = None
         for layer in self.exchange.layers.values():
             layer.module.revive_exchange = None
         for dense in self.exchange.dense.values():
             dense.shards.clear()
-        _return_memory()
+        return_memory()
         self.worker.resize(num_slots)
 
     def enter(self, dispatchers: Sequence[Dispatcher], membership: Membership, me: RankId) -> None:
@@ -189,7 +190,7 @@ def _moe_layers(
     return layers
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Give freed memory back to the system, not only to the allocator."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
