@@ -155,14 +155,17 @@ class ModelRunner:
         also in what this rank's experts made of other ranks' rows.
         """
         assert self.generator is not None, "an expert rank has no tokens of its own"
-        exchange = self.exchange
-        exchange.reset()
-        logits = self.generator.logits(split(batch.items, self._microbatches))
-        exchange.on_phase("sample", -1, len(logits))
-        logits = exchange.spoil("sample", -1, logits)
-        exchange.finite.note_logits(logits)
+        self.exchange.reset()
+        rows = self.generator.rows(split(batch.items, self._microbatches))
+        self.exchange.on_phase("sample", -1, len(rows))
+        scores, logits = self.generator.score(batch.items, rows, self._noted)
         self._refuse_non_finite()
-        return self.generator.draw(batch.items, logits)
+        return self.generator.draw(batch.items, scores, logits)
+
+    def _noted(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = self.exchange.spoil("sample", -1, logits)
+        self.exchange.finite.note_logits(logits)
+        return logits
 
     def zero_written(self, batch: Batch) -> None:
         """`Generator.zero_written`."""
