@@ -26,6 +26,7 @@ from revivemoe.core.slots import ExpertSlots
 from revivemoe.core.state import Fenced, InDomain, OpenStep, Parked, RankState, Unconfigured
 from revivemoe.core.step import Agreement, Batch, Leave, Park, Run, StepHeader, StepResult
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
+from revivemoe.membership.placement import EMPTY, Table
 from revivemoe.messages.reports import FenceAck, Holdings, RankStats, Tokens
 from revivemoe.messages.tally import Tally
 from revivemoe.messages.tokens import SequenceSpec
@@ -228,6 +229,12 @@ class Rank:
                 return False
             case _:
                 assert_never(self.state)
+
+    def lacks_slots(self, table: Table) -> bool:
+        """Whether it has no slots at all, and is to hold some expert."""
+        if self._slots is None or self._slots.num_slots:
+            return False
+        return any(expert != EMPTY for row in table for expert in row)
 
     def give_up_attention(self) -> None:
         """From now on an expert rank: no sequences, no blocks. Only before the first step of an

@@ -6,7 +6,9 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -18,6 +20,7 @@ from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
 from revivemoe.executor.control import ControlThread, Told
 from revivemoe.executor.driver import Driver
+from revivemoe.executor.failures import load_failure
 from revivemoe.executor.reporting import ReportSocket
 from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
@@ -26,6 +29,7 @@ from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import DenseSpec, ModelRunner
 
 FAILED, USER_ERROR = 1, 2
+T = TypeVar("T")
 
 
 class OutOfMemoryForKV(ValueError):
@@ -76,14 +80,14 @@ def _serve(
         return published[0].stats(), published[0].holdings()
 
     with ControlThread(spec, lifeline, fence, progress, told, report) as control:
-        runner = _load(spec)
+        runner = _in_one_line(partial(_load, spec))
         if cache_fd is not None:
             runner.worker.attach_host_cache(cache_fd)
             threading.Thread(
                 target=runner.worker.fill_host_cache, name="cache", daemon=True
             ).start()
         num_blocks = _num_blocks(spec, runner)
-        runner.allocate(num_blocks, spec.limits.block_size)
+        _in_one_line(partial(runner.allocate, num_blocks, spec.limits.block_size))
         limits = replace(spec.limits, num_blocks=num_blocks)
         rank = Rank(spec.rank, spec.incarnation, limits, runner.worker.slots)
         with (
@@ -95,6 +99,19 @@ def _serve(
             ready = (num_blocks, runner.load_s, runner.maskable)
             report(Ready(spec.rank, spec.incarnation, spec.device, *ready))
             driver.run()
+
+
+def _in_one_line(start: Callable[[], T]) -> T:
+    """Raises CheckpointError, and LoadFailed for what else is not our own code's fault."""
+    try:
+        return start()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        failure = load_failure(error)
+        if failure is None:
+            raise
+        raise LoadFailed(f"weights: {failure}") from error
 
 
 def _load(spec: RankSpec) -> ModelRunner:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import torch
 import zmq
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from revivemoe.ids import ExpertId, LayerId, RankId
@@ -29,6 +30,7 @@ POLL_S = 5.0
 
 
 Wanted = tuple[LayerId, ExpertId]
+NOT_HERE = b""
 
 
 class WeightServer:
@@ -67,7 +69,7 @@ class WeightServer:
             return pack(self._find(*msgspec.msgpack.decode(raw, type=Wanted)))
         except Exception as error:
             self._unanswered.add(error, time.monotonic())
-            return pack(None)
+            return NOT_HERE
 
 
 class PeerSource:
@@ -85,7 +87,11 @@ class PeerSource:
         for rank, _ in self._membership.holders(layer, expert):
             if rank == self._me or rank in self._silent or rank not in self._endpoints:
                 continue
-            rows = self._ask(rank, (layer, expert))
+            try:
+                rows = self._ask(rank, (layer, expert))
+            except (zmq.ZMQError, SafetensorError):  # no socket, or no rows in the answer
+                self._silent.add(rank)
+                continue
             if rows is not None:
                 return rows
         return None
@@ -103,7 +109,7 @@ class PeerSource:
 
 def pack(rows: Rows | None) -> bytes:
     """An answer."""
-    return b"" if rows is None else save({name: t.contiguous() for name, t in rows.items()})
+    return NOT_HERE if rows is None else save({name: t.contiguous() for name, t in rows.items()})
 
 
 def unpack(answer: bytes) -> Rows | None:

@@ -71,11 +71,19 @@ class ExpertWorker:
         self._host_cache: HostCache | None = None
 
     def resize(self, num_slots: int) -> None:
-        """Give every layer so many slots, all of them empty. Not while a step runs."""
+        """Give every layer so many slots, all of them empty; none at all if there is no memory for
+        some of them. Not while a step runs.
+        """
         with self._slots_lock:
+            self.slots.resize(0)
+            try:
+                for layer in self._layers.values():
+                    layer.resize(num_slots)
+            except BaseException:
+                for layer in self._layers.values():
+                    layer.resize(0)
+                raise
             self.slots.resize(num_slots)
-            for layer in self._layers.values():
-                layer.resize(num_slots)
 
     def num_bytes(self) -> int:
         """What the slots take."""
@@ -173,15 +181,19 @@ class ExpertWorker:
         """Put the experts this rank holds into host memory; returns how many. From any thread."""
         assert self._host_cache is not None, "no host cache is attached"
         count = 0
-        for layer in self._layers.values():
+        for layer in self._layers:
             for slot in range(self.slots.num_slots):
                 with self._slots_lock:
-                    expert = self.slots.row(layer.layer)[slot]
-                    if expert != EMPTY:
-                        rows = layer.read_slot(SlotId(slot))
-                        self._host_cache.put(layer.layer, ExpertId(expert), rows)
-                        count += 1
+                    count += self._cache_slot(layer, SlotId(slot))
         return count
+
+    def _cache_slot(self, layer: LayerId, slot: SlotId) -> bool:
+        assert self._host_cache is not None
+        held = self.slots.row(layer)
+        if slot >= len(held) or held[slot] == EMPTY:
+            return False
+        self._host_cache.put(layer, ExpertId(held[slot]), self._layers[layer].read_slot(slot))
+        return True
 
 
 def _by_layer(loads: Sequence[SlotLoad]) -> list[list[SlotLoad]]:

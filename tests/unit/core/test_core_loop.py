@@ -616,14 +616,54 @@ def test_a_fence_during_a_role_switch() -> None:
     assert waits(hand)
 
 
-def test_a_role_switch_that_fails_is_the_end_of_the_rank() -> None:
-    """It has no role any more. Last words first: they say what could not be loaded."""
+def test_experts_for_a_role_switch_that_cannot_be_loaded() -> None:
+    """The rank stays: it has no other role, and is ready for experts in this one."""
     hand = Hand()
-    hand.command(SwitchRole(APART, ((0, 1), (0, 1)), DOMAIN))
+    table = ((0, 1), (0, 1))
+    hand.command(SwitchRole(APART, table, DOMAIN))
+    hand.slots.resize(2)
     hand.answer(GiveUpAttention)
-    with pytest.raises(LoadFailed, match="no such file"):
-        hand.throw(Load, LoadFailed("no such file"))
-    assert hand.told == [ExpertsLoaded(ME, FIRST, 0, 0.0, 0, "no such file")]
+    hand.throw(Load, LoadFailed("no such file"))
+    failed = ExpertsLoaded(ME, FIRST, 0, 0.0, 0, "no such file")
+    assert hand.told == [failed, Ready(ME, FIRST, "cpu", 0, 0.0)]
+    assert waits(hand)
+    hand.command(Fence(Epoch(2)))
+    hand.answer(Leave, NOTHING)
+    (ack,) = [r for r in hand.told if isinstance(r, FenceAck)]
+    assert ack.slots == ((-1, -1), (-1, -1))
+    hand.enter(configure(SWITCHED.at(Epoch(2))))  # the role is not given up twice
+
+
+@pytest.mark.parametrize("aside", [True, False], ids=["aside", "in the epoch"])
+def test_no_memory_for_the_slots_of_a_new_role(aside: bool) -> None:
+    """The slots are asked for again when it is to hold an expert."""
+    hand, table = Hand(), SWITCHED.table_of(ME)
+    empty = placed({0: ((-1, -1), (-1, -1))}, 2)
+    nothing_for_it = membership(empty, of_roles(3, [1], [0]))
+    told = SwitchRole(APART, table, DOMAIN) if aside else configure(SWITCHED)
+    hand.command(told)
+    hand.slots.resize(0)
+    hand.throw(GiveUpAttention, LoadFailed("out of memory"))
+    assert hand.told[0] == ExpertsLoaded(ME, FIRST, 0, 0.0, 0, "out of memory")
+    assert hand.names()[1:] == ["Ready"] * aside
+    assert waits(hand)
+    hand.command(Fence(Epoch(2)))
+    hand.answer(Leave, NOTHING)
+    assert isinstance(hand.told[-1], FenceAck)
+    assert hand.told[-1].slots == ()
+    hand.enter(configure(nothing_for_it))
+    hand.to_exchange()
+    hand.throw(Exchange, Left("fenced"))
+    hand.answer(Leave, NOTHING)
+    hand.command(Fence(Epoch(4)))
+    hand.answer(Leave, NOTHING)
+    hand.command(configure(SWITCHED.at(Epoch(4))))
+    assert hand.wants == GiveUpAttention(2)
+    hand.slots.resize(2)
+    hand.answer(GiveUpAttention)
+    hand.answer(Load, QUICKLY)
+    hand.answer(Enter, 0.0)
+    assert hand.wants == Reach("schedule")
 
 
 # ---- the end, and drivers that are wrong ----------------------------------------------------
