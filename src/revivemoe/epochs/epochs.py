@@ -220,8 +220,10 @@ class Epochs:
         return self.coordinator.active or rank in (*self.membership.members, *configured)
 
     def _condemn(self, fault: Fault) -> None:
-        if isinstance(self.fleet.views[fault.rank].life, Switching):
-            self.lost_switch = True
+        view = self.fleet.views[fault.rank]
+        self.lost_switch |= isinstance(view.life, Switching)
+        if fault.signature and fault.rank in self.fleet.switched and not view.member:
+            self.attempts.load_failed(self._clock())  # the next donor would end in the same way
         self.fleet.condemn(fault, self._clock())
         self.numbers.forget(fault.rank)
         self.loads.forget(fault.rank)
