@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from revivemoe.ids import Epoch, ExpertId, RankId
 from revivemoe.membership.membership import Membership
-from revivemoe.membership.placement import EMPTY, ExpertOfLayer, Reload
+from revivemoe.membership.placement import EMPTY, ExpertOfLayer, Reload, Table
 from revivemoe.membership.topology import switched
 from revivemoe.recovery import reasons
 from revivemoe.recovery.faults import Fault
@@ -58,8 +58,17 @@ def _present(world: World, lost: Lost, accused: Lost) -> Membership:
     back = tuple(r for r in world.ready if r not in accused)
     if back:
         assert world.home is not None
-        present = present.joined(back, world.home, {**world.tables, **world.held})
+        present = present.joined(back, world.home, {r: _table(world, r) for r in back})
     return present.with_reloads(x for x in world.loaded if x.rank in present.placement.slots)
+
+
+def _table(world: World, rank: RankId) -> Table:
+    """What the slots of a rank that is taken in hold. One that was told of its role, and has
+    acknowledged a fence without slots, has not got to it yet: they will be empty.
+    """
+    table = world.tables.get(rank, ())
+    told = world.held.get(rank, table)
+    return told or tuple((EMPTY,) * len(row) for row in table)
 
 
 def _no_roles(present: Membership, lost: Lost) -> str | None:

@@ -84,7 +84,7 @@ class Verdict:
         the slots hold.
         """
         plan = self._engine.epochs.coordinator.plan
-        if plan is None:
+        if plan is None or event.id not in plan.membership.members:
             return
         planned = sum(reload.rank == event.id for reload in plan.reloads)
         loaded = sum(event.sources.values())

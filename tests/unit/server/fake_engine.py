@@ -83,7 +83,8 @@ class FakeStream:
 
 
 def replace_choice(submission: Submission, choice: int) -> Any:
-    return msgspec.structs.replace(submission.params, choice=choice)
+    """The prompt's log-probabilities are told apart from the tokens here."""
+    return msgspec.structs.replace(submission.params, choice=choice, prompt_logprobs=None)
 
 
 class FakeEngine:
