@@ -55,6 +55,6 @@ def test_when_even_that_fails_every_stream_is_told(
         assert ended, "there were streams under way"
         assert all("failed" in str(a.error) for a in ended)
         status = server.await_status(lambda s: s["state"] == "failed")
-        assert "restarts within" in status["reason"]
+        assert "restarts in a row within" in status["reason"]
         assert server.get("/health").status_code == 503
         assert server.get("/ready").status_code == 503

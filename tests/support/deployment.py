@@ -133,6 +133,7 @@ def kill(*pids: int) -> None:
 
 
 BY_HAND = "[rejoin]\nauto = false\n"
+BARE = "[experts]\nrestore_redundancy = false\n"
 
 
 @contextmanager
@@ -153,12 +154,14 @@ def deployed(
 
 
 def _by_hand(flags: list[str], path: Path) -> list[str]:
-    """The same flags, with a policy under which nothing comes back by itself."""
+    """The same flags, with a policy under which nothing comes back by itself, if not asked for."""
     name, text = "--recovery-policy", ""
     if name in flags:
         at = flags.index(name)
         text = Path(flags[at + 1]).read_text()
         flags = [*flags[:at], *flags[at + 2 :]]
+    if "restore_redundancy" not in text:
+        text = text.replace("[experts]\n", BARE) if "[experts]\n" in text else text + BARE
     path.write_text(text + BY_HAND)
     return [*flags, name, str(path)]
 

@@ -111,8 +111,8 @@ class ForkServer:
 
     def _launch(self, spec: RankSpec, run_rank: RunRank) -> int | None:
         """Returns the child's pidfd, if there is one."""
-        go, let_go = os.pipe()
         try:
+            go, let_go = os.pipe()
             pid, pidfd = self._fork(spec, run_rank, go, let_go)
         except OSError as error:  # there may be no more processes, or no memory for one
             self._send(Unlaunched(spec.rank, spec.incarnation, str(error)), [])

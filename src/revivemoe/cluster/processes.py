@@ -26,6 +26,8 @@ log = logging.getLogger("revivemoe.cluster")
 STATUS_WAIT_S = 0.05
 """How long an exit waits for its exit status: without it, requests are suspected that may be
 innocent. It takes longer only on a host that is short of processor time."""
+WARM_WITHIN_S = 120.0
+"""For a fork server to have imported what ranks need."""
 ANSWER_WITHIN_S = 20.0
 """A fork server that takes longer to fork is stuck, and is replaced; its ranks live on."""
 LOST = "the fork server ended before its process came"
@@ -136,8 +138,15 @@ class Processes:
     # ---- the fork server ---------------------------------------------------------------------
 
     def _watch_launcher(self) -> None:
+        self._loop.call_later(WARM_WITHIN_S, self._look_for_warmth, self._launcher.fileno)
         self._watched = self._launcher.fileno
         self._loop.add_reader(self._watched, self._on_launcher)
+
+    def _look_for_warmth(self, fileno: int) -> None:
+        """One that is stuck in its imports is replaced: whatever waits for it is told as lost."""
+        if self._watched == fileno and not self._warm:
+            log.warning("fork server: not warm after %.0f s: replaced", WARM_WITHIN_S)
+            self._launcher.kill()
 
     def _unwatch_launcher(self) -> None:
         if self._watched is not None:

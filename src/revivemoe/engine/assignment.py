@@ -1,10 +1,11 @@
 """Which rank is given which sequence that has none. Pure, but for the suspects' turns."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 from revivemoe.engine.requests import LiveSequence
 from revivemoe.engine.suspects import Suspects
-from revivemoe.ids import RankId
+from revivemoe.ids import RankId, SeqId
 
 
 def assignments(
@@ -15,8 +16,11 @@ def assignments(
     Of suspects, each rank is given one request at a time.
     """
     load, unproven = dict.fromkeys(ranks, 0), set[RankId]()
+    pending: defaultdict[int, set[SeqId]] = defaultdict(set)
     waiting = []
     for sequence in sequences:
+        if sequence.owner is None or not sequence.proven:
+            pending[sequence.request.arrival].add(sequence.seq_id)
         if sequence.owner is None:
             waiting.append(sequence)
             continue
@@ -27,7 +31,8 @@ def assignments(
             load[rank] += sequence.num_tokens
     found = []
     for sequence in sorted(waiting, key=lambda s: s.age):
-        target = suspects.target(sequence.request, load, unproven)
+        request = sequence.request
+        target = suspects.target(request, load, unproven, pending[request.arrival])
         if target is not None:
             load[target] += sequence.num_tokens
             unproven.add(target)

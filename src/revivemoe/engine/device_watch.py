@@ -2,6 +2,7 @@
 
 from revivemoe.engine.maintenance import Maintenance
 from revivemoe.epochs.epochs import Epochs
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.epochs.state import FailedState, Starting
 from revivemoe.ids import RankId
 from revivemoe.messages.events import DeviceReported, Tell
@@ -13,8 +14,8 @@ class DeviceWatch:
 
     def __init__(self, epochs: Epochs, maintenance: Maintenance, tell: Tell) -> None:
         self._epochs, self._maintenance, self._tell = epochs, maintenance, tell
-        self._retries: dict[str, list[float]] = {}
-        """When each device asked for a retry, within the window."""
+        self._retries: dict[RankId, list[float]] = {}
+        """When the device of each rank asked for a retry, within the window."""
         self._due: list[tuple[int, DeviceReport]] = []
         """Injected: to come when the instance has reached a step."""
 
@@ -28,32 +29,53 @@ class DeviceWatch:
         action = "clear" if level == 0 else epochs.policy.action_of(level)
         told = (report.rank, level, report.code, action, report.detail, report.source)
         self._tell(DeviceReported(*told))
-        if view.dead:
-            return
         if action == "clear":
-            view.fault = None
+            self._clear(view, report.code)
             return
         detail = f"{report.code}: {report.detail}" if report.detail else report.code
         fault = Fault(report.rank, "device_fault", detail, level)
         match action:
-            case "watch":
+            case "watch" if not view.dead:
                 view.fault = fault
-            case "retry" if self._retries_too_often(report.rank, now):
-                self._maintenance.drain(fault, now)
-            case "retry" if epochs.serving:
+            case "retry" if not view.dead and self._retries_too_often(report.rank, now):
+                self._take_out(view, report.code, fault, now)
+            case "retry" if epochs.serving and not view.dead:
                 epochs.redo("device_fault", now, asked=True)
             case "drain":
-                self._maintenance.drain(fault, now)
+                self._take_out(view, report.code, fault, now)
             case "isolate":
-                epochs.accuse([fault], now)
+                view.device_faults[report.code] = fault
+                self._isolate(view, fault, now)
             case _:
                 pass
 
+    def _clear(self, view: RankView, code: str) -> None:
+        """Taken back: what this code said, or, of one that nobody knows, all."""
+        if view.device_faults.pop(code, None) is None:
+            view.device_faults.clear()
+        if not view.dead or (view.fault is not None and view.fault.kind == "device_fault"):
+            view.fault = next(iter(view.device_faults.values()), None)
+
+    def _take_out(self, view: RankView, code: str, fault: Fault, now: float) -> None:
+        """In good order, if it is a member: others hold nothing that would have to be moved."""
+        view.device_faults[code] = fault
+        if view.member:
+            self._maintenance.drain(fault, now)
+        else:
+            self._isolate(view, fault, now)
+
+    def _isolate(self, view: RankView, fault: Fault, now: float) -> None:
+        if view.dead:
+            self._epochs.fleet.call_off(view, now)
+            view.fault = fault
+        else:
+            self._epochs.accuse([fault], now)
+
     def _retries_too_often(self, rank: RankId, now: float) -> bool:
         """What repeats on one device is laid to it: the others do not pay for it for ever."""
-        policy, view = self._epochs.policy, self._epochs.fleet.views[rank]
-        recent = [t for t in self._retries.get(view.device, ()) if t >= now - policy.window_s]
-        self._retries[view.device] = [*recent, now]
+        policy = self._epochs.policy
+        recent = [t for t in self._retries.get(rank, ()) if t >= now - policy.window_s]
+        self._retries[rank] = [*recent, now]
         return len(recent) >= policy.max_retries
 
     def report_at(self, report: DeviceReport, step: int | None, last_step: int, now: float) -> None:

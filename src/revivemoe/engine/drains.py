@@ -121,6 +121,7 @@ class Drains:
             return
         plan = epochs.plan_switch(fault.rank) if wanted.switch else epochs.plan_for([fault])
         if not isinstance(plan, Continue) or (wanted.switch and not plan.switches):
+            view.taken_out = False
             self._tell(DrainRefused(fault.rank, plan.reason, request_id))
             log.warning("rank %d cannot be drained: %s", fault.rank, plan.reason)
             return

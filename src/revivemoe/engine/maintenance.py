@@ -13,6 +13,8 @@ from revivemoe.engine.drains import Drains
 from revivemoe.engine.returns import Returns
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
+from revivemoe.epochs.fleet import LAUNCH
+from revivemoe.epochs.rank_life import Condemned, Gone, Leaving
 from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import RankId
 from revivemoe.messages.events import Tell
@@ -57,9 +59,20 @@ class Maintenance:
         if view.member:
             raise ValueError(f"rank {rank} is not out: it is a member")
         self._joins[rank] = request_id
+        view.taken_out = False
         self.returns.asked(rank)
         if view.dead:
             self._fleet.replace(rank, now)
+
+    def call_off(self, rank: RankId, now: float) -> bool:
+        """A rank that is no member is not to come back. False if it is out for good already."""
+        view = self._fleet.views[rank]
+        was_out, view.taken_out = view.taken_out, True
+        if isinstance(view.life, Gone | Leaving | Condemned):
+            self._fleet.obligations.met(LAUNCH, rank)
+            return not was_out
+        self._fleet.call_off(view, now)
+        return True
 
     def restore(self, request_id: str | None, now: float) -> None:
         """Load missing experts into spare slots. Raises ValueError if there is nothing to do."""

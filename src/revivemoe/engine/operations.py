@@ -63,7 +63,12 @@ class Operations:
 
     def _isolate(self, params: Document, request_id: str, now: float) -> None:
         _only(params, "id")
-        self._take_out([self._member(params, "id")], request_id, now)
+        rank = self._rank(params, "id")
+        view = self._engine.ranks[rank]
+        if view.member:
+            self._take_out([rank], request_id, now)
+        elif not self._engine.maintenance.call_off(rank, now):
+            raise ValueError(f"rank {rank} is not a member of the present epoch: it is out already")
 
     def _scale_down(self, params: Document, request_id: str, now: float) -> None:
         """vLLM's: go on without these ranks (`ids`, or its own `exclude_dp_ranks`)."""
@@ -78,6 +83,7 @@ class Operations:
         if not isinstance(plan, Continue):
             raise ValueError(f"the instance cannot go on without {ranks}: {plan.reason}")
         for fault in faults:
+            self._engine.ranks[fault.rank].taken_out = True
             self._engine.maintenance.drain(fault, now, request_id)
 
     def _report(self, params: Document, request_id: str, now: float) -> None:

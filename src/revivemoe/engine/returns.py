@@ -31,7 +31,7 @@ class Returns:
         self._given_up: set[RankId] = set()
         self._looked_at = Epoch(-1)
         """The epoch in which the rest was seen to."""
-        self._tried: tuple[object, object] | None = None
+        self._tried: object = None
         """Members and missing experts when these were last to be loaded: not twice the same."""
 
     def asked(self, rank: RankId) -> None:
@@ -77,10 +77,10 @@ class Returns:
         present, fleet = self._epochs.membership, self._fleet
         if not self._policy.auto_rejoin or self._looked_at == present.epoch or fleet.launching:
             return
-        self._looked_at = present.epoch
         if present.missing:
             self._load_missing(now)
             return
+        self._looked_at = present.epoch
         home = self._epochs.home.experts
         if all(fleet.views[rank].member and rank in present.experts for rank in home):
             for rank in fleet.switched:
@@ -88,10 +88,11 @@ class Returns:
 
     def _load_missing(self, now: float) -> None:
         loads, present = self._epochs.loads, self._epochs.membership
-        tried, self._tried = self._tried, (present.members, present.missing)
+        this = (present.members, present.missing, loads.refusing(now))
         may = "reload" in self._policy.repair and self._epochs.attempts.can_load(now)
-        if loads.loading or not may or tried == self._tried:
+        if loads.loading or loads.awaits_epoch or not may or this == self._tried:
             return
+        self._tried = this
         try:
             loads.restore(present, now)
         except ValueError as reason:  # nothing that could be done: a rank that comes back may

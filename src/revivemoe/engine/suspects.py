@@ -36,7 +36,7 @@ class Victim:
 class Suspicion:
     """Of a request that was running when a rank failed in a way that a request may bring about."""
 
-    strikes: int
+    request: LiveRequest
     signature: str
     """Kind and place of the last fault."""
     trial: RankId | None = None
@@ -53,7 +53,10 @@ class Suspects:
     def __init__(self) -> None:
         self._suspicions: dict[int, Suspicion] = {}
         self._deaths: Counter[int] = Counter()
-        """How many ranks have died under each request."""
+        """How many ranks have died under each request before it had got on by a token there."""
+        self._strikes: Counter[int] = Counter()
+        """How often each has been a suspect, or has struck again on trial: not forgotten because
+        it took its time."""
 
     def __len__(self) -> int:
         return len(self._suspicions)
@@ -71,37 +74,43 @@ class Suspects:
         """Ranks on which one will be tried: nothing new goes there either."""
         return frozenset(s.reserved for s in self._suspicions.values() if s.reserved is not None)
 
-    def turn_of(self, request: LiveRequest) -> tuple[RankId | None, RankId | None] | None:
-        """Where a suspect is tried, and where it will be; None if it is no suspect."""
-        suspicion = self._suspicions.get(request.arrival)
-        return None if suspicion is None else (suspicion.trial, suspicion.reserved)
+    def all(self) -> list[Suspicion]:
+        """Every suspicion, oldest request first."""
+        return [self._suspicions[key] for key in sorted(self._suspicions)]
 
     def clear(self, request: LiveRequest) -> None:
-        """It has run long enough without bringing anything down."""
+        """It has run long enough without bringing anything down. What it did before counts."""
         self._suspicions.pop(request.arrival, None)
 
     # ---- trials ------------------------------------------------------------------------------
 
     def target(
-        self, request: LiveRequest, load: Mapping[RankId, int], unproven: Set[RankId]
+        self,
+        request: LiveRequest,
+        load: Mapping[RankId, int],
+        unproven: Set[RankId],
+        pending: Set[SeqId],
     ) -> RankId | None:
         """The rank for a request's next sequence, the one with the least load; None: it waits.
 
-        A suspect is tried where nothing else is new, and nothing new goes where one is tried.
-        `unproven`: ranks with a sequence that has not got on by a token there.
+        A suspect is tried where nothing else is new, and nothing new goes where one is tried; half
+        of the ranks stay open to what is new, if there are several. `unproven`: ranks with a
+        sequence that has not got on by a token there. `pending`: those of the request.
         """
         suspicion = self._suspicions.get(request.arrival)
         if suspicion is None:
             return _least(load, self.trials | self.reserved)
         if suspicion.trial in load:
             return suspicion.trial
-        others = {s.reserved for s in self._suspicions.values() if s is not suspicion}
-        target = _least(load, self.trials | unproven | others)
+        others = {s.reserved for s in self._suspicions.values() if s is not suspicion} - {None}
         suspicion.reserved = None
+        if len((self.trials | others) & load.keys()) >= (len(load) + 1) // 2:
+            return None
+        target = _least(load, self.trials | unproven | others)
         if target is None:
             suspicion.reserved = _least(load, self.trials | others)
         else:
-            suspicion.trial, suspicion.unproven = target, set(request.unfinished)
+            suspicion.trial, suspicion.unproven = target, set(pending)
         return target
 
     def got_on(self, request: LiveRequest, seq_id: SeqId) -> None:
@@ -112,12 +121,14 @@ class Suspects:
         suspicion.unproven.discard(seq_id)
         if not suspicion.unproven:
             del self._suspicions[request.arrival]
+            self._strikes.pop(request.arrival, None)
 
     def closed(self, request: LiveRequest, seq_id: SeqId) -> None:
         """A sequence is finished."""
         if not request.unfinished:
             self._suspicions.pop(request.arrival, None)
             self._deaths.pop(request.arrival, None)
+            self._strikes.pop(request.arrival, None)
         elif suspicion := self._suspicions.get(request.arrival):
             suspicion.unproven.discard(seq_id)
 
@@ -131,21 +142,22 @@ class Suspects:
         `signature`: kind and place of a fault that a request may have brought about; "" for others.
         `died`: it may have been killed, by whatever it was.
         """
-        keys = {v.request.arrival for v in victims}
-        tried = self._end_trials(rank, keys)
-        self._deaths.update(keys if died else ())
+        tried = self._end_trials(rank, {v.request.arrival for v in victims})
+        if died:
+            self._deaths.update(v.request.arrival for v in victims if not v.proven)
         if not signature:
             victims = [v for v in victims if self._deaths[v.request.arrival] >= DEATHS]
         if not signature and not (died and victims):
             return None
         unproven = [v.request for v in victims if not v.proven]
-        on_trial = next((r for r in unproven if r.arrival in tried), None)
-        if on_trial is not None and len(unproven) == 1:
-            return self._strike_again(on_trial, signature)
+        if len(unproven) == 1 and (
+            unproven[0].arrival in tried or unproven[0].arrival in self._strikes
+        ):
+            return self._strike_again(unproven[0], signature)
         for victim in victims:
-            before = self._suspicions.get(victim.request.arrival)
-            strikes = 0 if before is None else before.strikes
-            self._suspicions[victim.request.arrival] = Suspicion(strikes + 1, signature)
+            key = victim.request.arrival
+            self._strikes[key] += 1
+            self._suspicions[key] = Suspicion(victim.request, signature)
         return None
 
     def _end_trials(self, rank: RankId, victims: Set[int]) -> set[int]:
@@ -158,13 +170,12 @@ class Suspects:
         return tried
 
     def _strike_again(self, request: LiveRequest, signature: str) -> LiveRequest | None:
-        suspicion = self._suspicions[request.arrival]
-        suspicion.strikes += 1
-        alike = bool(signature) and suspicion.signature == signature
-        if alike or suspicion.strikes >= MAX_STRIKES:
-            return request
-        suspicion.signature = signature
-        return None
+        key = request.arrival
+        before = self._suspicions.get(key)
+        self._strikes[key] += 1
+        self._suspicions[key] = Suspicion(request, signature)
+        alike = before is not None and bool(signature) and before.signature == signature
+        return request if alike or self._strikes[key] >= MAX_STRIKES else None
 
     def convicted(self, request: LiveRequest) -> None:
         """It brings down whoever runs it. So the faults that made others suspects are explained."""

@@ -9,6 +9,7 @@ from functools import partial
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.engine.ledger import Ledger
 from revivemoe.engine.requests import Arrival, Assigned, LiveRequest, Sink
+from revivemoe.engine.suspects import Suspicion
 from revivemoe.engine.totals import Totals
 from revivemoe.epochs.fleet import Fleet
 from revivemoe.epochs.obligations import Obligation
@@ -49,8 +50,8 @@ class Traffic:
         )
         self.totals = Totals()
         self._membership, self._fleet, self._tell = membership, fleet, tell
-        self._turns: dict[str, LiveRequest] = {}
-        """Suspects that are owed a turn."""
+        self._turns: dict[str, bool] = {}
+        """Suspects that are owed a turn, and whether they still wait for it."""
         self._trial_timeout_s, self._clock = trial_timeout_s, clock
         self._serving = False
         self._record: RecoveryRecord | None = None
@@ -80,10 +81,8 @@ class Traffic:
 
     def tick(self) -> None:
         """A suspect's turn may have come, or have ended, without a token to tell of it."""
-        for name in [n for n, r in self._turns.items() if r not in self.ledger.suspects]:
-            del self._turns[name]
-            self._fleet.obligations.met(TRIAL, name)
         self.assign()
+        self._owe_turns(self._clock())
 
     def wake(self) -> None:
         """Tell all members that there is work."""
@@ -156,8 +155,6 @@ class Traffic:
         signature = "" if fault is None else fault.signature
         died = fault is not None and fault.kind in DEADLY
         convicted = self.ledger.suspects.lost(rank, victims, signature, died)
-        for victim in victims:
-            self._owe_turn(victim.request, self._clock())
         if convicted is None or fault is None:
             return
         self.totals.convicted += 1
@@ -168,29 +165,29 @@ class Traffic:
             f"it is ended to protect the others (rank {rank}: {fault.detail})",
         )
 
-    def _owe_turn(self, request: LiveRequest, now: float) -> None:
-        """A suspect is tried within a bound, and cleared within another one."""
-        turn = self.ledger.suspects.turn_of(request)
-        if turn is None:
-            return
-        waits = turn[0] is None
-        then = "room is made for it on a rank" if waits else "it is cleared"
-        due = now + (TURN_S if waits else self._trial_timeout_s)
-        lapse = partial(self._see_to_turn, request)
-        name = request.submission.request_id
-        self._turns[name] = request
-        self._fleet.obligations.owe(Obligation(TRIAL, name, now, due, then, lapse))
+    def _owe_turns(self, now: float) -> None:
+        """A suspect is tried within a bound, and cleared within another one: from then on."""
+        owed, obligations = self._turns, self._fleet.obligations
+        self._turns = {}
+        for suspicion in self.ledger.suspects.all():
+            request, waits = suspicion.request, suspicion.trial is None
+            who = f"{request.submission.request_id}#{request.arrival}"
+            self._turns[who] = waits
+            if owed.pop(who, None) == waits and obligations.owed(TRIAL, who):
+                continue
+            then = "room is made for it on a rank" if waits else "it is cleared"
+            due = now + (TURN_S if waits else self._trial_timeout_s)
+            lapse = partial(self._see_to_turn, suspicion)
+            obligations.owe(Obligation(TRIAL, who, now, due, then, lapse))
+        for who in owed:
+            obligations.met(TRIAL, who)
 
-    def _see_to_turn(self, request: LiveRequest, now: float) -> None:
-        suspects = self.ledger.suspects
-        match suspects.turn_of(request):
-            case (None, reserved):
-                if reserved is not None and self._serving:
-                    self.ledger.make_room(reserved)
-                    self.assign()
-            case (_, _):
-                suspects.clear(request)
-        self._owe_turn(request, now)
+    def _see_to_turn(self, suspicion: Suspicion, now: float) -> None:
+        if suspicion.trial is not None:
+            self.ledger.suspects.clear(suspicion.request)
+        elif suspicion.reserved is not None and self._serving:
+            self.ledger.make_room(suspicion.reserved)
+        self.tick()
 
     def epoch_left(self) -> None:
         self._serving = False

@@ -56,9 +56,10 @@ class Attempts:
         self._starts.clear()
         self.domain_failures = 0
 
-    def recent_restarts(self, now: float) -> int:
-        """Restarts in a row that brought no step forward."""
-        return sum(t >= now - self._policy.window_s for t in self._restarts.values())
+    def recent_restarts(self, now: float, without: Epoch | None = None) -> int:
+        """Restarts in a row that brought no step forward; `without` those for that epoch."""
+        since = now - self._policy.window_s
+        return sum(at >= since and epoch != without for epoch, at in self._restarts.items())
 
     def load_failed(self, now: float) -> None:
         """A rank could not load experts before a resume."""

@@ -118,8 +118,6 @@ class Coordinator:
         members = {*present.members, *configured} - accused - set(absent)
         assert record.epoch > present.epoch, "a fence to an epoch that has begun"
         self._fence(record, members, now, at_boundary=False)
-        for rank in accused:
-            self._ranks.kill(rank)
 
     def begin_at_boundary(
         self, present: Membership, faults: Sequence[Fault], now: float, cause: str, hold: bool
@@ -179,7 +177,6 @@ class Coordinator:
     def add_fault(self, fault: Fault) -> None:
         """A member turns out to be at fault while the fence is up: plan without it."""
         self._add(self.record, fault)
-        self._ranks.kill(fault.rank)
 
     def _add(self, record: RecoveryRecord, fault: Fault) -> None:
         self.held.pop(fault.rank, None)

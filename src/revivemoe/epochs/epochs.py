@@ -16,7 +16,7 @@ from revivemoe.epochs.coordinator import Coordinator
 from revivemoe.epochs.fleet import Fleet
 from revivemoe.epochs.loads import Loads
 from revivemoe.epochs.ports import SequenceOwner
-from revivemoe.epochs.rank_life import Switching
+from revivemoe.epochs.rank_life import Ready, Switching
 from revivemoe.epochs.record import RecoveryRecord
 from revivemoe.epochs.stages import Failed, Finished, Recovered
 from revivemoe.epochs.stall import StallClock
@@ -94,12 +94,16 @@ class Epochs:
         From here on nothing is judged: that ranks end is what was asked for.
         """
         self.stopping = True
-        now = self._clock()
         for view in self.fleet.views.values():
             if not view.dead:
                 self.fleet.send(view.rank, Fence(LAST_EPOCH))
                 self.fleet.send(view.rank, Stop())
-                self.fleet.dismiss(view, now)
+        self.fleet.close(self._clock(), in_good_order=True)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is to come back any more."""
+        return self.stopping or isinstance(self.state, FailedState)
 
     @property
     def serving(self) -> bool:
@@ -221,9 +225,10 @@ class Epochs:
 
     def _condemn(self, fault: Fault) -> None:
         view = self.fleet.views[fault.rank]
-        self.lost_switch |= isinstance(view.life, Switching)
-        if fault.signature and fault.rank in self.fleet.switched and not view.member:
-            self.attempts.load_failed(self._clock())  # the next donor would end in the same way
+        if fault.rank in self.fleet.switched and isinstance(view.life, Switching | Ready):
+            self.lost_switch = True
+            if fault.signature:  # the next donor would end in the same way
+                self.attempts.load_failed(self._clock())
         self.fleet.condemn(fault, self._clock())
         self.numbers.forget(fault.rank)
         self.loads.forget(fault.rank)
@@ -267,6 +272,7 @@ class Epochs:
     def _carry_out(self, plan: Continue) -> None:
         self._switch = None
         for switch in plan.switches:
+            self.coordinator.held.pop(switch.rank, None)  # told of another role
             self.fleet.switch(switch, plan.switch_aside, self._clock())
         self._retire_leavers(plan.membership)
         for rank in sorted({*self.membership.attention} - {*plan.membership.attention}):
@@ -311,12 +317,19 @@ class Epochs:
         """A new process for a rank, once the present one is gone."""
         now, view = self._clock(), self.fleet.views[rank]
         assert self.coordinator.active, f"rank {rank} is restarted outside of a recovery"
+        delay_s = self._restart_delay_s(now)
         self.attempts.restarted(self.coordinator.record.epoch, now)
         if not view.dead:
             self.fleet.end(view, now)
             self.loads.forget(rank)
             self._host.lost(rank, None)
-        self.fleet.replace(rank, now)
+        self.fleet.replace(rank, now, delay_s)
+
+    def _restart_delay_s(self, now: float) -> float:
+        """The first restart is at once; those after it, that brought nothing, wait ever longer."""
+        before = self.attempts.recent_restarts(now, self.coordinator.record.epoch)
+        first, longest = self.policy.rejoin_after_s, self.policy.rejoin_at_most_s
+        return min(longest, first * 2.0 ** (before - 1)) if before else 0.0
 
     # ---- what would be done ------------------------------------------------------------------
 
@@ -348,6 +361,7 @@ class Epochs:
             held=self.coordinator.held,
             loaded=self.loads.loaded,
             loading=self.loads.loading,
+            refusing=self.loads.refusing(now),
             domain_failures=attempts.domain_failures,
             trials=self._host.trials,
             can_load=attempts.can_load(now),

@@ -25,7 +25,7 @@ from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import Epoch, Incarnation, RankId
 from revivemoe.membership.placement import EMPTY, ExpertPlacement
 from revivemoe.membership.topology import Topology, switched
-from revivemoe.messages.commands import Command, DomainSpec, Wake
+from revivemoe.messages.commands import Command, DomainSpec, Stop, Wake
 from revivemoe.messages.events import (
     Accused,
     FoundSlow,
@@ -77,6 +77,8 @@ class Fleet:
         """A new process of a rank is asked for."""
         self.on_unkillable: Callable[[float], None] = lambda now: None
         """Nobody waits any longer for a process to be gone: plans may depend on it."""
+        self._closed = False
+        """Nothing is launched any more."""
         self._cluster, self._policy, self._tell = cluster, policy, tell
 
     # ---- processes ---------------------------------------------------------------------------
@@ -84,6 +86,9 @@ class Fleet:
     def launch(self, rank: RankId, now: float) -> None:
         """Start a (new) process for a rank, with the experts it had at the start."""
         view = self.views[rank]
+        if self._closed:
+            return
+        self.obligations.met(LAUNCH, rank)
         spawning = self._move(view, life.Spawn(now + self._policy.spawn_timeout_s), now)
         assert spawning, f"two processes of rank {rank}: {view.life}"
         incarnation = view.renew()
@@ -100,18 +105,24 @@ class Fleet:
         """Start a new process for a rank without one, later."""
         self._move(self.views[rank], life.Queue(at), now)
 
-    def replace(self, rank: RankId, now: float) -> None:
-        """Start a new process for a rank that is out, once the present one is gone."""
+    def replace(self, rank: RankId, now: float, delay_s: float = 0.0) -> None:
+        """Start a new process for a rank that is out, once the present one is gone. `delay_s`:
+        not before, if it is gone already.
+        """
         view = self.views[rank]
         assert view.dead, f"rank {rank} is replaced, and not out: {view.life}"
-        if isinstance(view.life, Gone | Queued):
+        here = not isinstance(view.life, Gone | Queued)
+        if not here and not delay_s:
             self.launch(rank, now)
             return
-        patience_s = self._policy.corpse_timeout_s
+        patience_s = self._policy.corpse_timeout_s + delay_s
         then = "no new process is started, and the plan is made without one"
         lapse = partial(self._give_up_waiting, rank)
         self.obligations.owe(Obligation(LAUNCH, rank, now, now + patience_s, then, lapse))
-        self._doom(view, now)
+        if here:
+            self._doom(view, now)
+        else:
+            self._move(view, life.Queue(now + delay_s), now)
 
     def condemn(self, fault: Fault, now: float) -> None:
         """The rank is out. Whoever calls sees to its process."""
@@ -130,7 +141,10 @@ class Fleet:
 
     def dismiss(self, view: RankView, now: float) -> None:
         """It has been told to stop: its exit is no fault."""
-        self._move(view, life.Dismissed(now + self._policy.leave_timeout_s), now)
+        self._move(view, self._dismissed(now), now)
+
+    def _dismissed(self, now: float) -> life.Dismissed:
+        return life.Dismissed(now + self._policy.leave_timeout_s)
 
     def _doom(self, view: RankView, now: float, late: bool = False) -> None:
         """Condemned, for the first time or once more; and killed, if it is there by now."""
@@ -170,11 +184,24 @@ class Fleet:
         if self.obligations.met(LAUNCH, view.rank):
             self.launch(view.rank, now)
 
-    def close(self, now: float) -> None:
-        """The end: nothing is launched any more, and what is left is killed."""
+    def close(self, now: float, in_good_order: bool = False) -> None:
+        """The end: nothing is launched any more, and what is left is killed. `in_good_order`: only
+        what cannot be told to stop, for the rest has been.
+        """
+        self._closed = True
         for view in self.views.values():
             self.obligations.met(LAUNCH, view.rank)
+            told = in_good_order and self._move(view, self._dismissed(now), now)
+            if not told and not (in_good_order and isinstance(view.life, Leaving)):
+                self.end(view, now)
+
+    def call_off(self, view: RankView, now: float) -> None:
+        """An operator takes out a rank that is on its way back."""
+        self.obligations.met(LAUNCH, view.rank)
+        if not self._move(view, self._dismissed(now), now):
             self.end(view, now)
+        elif isinstance(view.life, Leaving):
+            self._cluster.send(view.rank, Stop())
 
     def drain(self, view: RankView, on: bool, now: float) -> None:
         """Nothing new goes there; or, not `on`, again."""
@@ -235,9 +262,6 @@ class Fleet:
     def domain(self) -> DomainSpec:
         """How the members of the next epoch shall reach each other."""
         return self._cluster.domain()
-
-    def kill(self, rank: RankId) -> None:
-        self._cluster.kill(rank)
 
     # ---- what they tell ----------------------------------------------------------------------
 
@@ -340,6 +364,8 @@ class Fleet:
     @staticmethod
     def trusted(view: RankView) -> bool:
         """Whether a new process may do better on its device than the last one."""
+        if view.taken_out or view.device_faults:
+            return False
         return view.fault is None or view.fault.kind not in BAD_DEVICE
 
     def incarnation(self, rank: RankId) -> Incarnation:

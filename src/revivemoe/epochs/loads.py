@@ -22,6 +22,10 @@ LOAD = "load"
 """An obligation: experts loaded beside the steps."""
 
 
+REFUSES_S = 60.0
+"""For so long a rank that could not load is not asked again."""
+
+
 @dataclass(frozen=True)
 class Loading:
     """Experts being loaded by one rank."""
@@ -44,8 +48,8 @@ class Loads:
         self._send, self._tell = send, tell
         self._obligations, self._timeout_s = obligations, timeout_s
         self._under_way: dict[int, Loading] = {}
-        self._refused: set[RankId] = set()
-        """Whose process could not load, or does not answer: it is not asked again."""
+        self._refused: dict[RankId, float] = {}
+        """Whose process could not load, or does not answer, since when: not asked again soon."""
         self.loaded: tuple[Reload, ...] = ()
         """In their slots, but not in the map yet."""
         self._next_request = 0
@@ -64,7 +68,8 @@ class Loads:
 
     def begin(self, reloads: Iterable[Reload], now: float) -> None:
         """Let the ranks load these into slots that the present epoch does not use."""
-        reloads = tuple(r for r in reloads if r.rank not in self._refused)
+        refusing = self.refusing(now)
+        reloads = tuple(r for r in reloads if r.rank not in refusing)
         taken = {(r.rank, r.layer, r.slot) for r in reloads}
         assert len(taken) == len(reloads), "two experts for one slot"
         self.loaded = tuple(r for r in self.loaded if (r.rank, r.layer, r.slot) not in taken)
@@ -78,6 +83,10 @@ class Loads:
             loads = tuple(SlotLoad(r.layer, r.slot, r.expert) for r in wanted)
             self._send(rank, LoadExperts(self._next_request, loads))
 
+    def refusing(self, now: float) -> frozenset[RankId]:
+        """Ranks that are not to be asked for loads now."""
+        return frozenset(r for r, at in self._refused.items() if now < at + REFUSES_S)
+
     def _owe(self, request: int, rank: RankId, now: float) -> None:
         then = f"rank {rank} is not asked again, and others may be"
         lapse = partial(self._give_up, request)
@@ -89,7 +98,7 @@ class Loads:
         loading = self._under_way[request]
         error = f"no answer within {self._timeout_s:.0f} s"
         unanswered = (loading.rank, Incarnation(0), request, self._timeout_s, 0)
-        self.on_loaded(ExpertsLoaded(*unanswered, error=error))
+        self.on_loaded(ExpertsLoaded(*unanswered, error=error), now)
 
     def restore(self, present: Membership, now: float) -> None:
         """Load missing experts into spare slots. Raises ValueError if there is nothing to do."""
@@ -97,7 +106,9 @@ class Loads:
             raise ValueError("no expert is missing")
         pending = {(r.layer, r.expert) for r in self.loading}
         wanted = [pair for pair in present.missing if pair not in pending]
-        reloads = assign_reloads(present.placement, wanted) if wanted else ()
+        under_way = {(x.rank, x.layer, x.slot) for x in self.loading}
+        spare = (present.placement, wanted, under_way, self.refusing(now))
+        reloads = assign_reloads(*spare) if wanted else ()
         if not reloads and not pending:
             raise ValueError(
                 f"{len(present.missing)} experts are missing and no rank has a spare slot for them:"
@@ -107,7 +118,7 @@ class Loads:
         self.begin(free, now)
         self._at_boundary = len(free) < len(reloads)
 
-    def on_loaded(self, report: ExpertsLoaded) -> None:
+    def on_loaded(self, report: ExpertsLoaded, now: float) -> None:
         """A rank has loaded experts beside the steps, or could not."""
         loading = self._under_way.pop(report.request, None)
         if loading is None:
@@ -119,7 +130,8 @@ class Loads:
         if report.error is None:
             self.loaded += loading.reloads
         else:
-            self._refused.add(report.rank)
+            if not report.taken_over:
+                self._refused[report.rank] = now
             log.warning("rank %d could not load experts: %s", report.rank, report.error)
 
     def forget(self, rank: RankId) -> None:
@@ -127,7 +139,7 @@ class Loads:
         for request in [k for k, v in self._under_way.items() if v.rank == rank]:
             del self._under_way[request]
             self._obligations.met(LOAD, request)
-        self._refused.discard(rank)
+        self._refused.pop(rank, None)
         self.loaded = tuple(reload for reload in self.loaded if reload.rank != rank)
 
     def epoch_asked(self) -> None:
@@ -144,8 +156,8 @@ class Loads:
         )
         if plan.background:
             self.begin(plan.background, now)
-        elif restore_redundancy and not self._under_way:
-            self.begin(assign_replicas(present.placement, home), now)
+        elif restore_redundancy and not (self._under_way or present.missing):
+            self.begin(assign_replicas(present.placement, home, self.refusing(now)), now)
 
 
 def into_free_slots(reloads: Iterable[Reload], present: Membership) -> list[Reload]:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 Who = int | str | None
+AGAIN_S = 5.0
+"""After this time an obligation lapses again whose lapse has raised."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,29 @@ class Obligations:
     def owed(self, what: str, who: Who) -> bool:
         return (what, who) in self._owed
 
-    def overdue(self, now: float) -> Obligation | None:
-        """The oldest one whose time has come; struck out, for `lapse` may enter another."""
+    def see_to_one(self, now: float) -> bool:
+        """Let the oldest one whose time has come lapse. False: there is none.
+
+        It is struck out first, for `lapse` may enter another; if that raises, it is due again soon.
+        """
         late = [o for o in self._owed.values() if now >= o.due]
         if not late:
-            return None
+            return False
         oldest = min(late, key=lambda o: o.due)
         del self._owed[oldest.what, oldest.who]
-        return oldest
+        try:
+            oldest.lapse(now)
+        except Exception:
+            self._owed.setdefault((oldest.what, oldest.who), replace(oldest, due=now + AGAIN_S))
+            raise
+        return True
 
     def postpone(self, seconds: float) -> None:
         """The host itself stood still for so long: nobody else is late by that."""
         self._owed = {k: replace(o, due=o.due + seconds) for k, o in self._owed.items()}
+
+    def __len__(self) -> int:
+        return len(self._owed)
 
     def __iter__(self) -> Iterator[Obligation]:
         return iter(sorted(self._owed.values(), key=lambda o: (o.due, o.what, str(o.who))))

@@ -38,8 +38,6 @@ class RankPort(Protocol):
 
     def send(self, rank: RankId, command: Command) -> None: ...
 
-    def kill(self, rank: RankId) -> None: ...
-
 
 class SequenceOwner(Protocol):
     """Owns the truth about requests: the token log."""

@@ -205,7 +205,7 @@ def transition(life: Life, event: Event, now: float) -> Life | None:
 
 
 def _queue(life: Life, event: Queue, now: float) -> Life | None:
-    return Queued(now, event.until) if isinstance(life, Gone) else None
+    return Queued(now, event.until) if isinstance(life, Gone | Queued) else None
 
 
 def _spawn(life: Life, event: Spawn, now: float) -> Life | None:

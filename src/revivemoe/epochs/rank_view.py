@@ -25,6 +25,10 @@ class RankView:
     stats: RankStats = field(default_factory=RankStats)
     fault: Fault | None = None
     """Why it is out, or what its device reports while it lives."""
+    device_faults: dict[str, Fault] = field(default_factory=dict)
+    """What monitors have said of its device, by code, and not taken back; whatever process runs."""
+    taken_out: bool = False
+    """An operator wants it out."""
     slow: float | None = None
     """How many times longer than its peers it takes, if it is slow."""
     last_words: str = ""

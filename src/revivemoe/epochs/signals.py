@@ -57,8 +57,11 @@ class Signals:
         self._epochs.symptoms.postpone(seconds)
 
     def _judge(self, now: float) -> bool:
-        while (late := self._fleet.obligations.overdue(now)) is not None:
-            late.lapse(now)
+        if isinstance(self._epochs.state, Recovering) and not self._epochs.coordinator.active:
+            self._epochs.redo("internal", now)  # an exception has left it without a stage
+        for _ in range(len(self._fleet.obligations)):
+            if not self._fleet.obligations.see_to_one(now):
+                break
             if isinstance(self._epochs.state, FailedState):
                 return False
         if faults := self._fleet.judge(now):
@@ -153,18 +156,18 @@ class Signals:
         if fault is None:
             return
         view = self._fleet.views[rank]
-        was_out = view.dead
-        self._fleet.on_exit(view, now)
-        if was_out or self._epochs.stopping or isinstance(self._epochs.state, FailedState):
-            return
-        if isinstance(self._epochs.state, Starting):
-            self._start_up.exit_of(view, fault, now)
-            self._look_at_start(now)
+        starting = isinstance(self._epochs.state, Starting)
+        if view.dead or self._epochs.over or starting:
+            self._fleet.on_exit(view, now)
+            if starting and not self._epochs.stopping:
+                self._start_up.exit_of(view, fault, now)
+                self._look_at_start(now)
         else:
             if by_itself or view.last_words:
                 said = view.last_words or detail
                 fault = replace(fault, detail=said, signature="process_exit")
-            self._epochs.accuse([fault], now)
+            self._epochs.accuse([fault], now)  # first, for what it was when it went matters
+            self._fleet.on_exit(view, now)
 
     def on_forkserver_gone(self) -> None:
         """Its ranks live on. Only ranks that are still to start need it."""
@@ -224,7 +227,7 @@ class Signals:
 
     def _on_experts_loaded(self, report: reports.ExpertsLoaded, now: float) -> None:
         if report.request or report.error is None:
-            self._epochs.loads.on_loaded(report)
+            self._epochs.loads.on_loaded(report, now)
             return
         self._tell(events.LoadRefused(report.rank, report.error))
         log.warning("rank %d could not load experts: %s", report.rank, report.error)

@@ -14,6 +14,7 @@ from typing import TypeVar
 from revivemoe.comm.domain import Domains
 from revivemoe.core.effects import Load, Loaded, LoadFailed
 from revivemoe.core.progress import Progress
+from revivemoe.core.slots import SlotTaken
 from revivemoe.executor.failures import in_one_line, load_failure
 from revivemoe.executor.weights import PeerSource
 from revivemoe.ids import Incarnation, RankId
@@ -85,20 +86,25 @@ class Loader:
     def _load_aside(
         self, command: LoadExperts, begun: int, peers: Sequence[PeerSource], done: Done
     ) -> None:
-        began, num_bytes, error = time.monotonic(), 0, None
+        began, num_bytes, error, taken = time.monotonic(), 0, None, False
         worker = self._runner.worker
         try:
             for some in worker.in_portions(command.loads):
                 num_bytes += worker.load(some, peers, begun).num_bytes
         except BaseException as failure:  # nobody waits for this thread: it must not end in silence
-            error = in_one_line(failure)
-        done(self._answer(command, began, num_bytes, error))
+            error, taken = in_one_line(failure), isinstance(failure, SlotTaken)
+        done(self._answer(command, began, num_bytes, error, taken))
 
     def _answer(
-        self, command: LoadExperts, began: float, num_bytes: int, error: str | None
+        self,
+        command: LoadExperts,
+        began: float,
+        num_bytes: int,
+        error: str | None,
+        taken_over: bool = False,
     ) -> ExpertsLoaded:
         seconds = time.monotonic() - began
-        return ExpertsLoaded(*self._me, command.request, seconds, num_bytes, error)
+        return ExpertsLoaded(*self._me, command.request, seconds, num_bytes, error, taken_over)
 
 
 def or_load_failed(act: Callable[[], T]) -> T:

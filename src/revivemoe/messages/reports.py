@@ -183,6 +183,8 @@ class ExpertsLoaded(FromRank, frozen=True, tag=True):
     seconds: float
     num_bytes: int
     error: str | None = None
+    taken_over: bool = False
+    """The error is that a later load was given its slots."""
 
 
 class Fatal(FromRank, frozen=True, tag=True):

@@ -130,7 +130,7 @@ def _reload(world: World, present: Membership, lost: Lost, policy: Policy) -> Co
     if not world.can_load:
         return "experts could not be loaded a moment ago"
     reserved = {(x.rank, x.layer, x.slot) for x in world.loading}
-    reloads = assign_reloads(present.placement, missing, reserved)
+    reloads = assign_reloads(present.placement, missing, reserved, world.refusing)
     if not reloads:
         return f"{len(missing)} experts have no replica left and there is no spare slot for them"
     cleared = present.cleared(reloads)

@@ -16,11 +16,13 @@ def assign_reloads(
     placement: ExpertPlacement,
     missing: Iterable[ExpertOfLayer],
     reserved: Set[SlotOfRank] = frozenset(),
+    refusing: Set[RankId] = frozenset(),
 ) -> tuple[Reload, ...]:
     """A spare slot for as many of `missing` as there is room for, spread over the ranks.
 
     Empty slots go first, replicas after them; of equals the rank that loads least, so that the
-    ranks load in parallel. `reserved`: slots that are being loaded into already.
+    ranks load in parallel. `reserved`: slots that are being loaded into already. `refusing`: ranks
+    that are not to load.
     """
     wanted: dict[LayerId, list[ExpertId]] = {}
     for layer, expert in missing:
@@ -28,12 +30,14 @@ def assign_reloads(
     loads: Counter[RankId] = Counter()
     reloads: list[Reload] = []
     for layer, experts in wanted.items():
-        reloads += _assign_layer(placement, layer, experts, loads, reserved)
+        reloads += _assign_layer(placement, layer, experts, loads, reserved, refusing)
     assert len({(x.rank, x.layer, x.slot) for x in reloads} - reserved) == len(reloads)
     return tuple(reloads)
 
 
-def assign_replicas(placement: ExpertPlacement, home: ExpertPlacement) -> tuple[Reload, ...]:
+def assign_replicas(
+    placement: ExpertPlacement, home: ExpertPlacement, refusing: Set[RankId] = frozenset()
+) -> tuple[Reload, ...]:
     """Empty slots for experts that have fewer live replicas than in `home`, the rarest first."""
     reloads: list[Reload] = []
     for index, layer in enumerate(placement.layers):
@@ -41,7 +45,8 @@ def assign_replicas(placement: ExpertPlacement, home: ExpertPlacement) -> tuple[
         fewer = [e for e, held in enumerate(live) if 0 < len(held) < len(wanted[e])]
         if not fewer:
             continue
-        rows = {rank: list(table[index]) for rank, table in sorted(placement.slots.items())}
+        tables = sorted(placement.slots.items())
+        rows = {rank: list(table[index]) for rank, table in tables if rank not in refusing}
         for expert in sorted(fewer, key=lambda e: (len(live[e]), e)):
             room = [r for r, row in rows.items() if EMPTY in row and expert not in row]
             if room:
@@ -58,6 +63,7 @@ def _assign_layer(
     experts: list[ExpertId],
     loads: Counter[RankId],
     reserved: Set[SlotOfRank],
+    refusing: Set[RankId],
 ) -> list[Reload]:
     index = placement.index_of[layer]
     copies = [len(held) for held in placement.holders_LE[index]]
@@ -67,6 +73,8 @@ def _assign_layer(
         for slot, expert in enumerate(table[index]):
             if (rank, layer, slot) in reserved:
                 copies[expert] -= expert != EMPTY
+            elif rank in refusing:
+                continue
             elif expert == EMPTY or copies[expert] > 1:
                 held_in[rank, SlotId(slot)] = expert
     reloads = []

@@ -58,6 +58,8 @@ class World:
     """Experts that lie in slots the map does not name yet."""
     loading: tuple[Reload, ...] = ()
     """Experts that are being loaded beside the steps."""
+    refusing: frozenset[RankId] = frozenset()
+    """Ranks that could not load a moment ago."""
     domain_failures: int = 0
     """Domains in a row that did not come about."""
     trials: frozenset[RankId] = frozenset()

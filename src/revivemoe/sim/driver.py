@@ -193,12 +193,12 @@ class Driver:
         """The driver tells of it between two steps."""
         if not self._process.alive:
             return
-        error = "read error" if self._mishaps.load_fails(self._process) else None
+        error, given = "read error" if self._mishaps.load_fails(self._process) else None, False
         try:
             for load in command.loads if error is None else ():
                 self.slots.check(begun, load)
                 self.slots.fill(load)
         except SlotTaken as taken:
-            error = str(taken)
-        rank, incarnation = self.rank.rank_id, self.rank.incarnation
-        self._process.hand(ExpertsLoaded(rank, incarnation, command.request, seconds, 0, error))
+            error, given = str(taken), True
+        told = (command.request, seconds, 0, error, given)
+        self._process.hand(ExpertsLoaded(self.rank.rank_id, self.rank.incarnation, *told))

@@ -644,7 +644,7 @@ def test_the_events_tell_the_story() -> None:
     assert len(instance.named("migrated")[0]["requests"]) == 1
     assert [e["state"] for e in instance.named("state")] == ["recovering", "serving"]
     lives = [(e["id"], e["was"], e["state"]) for e in instance.named("life")]
-    assert lives == [(1, "member", "gone")]
+    assert lives == [(1, "member", "condemned"), (1, "condemned", "gone")]
 
 
 def test_a_sink_of_the_same_submission_twice() -> None:

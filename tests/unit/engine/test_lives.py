@@ -3,11 +3,12 @@
 from unit.control_plane import Instance
 from unit.engine.test_engine_recovery import assert_whole, loaded, members, serving
 
-from revivemoe.epochs.rank_life import Condemned, Gone, Queued
+from revivemoe.engine.operations import Operations
+from revivemoe.epochs.rank_life import Condemned, Gone, Queued, Switching
 from revivemoe.epochs.state import FailedState, Recovering, Serving
 from revivemoe.ids import Epoch, Incarnation, RankId
 from revivemoe.messages.reports import Resumed
-from revivemoe.recovery.faults import DeviceReport
+from revivemoe.recovery.faults import DeviceReport, Fault
 from revivemoe.recovery.policy import Policy
 
 
@@ -79,3 +80,86 @@ def test_a_corpse_is_awaited_and_its_rank_launched_when_it_goes() -> None:
     assert members(instance) == (0, 1, 2, 3)
     instance.step(20)
     assert_whole(sinks)
+
+
+def test_a_donor_that_exits_while_it_switches_is_taken_over_from() -> None:
+    """However it went: an exit by pidfd was not seen as the loss of a switch once."""
+    for silent in (False, True):
+        instance = Instance(4, 24, auto_rejoin=False).start()
+        epochs = instance.engine.epochs
+        view = instance.engine.ranks[RankId(0)]
+        epochs.fleet.switched[RankId(0)] = None
+        view.life = Switching(instance.now, instance.now + 600)
+        if silent:
+            epochs.accuse([Fault(RankId(0), "heartbeat", "silent")], instance.now)
+        else:
+            instance.die(0)
+        assert epochs.lost_switch
+
+
+def test_what_a_device_said_outlives_the_process() -> None:
+    """The exit comes first, the monitor's word a moment later: the rank is not started there."""
+    instance = serving(redundant=24, auto_rejoin=True)
+    instance.die(1)
+    instance.wait(0.1)
+    instance.engine.on_health(DeviceReport(RankId(1), 6, "xid79", "fell off", "test"), instance.now)
+    instance.wait(120)
+    assert members(instance) == (0, 2, 3)
+    assert not instance.named("launch")
+    instance.engine.on_health(DeviceReport(RankId(1), 0, "xid79", "", "test"), instance.now)
+    instance.wait(10)
+    assert members(instance) == (0, 1, 2, 3), "taken back: it may return"
+
+
+def test_a_rank_on_its_way_back_can_be_called_off() -> None:
+    instance = serving(redundant=24, auto_rejoin=True)
+    instance.die(1)
+    instance.wait(0.1)
+    assert isinstance(instance.engine.ranks[RankId(1)].life, Queued)
+    Operations(instance.engine).apply("isolate", {"id": 1}, "r", instance.now)
+    instance.wait(120)
+    assert not instance.named("launch")
+    Operations(instance.engine).apply("rejoin", {"id": 1}, "again", instance.now)
+    instance.deliver()
+    instance.wait(1)
+    assert members(instance) == (0, 1, 2, 3)
+
+
+def test_an_operators_word_outlives_a_death_on_the_way_out() -> None:
+    instance = serving(redundant=24, auto_rejoin=True)
+    loaded(instance, 40)
+    instance.step(2)
+    Operations(instance.engine).apply("isolate", {"id": 1}, "r", instance.now)
+    instance.die(1)
+    instance.wait(60)
+    assert members(instance) == (0, 2, 3)
+    assert not instance.named("launch")
+
+
+def test_restarts_that_bring_nothing_come_ever_later() -> None:
+    """Three refused launches ended an instance within milliseconds once."""
+    instance = serving(redundant=0, auto_rejoin=False)
+    loaded(instance)
+    instance.step(2)
+    instance.cluster.launch = lambda rank, incarnation, slots: None  # type: ignore[method-assign]
+    instance.die(1)
+    for incarnation in (2, 3):
+        instance.engine.on_exit(RankId(1), Incarnation(incarnation), "refused", instance.now)
+        assert isinstance(instance.engine.state, Recovering)
+        instance.wait(1.9 if incarnation == 2 else 3.9)
+        assert instance.engine.ranks[RankId(1)].incarnation == incarnation, "not yet"
+        instance.wait(0.3)
+        assert instance.engine.ranks[RankId(1)].incarnation == incarnation + 1
+
+
+def test_nothing_is_launched_by_the_end() -> None:
+    instance = serving(redundant=24, auto_rejoin=True)
+    instance.die(1)
+    instance.wait(0.1)
+    instance.cluster.ranks[RankId(2)].mute = True
+    instance.wait(1.5)
+    instance.engine.maintenance.rejoin(RankId(2), instance.now, None)
+    instance.engine.stop()
+    instance.engine.on_exit(RankId(2), Incarnation(1), "killed", instance.now)
+    instance.wait(30)
+    assert not instance.named("launch")

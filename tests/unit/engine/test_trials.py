@@ -30,8 +30,8 @@ def test_a_request_whose_ranks_died_twice_is_tried_alone_and_cleared_by_a_token(
     instance = serving()
     bystander = instance.submit((9, 9), max_tokens=40, request_id="bystander")
     sink = instance.submit((1, 2), max_tokens=40, request_id="unlucky")
-    for _ in range(2):
-        instance.step(2)
+    instance.step(2)
+    for _ in range(3):  # it had got on where the first died
         assert kill_home(instance, "unlucky")
     suspects = instance.engine.traffic.ledger.suspects
     assert len(suspects.trials) == 1
@@ -112,3 +112,48 @@ def test_two_suspects_are_tried_at_once_on_different_ranks() -> None:
         assert view is not None
     trials = instance.engine.traffic.ledger.suspects.trials
     assert len(trials) == len(instance.engine.traffic.ledger.suspects)
+
+
+def crash_home(instance: Instance, name: str) -> bool:
+    """Whoever runs the request crashes by itself."""
+    home = home_of(instance, name)
+    if home is None:
+        return False
+    fake = instance.cluster.ranks.pop(home)
+    instance.engine.on_exit(home, fake.incarnation, "boom", instance.now, by_itself=True)
+    instance.deliver()
+    return True
+
+
+def test_a_poison_that_takes_its_time_is_convicted_all_the_same() -> None:
+    """Longer on trial than a turn may take, and even than a trial: what it did is not forgotten."""
+    for takes_s in (6.0, 70.0):
+        instance = Instance(4, redundant=24, policy=Policy(), auto_rejoin=True).start()
+        poison = instance.submit((1, 2), max_tokens=40, request_id="poison")
+        crashes = 0
+        while poison.failure is None and crashes < 8:
+            crashes += crash_home(instance, "poison")
+            instance.wait(takes_s)
+        assert poison.failure is not None
+        assert crashes <= 4
+
+
+def test_of_several_choices_only_those_that_lost_their_rank_are_tried() -> None:
+    instance = serving()
+    instance.submit((1, 2), n=2, max_tokens=60, request_id="two")
+    instance.step(2)
+    crash_home(instance, "two")
+    assert instance.engine.traffic.ledger.suspects.trials
+    instance.step(1)
+    assert not instance.engine.traffic.ledger.suspects
+
+
+def test_new_requests_get_ranks_while_many_suspects_are_tried() -> None:
+    instance = serving()
+    for number in range(40):
+        instance.submit((number, 1), max_tokens=60, request_id=f"{number}")
+    instance.step(2)
+    crash_home(instance, "0")
+    new = instance.submit((5, 5), max_tokens=4, request_id="new")
+    instance.step(4)
+    assert new.token_ids() == answer((5, 5), 4)

@@ -51,9 +51,6 @@ class Host:
     def send(self, rank: RankId, command: Command) -> None:
         self.log.append((type(command).__name__, rank, command))
 
-    def kill(self, rank: RankId) -> None:
-        self.log.append(("kill", rank))
-
     def restart(self, rank: RankId) -> None:
         self.log.append(("restart", rank))
 
@@ -134,7 +131,6 @@ def test_the_whole_way(host: Host) -> None:
     host.begin(2)
     assert coordinator.active
     assert host.commands("Fence") == [(r, Fence(Epoch(2))) for r in (0, 1, 3)]
-    assert host.to("kill") == [2]
     host.log.clear()
 
     host.now += 0.5
@@ -183,22 +179,10 @@ def test_the_whole_way(host: Host) -> None:
 
 def test_the_accused_is_never_waited_for(host: Host) -> None:
     host.begin(0, 1, 2)
-    assert host.to("kill") == [0, 1, 2]
     host.keep_all_on(3)
     host.ack(3, 2)
     assert host.to("Configure") == [3]
     recovered(host.resumed(3, 2))
-
-
-def test_nobody_is_killed_when_nobody_is_accused(host: Host) -> None:
-    host.begin()
-    assert host.to("Fence") == [0, 1, 2, 3]
-    assert host.to("kill") == []
-    for rank in range(4):
-        host.ack(rank, 2, next_step=3 + rank % 2)
-    assert host.commands("Configure")[0][1].step == 4
-    results = [host.resumed(rank, 2) for rank in range(4)]
-    assert recovered(results[-1]).record.cause == "communication"
 
 
 def test_steps_never_go_back(host: Host) -> None:
@@ -221,6 +205,16 @@ def test_epochs_never_come_again(host: Host) -> None:
 # ---- a fault in each stage ------------------------------------------------------------------
 
 
+def test_when_nobody_is_accused_the_cause_is_communication(host: Host) -> None:
+    host.begin()
+    assert host.to("Fence") == [0, 1, 2, 3]
+    for rank in range(4):
+        host.ack(rank, 2, next_step=3 + rank % 2)
+    assert host.commands("Configure")[0][1].step == 4
+    results = [host.resumed(rank, 2) for rank in range(4)]
+    assert recovered(results[-1]).record.cause == "communication"
+
+
 def test_a_fault_during_the_fence_starts_again_with_both(host: Host) -> None:
     host.begin(2)
     host.ack(0, 2)
@@ -228,7 +222,6 @@ def test_a_fault_during_the_fence_starts_again_with_both(host: Host) -> None:
     host.log.clear()
     host.begin(0)
     assert host.commands("Fence") == [(r, Fence(Epoch(3))) for r in (1, 3)]
-    assert sorted(host.to("kill")) == [0, 2]
     record = host.coordinator.record
     assert [f.rank for f in record.faults] == [2, 0]
     assert record.started == 100.0, "one recovery: it began with the first fault"
