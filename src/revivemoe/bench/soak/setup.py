@@ -1,0 +1,23 @@
+"""What is asked of a soak."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Setup:
+    model: Path | None = None
+    """None: one is made."""
+    preset: str = "tiny"
+    layout: str = "both"
+    minutes: float = 30.0
+    """In all."""
+    every_s: Range = (10.0, 20.0)
+    """From the moment all is well until the next fault."""
+    seed: int = 0
+    backend: str = "auto"
+    streams: int = 8
+    asks_back: bool = True
+    """Whether an operator asks for lost ranks that do not return by themselves."""
