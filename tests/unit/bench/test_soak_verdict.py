@@ -9,7 +9,7 @@ from revivemoe.bench.loadgen import StreamResult
 from revivemoe.bench.soak import report
 from revivemoe.bench.soak.consequences import came, member, unprovoked
 from revivemoe.bench.soak.episode import Episode
-from revivemoe.bench.soak.instance import lacks, rank_pids, shape
+from revivemoe.bench.soak.instance import lacks, misplaced, rank_pids, shape
 from revivemoe.bench.soak.kinds import Consequence, Kind
 from revivemoe.bench.soak.load import difference, longest_silence_s
 from revivemoe.bench.soak.resources import Sample, Usage, begin_and_end, growths, summed
@@ -107,7 +107,10 @@ def test_what_an_instance_lacks() -> None:
     assert lacks(status(status="dead"), well) == "rank 1 is dead"
     assert lacks(status(logical_rank=None), well) == "rank 1 is healthy but no member"
     assert "missing" in lacks(status(missing=[[0, 3]]), well)
-    assert "expert" in lacks(status(roles=["expert"]), well)
+    switched = status(roles=["expert"])
+    assert lacks(switched, well) == "rank 1 is expert 1, was attention 1"
+    assert misplaced(switched, well) == [1]
+    assert misplaced(status(), well) == []
 
 
 def test_processes_of_those_that_live() -> None:

@@ -1,21 +1,22 @@
 """One fault from the strike until all is well again."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from revivemoe.bench.documents import Status
 from revivemoe.bench.soak.consequences import came, member, out, unprovoked
-from revivemoe.bench.soak.instance import Instance, Refused, lacks
+from revivemoe.bench.soak.instance import Instance, Refused, Shape, lacks, misplaced
 from revivemoe.bench.soak.schedule import Fault
 from revivemoe.bench.soak.strikes import Striker
 from revivemoe.bench.soak.violations import Violation
 
 POLL_S = 0.05
 WELL_WITHIN_S = 60.0
-NOTICED_WITHIN_S = 10.0
+NOTICED_WITHIN_S = 15.0
 """A slow rank need not be: it is so by comparison."""
 RETURNS_BY_ITSELF_S = 3.0
 """How long a lost rank may be out before it is asked back."""
@@ -42,7 +43,7 @@ class Episode:
 class Episodes:
     """Strikes, mends, and waits. `well`: the shape of an instance of which nothing is missing."""
 
-    def __init__(self, instance: Instance, striker: Striker, well: object, asks_back: bool) -> None:
+    def __init__(self, instance: Instance, striker: Striker, well: Shape, asks_back: bool) -> None:
         self._instance, self._striker, self._well = instance, striker, well
         self._asks_back = asks_back
         self._asked: set[int] = set()
@@ -66,7 +67,7 @@ class Episodes:
             await self._until(partial(came, fault, before), nothing, fault)
         recovered = time.monotonic()
         await self._mend(fault)
-        status = await self.all_well(fault)
+        status = await self._all_well(fault)
         return Episode(
             fault.kind.name,
             fault.name,
@@ -76,7 +77,15 @@ class Episodes:
             tuple(unprovoked(status, before["epoch"], fault.ranks)),
         )
 
-    async def all_well(self, fault: Fault) -> Status:
+    async def repair(self, fault: Fault) -> None:
+        """As an operator after what a fault left undone. Raises Violation if that does not help."""
+        status = await self._instance.status()
+        with contextlib.suppress(Refused):
+            for rank in misplaced(status, self._well):
+                await self._instance.apply("isolate", id=rank)
+        await self._all_well(replace(fault, kind=replace(fault.kind, asked_back=True)))
+
+    async def _all_well(self, fault: Fault) -> Status:
         """Nothing is missing. Raises Violation with what is."""
         return await self._until(lambda s: not lacks(s, self._well), "", fault)
 

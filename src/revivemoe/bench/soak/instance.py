@@ -1,6 +1,7 @@
 """What a soak asks of a running server: its status, faults, and an operator's instructions."""
 
 import contextlib
+from collections.abc import Mapping
 
 import httpx
 
@@ -52,20 +53,31 @@ def rank_pids(status: Status) -> dict[int, int]:
     return {e["id"]: e["pid"] for e in living if e["pid"] is not None}
 
 
-def shape(status: Status) -> object:
-    """What must be the same whenever all is well."""
-    ranks = [(e["id"], e["logical_rank"], e["roles"]) for e in status["engines"]]
-    return ranks, status["experts"], status["quality"]
+Shape = Mapping[str, object]
+"""What must be the same whenever all is well, by its name."""
 
 
-def lacks(status: Status, well: object) -> str:
+def shape(status: Status) -> Shape:
+    places = {
+        f"rank {e['id']}": f"{'+'.join(e['roles'])} {e['logical_rank']}" for e in status["engines"]
+    }
+    return {**places, **status["experts"], "quality": status["quality"]}
+
+
+def lacks(status: Status, well: Shape) -> str:
     """What keeps an instance from being as it was when all was well; "" if nothing does."""
     if status["state"] != "serving":
         return f"the instance is {status['state']}"
     if unwell := [f"rank {e['id']} is {_how(e)}" for e in status["engines"] if _how(e)]:
         return ", ".join(unwell)
-    found = shape(status)
-    return "" if found == well else f"it was {well}, and is {found}"
+    now = shape(status)
+    return "; ".join(f"{k} is {now[k]}, was {was}" for k, was in well.items() if now[k] != was)
+
+
+def misplaced(status: Status, well: Shape) -> list[int]:
+    """Ranks that are in, but not in their places."""
+    now = shape(status)
+    return [e["id"] for e in status["engines"] if now[k := f"rank {e['id']}"] != well[k]]
 
 
 def _how(engine: EngineStatus) -> str:

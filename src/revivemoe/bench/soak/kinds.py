@@ -8,7 +8,17 @@ from revivemoe.bench.soak.layouts import Layout
 from revivemoe.messages.reports import PRODUCERS, STEP_PHASES
 
 How = Literal[
-    "kill", "stop", "blink", "relapse", "all", "engine", "fork_server", "inject", "apply", "pause"
+    "kill",
+    "stop",
+    "blink",
+    "relapse",
+    "all",
+    "engine",
+    "fork_server",
+    "inject",
+    "apply",
+    "pause",
+    "switch",
 ]
 """Signals to ranks, to the engine, to the fork server; or asked of the API."""
 Consequence = Literal["lost", "epoch", "noticed", "nothing"]
@@ -60,7 +70,7 @@ def kinds(layout: Layout) -> list[Kind]:
         *(_device(level) for level in range(1, 7)),
     ]
     if layout.experts:
-        found.append(Kind("role switch", "apply", "epoch", "role_switch", mend="isolate"))
+        found.append(Kind("role switch", "switch", "epoch", ranks=2, mend="isolate"))
     if layout.backend == "gloo":
         found.append(Kind("link", "inject", "epoch", "comm"))
     return found
@@ -74,11 +84,8 @@ def _in_a_step() -> list[Kind]:
         Kind("deadlock", "inject", "lost", "hang", {"how": "deadlock"}, STEP_PHASES),
         Kind("stop in a step", "inject", "lost", "hang", {"how": "stop"}, STEP_PHASES),
         Kind("nan", "inject", "epoch", "nan", phases=PRODUCERS),
-        Kind(
-            "slow", "inject", "noticed", "slow", {"factor": 8}, ("attention", "experts"),
-            asked_back=True, mend="isolate",
-        ),
-    ]  # fmt: skip
+        Kind("slow", "inject", "noticed", "slow", {"factor": 8}, asked_back=True, mend="isolate"),
+    ]
 
 
 def _device(level: int) -> Kind:

@@ -25,7 +25,9 @@ ROUNDS = 20
 def screened_requests(model_dir: Path, seed: int) -> list[Request]:
     """Greedy completions, of all lengths in turn. Raises ValueError if margins are too narrow."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a model this small only loses by more
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()

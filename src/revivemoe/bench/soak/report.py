@@ -16,7 +16,7 @@ def show(console: Console, soaked: Sequence[Soaked]) -> None:
         console.print(_faults(one))
         console.print(_resources(one))
         for line in totals(one):
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
     lines = violations(soaked)
     for line in lines:
         console.print(f"[red]violated[/red] {line}", highlight=False, soft_wrap=True)

@@ -49,7 +49,7 @@ def _all_layouts(setup: Setup, folder: Path, soaked: list[Soaked], console: Cons
     for layout in chosen:
         soaked.append(Soaked(layout.name))
         one = replace(setup, minutes=setup.minutes / len(chosen))
-        say = partial(console.print, highlight=False)
+        say = partial(console.print, highlight=False, soft_wrap=True)
         soak_layout(one, model_dir, layout, requests, soaked[-1], say, folder)
 
 

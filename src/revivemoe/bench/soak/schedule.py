@@ -46,10 +46,10 @@ def _ranks(draw: random.Random, layout: Layout, kind: Kind, phase: str | None) -
     """Ranks that can be struck so, never all that have a role (unless all are meant)."""
     if kind.how == "all":
         return tuple(layout.ranks)
+    if kind.how == "switch":  # whose role it is to take is lost first
+        return draw.choice(layout.attention_ranks), draw.choice(layout.expert_ranks)
     able: Sequence[int] = layout.ranks
-    if kind.what == "role_switch":
-        able = layout.attention_ranks
-    elif kind.what in ("nan", "slow"):
+    if kind.what == "nan":
         able = layout.expert_ranks if phase == "experts" else layout.attention_ranks
     while True:
         chosen = tuple(draw.sample(able, kind.ranks))

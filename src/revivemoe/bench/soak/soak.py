@@ -93,7 +93,8 @@ class Soak:
                     self._told(await episodes.run(fault))
                 except Violation as violation:
                     self._violations.add(str(violation))
-                    await episodes.all_well(fault)
+                    self._say(f"      violated: {violation}")
+                    await episodes.repair(fault)
                 await self._tidy(instance)
 
     async def _warm_up(self, load: Load) -> None:

@@ -7,6 +7,7 @@ import signal
 
 import psutil
 
+from revivemoe.bench.soak.consequences import out
 from revivemoe.bench.soak.instance import Instance
 from revivemoe.bench.soak.schedule import Fault
 from revivemoe.bench.soak.violations import Violation
@@ -49,6 +50,8 @@ class Striker:
                 await self._kill(fault.ranks)
             case "pause":
                 await self._pause(fault.delay_s)
+            case "switch":
+                await self._switch(*fault.ranks)
             case "inject":
                 await self._inject(fault)
             case "apply":
@@ -102,6 +105,16 @@ class Striker:
             await asyncio.sleep(POLL_S)
         await asyncio.sleep(seconds)
         await self._instance.apply("resume")
+
+    async def _switch(self, donor: int, lost: int) -> None:
+        """An expert rank is lost, and an attention rank takes its role, beside the steps."""
+        before = await self._instance.status()
+        await self._kill((lost,))
+        while not out(lost, before, await self._instance.status()):
+            await asyncio.sleep(POLL_S)
+        await self._instance.apply("role_switch", id=donor)
+        while (await self._instance.status())["engines"][donor]["roles"] != ["expert"]:
+            await asyncio.sleep(POLL_S)
 
     async def _inject(self, fault: Fault) -> None:
         (rank,), params = fault.ranks, dict(fault.kind.params)
