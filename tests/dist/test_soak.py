@@ -19,7 +19,7 @@ FEWEST_FAULTS = 3
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", [COLLOCATED, DISAGGREGATED], ids=lambda one: one.name)
-def test_a_minute_of_faults(
+def test_not_quite_a_minute_of_faults(
     qwen: Weights,
     layout: Layout,
     chaos_seed: int,
@@ -28,7 +28,7 @@ def test_a_minute_of_faults(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a log that is kept
     print(f"seed {chaos_seed}")
-    setup = Setup(minutes=1.0, every_s=(5.0, 8.0), seed=chaos_seed)
+    setup = Setup(minutes=0.8, every_s=(5.0, 8.0), seed=chaos_seed)
     requests, soaked = screened_requests(qwen.dir, chaos_seed), Soaked(layout.name)
     soak_layout(setup, qwen.dir, layout, requests, soaked, print, tmp_path, Deployment)
     assert report.violations([soaked]) == []

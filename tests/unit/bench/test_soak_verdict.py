@@ -174,10 +174,10 @@ def soaked() -> Soaked:
     return one
 
 
-def shown(one: Soaked) -> str:
+def shown(one: Soaked, interrupted: bool = False) -> str:
     console = Console(width=120, no_color=True)
     with console.capture() as capture:
-        report.show(console, [one])
+        report.show(console, [one], interrupted)
     return capture.get()
 
 
@@ -189,7 +189,8 @@ def test_the_tables() -> None:
     assert "3 faults in 1.5 minutes" in text
     assert "70 requests" in text
     assert "nobody had touched it: rank 3: hang" in text
-    assert "all is well" in text
+    assert text.splitlines()[-1] == "all is well"
+    assert shown(soaked(), True).splitlines()[-1] == "interrupted; so far: all is well"
 
 
 def test_each_violation_is_a_line_with_what_was_under_way() -> None:

@@ -11,7 +11,7 @@ from revivemoe.bench.soak.resources import BOUNDS, begin_and_end
 from revivemoe.bench.soak.soak import Soaked
 
 
-def show(console: Console, soaked: Sequence[Soaked]) -> None:
+def show(console: Console, soaked: Sequence[Soaked], interrupted: bool = False) -> None:
     for one in soaked:
         console.print(_faults(one))
         console.print(_resources(one))
@@ -20,7 +20,8 @@ def show(console: Console, soaked: Sequence[Soaked]) -> None:
     lines = violations(soaked)
     for line in lines:
         console.print(f"[red]violated[/red] {line}", highlight=False, soft_wrap=True)
-    console.print(f"[bold]{len(lines)} violations[/bold]" if lines else "[bold]all is well[/bold]")
+    verdict = f"{len(lines)} violations" if lines else "all is well"
+    console.print(f"[bold]{'interrupted; so far: ' if interrupted else ''}{verdict}[/bold]")
 
 
 def violations(soaked: Sequence[Soaked]) -> list[str]:

@@ -38,7 +38,7 @@ def run(setup: Setup, console: Console) -> dict[str, object]:
             _all_layouts(setup, Path(folder), soaked, console)
         except KeyboardInterrupt:
             interrupted = True
-    report.show(console, soaked)
+    report.show(console, soaked, interrupted)
     return report.document(soaked, {**vars(setup), "model": str(setup.model)}, interrupted)
 
 
