@@ -105,7 +105,7 @@ def test_an_attention_rank_takes_the_place_of_a_lost_expert_rank(qwen: Weights) 
         assert recovery["outcome"] == "recovered"
         assert recovery["experts_reloaded"] == EXPERTS * LAYERS // 2
         assert (status["quality"], status["experts"]["missing"]) == ("full", [])
-        memory = server.per_rank("revivemoe_rank_memory_bytes")
+        memory = server.await_per_rank("revivemoe_rank_memory_bytes", {donor, 4})
         assert memory[donor] == memory[4] == EXPERT_BYTES * EXPERTS * LAYERS // 2
         attention = [rank for rank in (0, 1, 2) if rank != donor]
         assert roles(status) == {

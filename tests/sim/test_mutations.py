@@ -21,14 +21,20 @@ from revivemoe.core.loop import StepLoop
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.engine.engine import Engine
+from revivemoe.engine.holdings import Holdings
 from revivemoe.engine.ledger import Ledger
+from revivemoe.engine.returns import Returns
 from revivemoe.engine.token_log import TokenLog
 from revivemoe.epochs.coordinator import Coordinator
 from revivemoe.epochs.fleet import Fleet
+from revivemoe.epochs.loads import Loads
+from revivemoe.epochs.rank_life import Condemned, Leaving, Loading
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.epochs.signals import Signals
 from revivemoe.epochs.stages import Fencing
 from revivemoe.ids import BlockId, Epoch, RankId, SeqId
 from revivemoe.membership.dense_groups import DenseGroups
+from revivemoe.membership.membership import Membership
 from revivemoe.membership.topology import Topology
 from revivemoe.messages.commands import Configure, Wake
 from revivemoe.messages.reports import FenceAck, Heartbeat, Report, StepAborted, Tokens
@@ -125,16 +131,7 @@ def drop_tokens_of_the_old_epoch(patch: Patch) -> None:
 
 
 def accept_old_processes(patch: Patch) -> None:
-    on_report = Engine.on_report
-
-    def trusting(self: Engine, report: Report, now: float) -> None:
-        view = self.ranks[report.rank]
-        dead, incarnation = view.dead, view.incarnation
-        view.dead, view.incarnation = False, report.incarnation
-        on_report(self, report, now)
-        view.dead, view.incarnation = dead, incarnation
-
-    patch.setattr(Engine, "on_report", trusting)
+    patch.setattr(Fleet, "heard", lambda self, report, now: report.rank in self.views)
 
 
 def accuse_the_reporter(patch: Patch) -> None:
@@ -325,6 +322,93 @@ def commit_what_was_cut(patch: Patch) -> None:
     patch.setattr(Rank, "roll_back", lambda self: False)
 
 
+# ---- lives and obligations: each mend taken out ------------------------------------------------
+
+
+def kill_only_what_is_there(patch: Patch) -> None:
+    """C3: a process that comes into being after its sentence lives on."""
+    on_arrived = Fleet.on_arrived
+
+    def spare(self: Fleet, rank: RankId, incarnation: Any, pid: int, now: float) -> None:
+        kill, self._cluster.kill = self._cluster.kill, lambda rank: None  # type: ignore[method-assign]
+        on_arrived(self, rank, incarnation, pid, now)
+        self._cluster.kill = kill  # type: ignore[method-assign]
+
+    patch.setattr(Fleet, "on_arrived", spare)
+
+
+def give_corpses_up_for_good(patch: Patch) -> None:
+    """C1: a process that takes long to die is not replaced when it has died."""
+    on_exit = Fleet.on_exit
+
+    def forgetful(self: Fleet, view: RankView, now: float) -> None:
+        if isinstance(view.life, Condemned) and now - view.life.since > 1.0:
+            self.obligations.met("launch", view.rank)
+            return
+        on_exit(self, view, now)
+
+    patch.setattr(Fleet, "on_exit", forgetful)
+
+
+def loads_are_owed_for_ever(patch: Patch) -> None:
+    """C2: a load beside the steps that is never answered."""
+    patch.setattr(Loads, "_owe", lambda self, request, rank, now: None)
+
+
+def starts_are_owed_for_ever(patch: Patch) -> None:
+    """C2: a process that never says that it is ready."""
+    lapsed = Fleet._lapsed
+
+    def patient(self: Fleet, view: RankView, now: float) -> None:
+        if not isinstance(view.life, Loading):
+            lapsed(self, view, now)
+
+    patch.setattr(Fleet, "_lapsed", patient)
+
+
+def leavers_may_stay(patch: Patch) -> None:
+    """C3: a process that does not stop when told to."""
+    lapsed = Fleet._lapsed
+
+    def patient(self: Fleet, view: RankView, now: float) -> None:
+        if not isinstance(view.life, Leaving):
+            lapsed(self, view, now)
+
+    patch.setattr(Fleet, "_lapsed", patient)
+
+
+def nothing_comes_back(patch: Patch) -> None:
+    """C5."""
+    patch.setattr(Returns, "tick", lambda self, now: None)
+
+
+def plan_from_the_map(patch: Patch) -> None:
+    """C6: what ranks say that they hold is not asked."""
+    patch.setattr(Membership, "holding", lambda self, tables: self)
+
+
+def never_compare_holdings(patch: Patch) -> None:
+    """C8: a lost last token."""
+    patch.setattr(Holdings, "doubtful", lambda self, owner, told, now: None)
+
+
+def a_fault_outlives_its_process(patch: Patch) -> None:
+    """What was wrong with the last process of a rank is held against the next one."""
+    patch.setattr(Coordinator, "renewed", lambda self, rank: None)
+
+
+LIVES: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
+    (kill_only_what_is_there, ("launch-late", "kill")),
+    (give_corpses_up_for_good, ("zombie", "kill-two")),
+    (loads_are_owed_for_ever, ("load-silent", "kill", "restore")),
+    (starts_are_owed_for_ever, ("load-endless",)),
+    (leavers_may_stay, ("deaf",)),
+    (nothing_comes_back, ("kill",)),
+    (plan_from_the_map, ("kill", "kill-two")),
+    (never_compare_holdings, ("lost-tokens",)),
+    (a_fault_outlives_its_process, ("kill", "stop", "load-endless")),
+]
+
 MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
     (skip_rollback, CUTS),
     (keep_evicted_names, ("retries",)),
@@ -351,11 +435,12 @@ MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
     (resumed_before_the_agreement, ANY),
     (fence_without_leaving, CUTS),
     (commit_what_was_cut, CUTS),
+    *LIVES,
 ]
 
 
-FROM = {"keep_overwritten_kv": 60}
-"""Where the seeds begin, if not at 0: few of them preempt at the right moment."""
+FROM = {"keep_overwritten_kv": 60, "plan_from_the_map": 100}
+"""Where the seeds begin, if not at 0: few of them preempt, or strike, at the right moment."""
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,15 @@ class Deployment(ServerProcess):
             if sample.name == name
         }
 
+    def await_per_rank(self, name: str, ranks: set[int], within_s: float = 5.0) -> dict[int, float]:
+        """A metric by rank, once these ranks agree on it: heartbeats tell of it later."""
+        deadline = time.monotonic() + within_s
+        while True:
+            values = self.per_rank(name)
+            if len({values[rank] for rank in ranks}) == 1 or time.monotonic() > deadline:
+                return values
+            time.sleep(0.05)
+
 
 def with_status(status: Status, name: str) -> list[Status]:
     """The ranks in one condition."""
@@ -122,13 +132,40 @@ def kill(*pids: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+BY_HAND = "[rejoin]\nauto = false\n"
+
+
 @contextmanager
-def deployed(model_dir: Path, num_ranks: int, *flags: str) -> Iterator[Deployment]:
-    """Serve a checkpoint; on an error the end of the server's log is printed."""
+def deployed(
+    model_dir: Path, num_ranks: int, *flags: str, auto_rejoin: bool = False
+) -> Iterator[Deployment]:
+    """Serve a checkpoint; on an error the end of the server's log is printed.
+
+    `auto_rejoin`: lost ranks come back by themselves. Most tests look at what is without them.
+    """
     fixed = ["--data-parallel-size", str(num_ranks), "--device", "cpu", "--dtype", "float32"]
-    with Deployment(model_dir, [*fixed, *flags]) as server:
-        try:
-            yield server
-        except BaseException:
-            print(server.log_tail(40))
-            raise
+    given = list(flags)
+    with tempfile.TemporaryDirectory(prefix="revivemoe-policy-") as folder:
+        if not auto_rejoin:
+            given = _by_hand(given, Path(folder) / "policy.toml")
+        with Deployment(model_dir, [*fixed, *given]) as server:
+            yield from _until_error(server)
+
+
+def _by_hand(flags: list[str], path: Path) -> list[str]:
+    """The same flags, with a policy under which nothing comes back by itself."""
+    name, text = "--recovery-policy", ""
+    if name in flags:
+        at = flags.index(name)
+        text = Path(flags[at + 1]).read_text()
+        flags = [*flags[:at], *flags[at + 2 :]]
+    path.write_text(text + BY_HAND)
+    return [*flags, name, str(path)]
+
+
+def _until_error(server: Deployment) -> Iterator[Deployment]:
+    try:
+        yield server
+    except BaseException:
+        print(server.log_tail(40))
+        raise

@@ -132,7 +132,7 @@ def _await_orders(sock: socket.socket) -> NoReturn:
 
 
 def _become_fork_server(arguments: list[str], numbers: list[int], fds: list[int]) -> NoReturn:
-    os.setsid()
+    os.setpgid(0, 0)  # as the launcher does: one session, so one share of the processor
     os.dup2(2, 1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _run_and_exit(lambda: forkserver.main(renamed(arguments, numbers, fds)))

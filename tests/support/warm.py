@@ -22,7 +22,7 @@ FORK_SERVER = """
 import os, sys
 from revivemoe.cluster.forkserver import main
 
-os.setsid()
+os.setpgid(0, 0)
 main(sys.argv[1:])
 """
 

@@ -59,6 +59,7 @@ class Zygote:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._sock.setblocking(False)  # who waits for one request does not see a child end
         self._children: dict[int, tuple[int, int]] = {}
         """pidfd to the pid and where its exit status goes."""
 
@@ -71,7 +72,10 @@ class Zygote:
                     poller.unregister(fd)
                     self._reap(fd)
                     continue
-                raw, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 10)
+                try:
+                    raw, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 10)
+                except BlockingIOError:
+                    continue
                 if not raw:
                     self._kill_all()
                     return

@@ -5,7 +5,7 @@ it. A rank's tokens are a function of prompt and position, so every stream is kn
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,22 @@ from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import Table, place
 from revivemoe.membership.topology import collocated
-from revivemoe.messages.commands import Abort, Add, Command, Configure, DomainSpec, Fence
+from revivemoe.messages.commands import (
+    Abort,
+    Add,
+    Command,
+    Configure,
+    DomainSpec,
+    Fence,
+    TellHoldings,
+)
 from revivemoe.messages.events import document
 from revivemoe.messages.reports import (
     Activity,
     FenceAck,
     Heartbeat,
     Hello,
+    Holdings,
     RankStats,
     Ready,
     Report,
@@ -33,7 +42,8 @@ from revivemoe.messages.reports import (
     StepAborted,
     Tokens,
 )
-from revivemoe.messages.tokens import CommittedToken, TokenLogprobs
+from revivemoe.messages.tally import Tally
+from revivemoe.messages.tokens import CommittedToken, PromptLogprobs, TokenLogprobs
 from revivemoe.recovery.policy import Policy
 from revivemoe.sampling_params import SamplingParams
 from revivemoe.streams import Delta, StopStrings, StreamEvent, StreamFailed, Submission
@@ -109,6 +119,8 @@ class FakeRank:
     stubborn: bool = False
     """Lives, but answers no fence."""
     activity: Activity = field(default_factory=Activity)
+    scores_prompts: bool = False
+    """Tells the log-probabilities of prompts where they are asked for."""
     meets_nobody: bool = False
     """Enters domains, but never gets to the first agreement: some member is stuck."""
 
@@ -119,6 +131,8 @@ class FakeRank:
                 self.live[spec.seq_id] = held
             case Abort(seq_id=seq_id):
                 self.live.pop(seq_id, None)
+            case TellHoldings(request=request):
+                self.report(Holdings(self.rank, self.incarnation, request, self.num_output()))
             case Fence(epoch=epoch, at_boundary=planned):
                 self.epoch, self.in_domain = epoch, False
                 self.acknowledge(epoch, rolled_back=not planned)
@@ -134,15 +148,20 @@ class FakeRank:
     def acknowledge(self, epoch: Epoch, rolled_back: bool = True) -> None:
         if self.stubborn:
             return
-        held = {seq_id: len(output) for seq_id, (_, output, _) in self.live.items()}
-        acknowledged = (epoch, self.step, held, rolled_back, 0.125)
+        acknowledged = (epoch, self.step, self.num_output(), rolled_back, 0.125)
         self.report(FenceAck(self.rank, self.incarnation, *acknowledged))
+
+    def num_output(self) -> dict[SeqId, int]:
+        return {seq_id: len(output) for seq_id, (_, output, _) in self.live.items()}
 
     def run_step(self) -> None:
         """Commit one token of every sequence."""
         assert self.in_domain
-        tokens = []
+        tokens, scores = [], []
         for seq_id, (prompt, output, params) in list(self.live.items()):
+            if self.scores_prompts and params.prompt_logprobs is not None and not output:
+                entries = [TokenLogprobs(-1.0, []) for _ in prompt[1:]]
+                scores.append(PromptLogprobs(seq_id, 1, entries))
             token = answer(prompt, len(output) + 1)[-1]
             logprobs = None if params.logprobs is None else TokenLogprobs(-0.5, [(token, -0.5)])
             tokens.append(CommittedToken(seq_id, len(output), token, logprobs))
@@ -150,12 +169,17 @@ class FakeRank:
             if len(output) == params.max_tokens:
                 del self.live[seq_id]
         if tokens:
-            self.report(Tokens(self.rank, self.incarnation, self.epoch, self.step, tokens))
+            told = (self.epoch, self.step, tokens, scores)
+            self.report(Tokens(self.rank, self.incarnation, *told))
         self.step += 1
 
     def beat(self) -> None:
         stats = RankStats(running=len(self.live), kv_blocks_used=2, kv_blocks_total=64)
-        self.report(Heartbeat(self.rank, self.incarnation, 0, stats, self.activity))
+        holdings = Tally()
+        for seq_id, num_output in self.num_output().items():
+            holdings = holdings.plus(seq_id, num_output)
+        told = (0, stats, self.activity, None, holdings)
+        self.report(Heartbeat(self.rank, self.incarnation, *told))
 
     def abort_step(self) -> None:
         self.in_domain = False
@@ -213,7 +237,9 @@ class Instance:
         policy: Policy | None = None,
         max_model_len: int = 256,
         spare: int = 0,
+        auto_rejoin: bool = False,
     ) -> None:
+        """`auto_rejoin`: lost ranks come back by themselves, whatever `policy` says of that."""
         self.now = 100.0
         self.cluster = FakeCluster()
         self.events: list[dict[str, Any]] = []
@@ -224,7 +250,7 @@ class Instance:
             data_parallel_size=num_ranks,
             max_model_len=max_model_len,
             device="cpu",
-            policy=policy or Policy(),
+            policy=replace(policy or Policy(), auto_rejoin=auto_rejoin),
         )
         self.engine = Engine(
             config,

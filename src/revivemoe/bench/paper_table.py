@@ -26,7 +26,7 @@ from revivemoe.bench.restart import CATEGORIES, restart
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.epochs.record import PHASES
 
-LIMITS = "[limits]\nmax_recoveries = 100000\nmax_restarts = 100000\n"
+LIMITS = "[limits]\nmax_recoveries = 100000\nmax_restarts = 100000\n[rejoin]\nauto = false\n"
 
 
 @dataclass(frozen=True)

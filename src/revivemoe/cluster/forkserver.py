@@ -6,9 +6,11 @@ its pidfd without a race, learn its exit status, keep the ranks apart from the f
 death, and not re-import the caller's main module in every rank (docs/decisions.md).
 
 Protocol, one message per datagram: in, a msgpack `Launch`; out, `Launched` (with the child's pidfd
-attached) and `Exited`. It exits, killing its children, when the engine's end of the socket closes.
+attached) or `Unlaunched`, and `Exited`. A child does nothing before its `Launched` is sent, and
+ends if it never is. It exits, killing its children, when the engine's end of the socket closes.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -24,6 +26,8 @@ from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 
 MAX_MESSAGE = 1 << 20
 NO_FD = -1
+NOT_HANDED_OVER = 5
+"""Exit status of a child on which the engine never got a handle."""
 RunRank = Callable[[RankSpec, int, int | None, int | None], int]
 
 
@@ -52,6 +56,12 @@ class Launched(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
+class Unlaunched(msgspec.Struct, frozen=True, tag=True):
+    rank: int
+    incarnation: int
+    reason: str
+
+
 class Exited(msgspec.Struct, frozen=True, tag=True):
     rank: int
     incarnation: int
@@ -59,7 +69,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     """As `os.waitstatus_to_exitcode`: negative for a signal."""
 
 
-Reply = Warm | Launched | Exited
+Reply = Warm | Launched | Unlaunched | Exited
 
 
 class ForkServer:
@@ -88,7 +98,9 @@ class ForkServer:
                     self._kill_all()
                     return
                 launch = msgspec.msgpack.decode(raw, type=Launch)
-                poller.register(self._fork(launch.spec, run_rank), select.POLLIN)
+                pidfd = self._launch(launch.spec, run_rank)
+                if pidfd is not None:
+                    poller.register(pidfd, select.POLLIN)
 
     def _receive(self) -> bytes:
         """One message; empty when the engine is gone, even if it left some of ours unread."""
@@ -97,24 +109,49 @@ class ForkServer:
         except ConnectionResetError:
             return b""
 
-    def _fork(self, spec: RankSpec, run_rank: RunRank) -> int:
+    def _launch(self, spec: RankSpec, run_rank: RunRank) -> int | None:
+        """Returns the child's pidfd, if there is one."""
+        go, let_go = os.pipe()
+        try:
+            pid, pidfd = self._fork(spec, run_rank, go, let_go)
+        except OSError as error:  # there may be no more processes, or no memory for one
+            self._send(Unlaunched(spec.rank, spec.incarnation, str(error)), [])
+            return None
+        else:
+            self._children[pidfd] = (pid, spec)
+            self._send(Launched(spec.rank, spec.incarnation, pid), [pidfd])
+            with contextlib.suppress(BrokenPipeError):  # it has been killed meanwhile
+                os.write(let_go, b"!")
+            return pidfd
+        finally:
+            os.close(go)
+            os.close(let_go)
+
+    def _fork(self, spec: RankSpec, run_rank: RunRank, go: int, let_go: int) -> tuple[int, int]:
+        """The child's pid and pidfd. It waits for a byte from `go`."""
         pid = os.fork()
         if pid == 0:
-            os._exit(self._child(spec, run_rank))
-        pidfd = os.pidfd_open(pid)
-        self._children[pidfd] = (pid, spec)
-        self._send(Launched(spec.rank, spec.incarnation, pid), [pidfd])
-        return pidfd
+            os.close(let_go)
+            self._child(spec, run_rank, go)
+        try:
+            return pid, os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
 
-    def _child(self, spec: RankSpec, run_rank: RunRank) -> int:
+    def _child(self, spec: RankSpec, run_rank: RunRank, go: int) -> NoReturn:
         """The rank: it must see neither Ctrl-C (the engine ends it) nor our descriptors."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._sock.close()
-        for pidfd in self._children:
-            os.close(pidfd)
-        _name_process(f"revive-rank{spec.rank}")
         status = 1
         try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._sock.close()
+            for pidfd in self._children:
+                os.close(pidfd)
+            if not _handed_over(go, self._lifeline):
+                os._exit(NOT_HANDED_OVER)
+            os.close(go)
+            _name_process(f"revive-rank{spec.rank}")
             status = run_rank(spec, self._lifeline, self._segment_fd, self._cache_fd)
         finally:
             sys.stdout.flush()
@@ -138,6 +175,14 @@ class ForkServer:
         except OSError:
             self._kill_all()
             _exit_at_once()
+
+
+def _handed_over(go: int, lifeline: int) -> bool:
+    """Whether the engine has a handle on this process; waits until that is certain."""
+    poller = select.poll()
+    poller.register(go, select.POLLIN)
+    poller.register(lifeline, select.POLLIN)
+    return go in dict(poller.poll()) and os.read(go, 1) != b""
 
 
 def _exit_at_once() -> NoReturn:

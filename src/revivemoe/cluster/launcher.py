@@ -1,7 +1,8 @@
 """The engine's side of the fork server: start it, launch ranks, hear of their exits."""
 
+import contextlib
+import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,9 +19,17 @@ from revivemoe.cluster.forkserver import (
     Launch,
     Launched,
     Reply,
+    Unlaunched,
     Warm,
 )
 from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
+
+log = logging.getLogger("revivemoe.cluster")
+
+RESTART_WAIT_S = 0.5
+"""For a fork server that has hung up to be gone; it is not in the way of another."""
+MAX_FDS = 2
+"""That come with one message."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +37,16 @@ class LaunchedProcess:
     """A running rank process. `pidfd` becomes readable when it exits; the receiver owns it."""
 
     launched: Launched
-    pidfd: int
+    pidfd: int | None
+    """None: it got lost, since this process has as many descriptors as it may have."""
 
 
 def start_process(arguments: list[str], fds: list[int]) -> subprocess.Popen[bytes]:
     """A fork server that inherits these descriptors; its arguments name them.
 
-    A process group of its own, so that Ctrl-C is the engine's alone; not a session of its own: Linux
-    shares the processor out by session first (autogroup), and left a runnable engine standing for
-    seconds while ranks were busy (decisions.md).
+    A process group of its own, so that Ctrl-C is the engine's alone; not a session of its own:
+    Linux shares the processor out by session first (autogroup), and left a runnable engine
+    standing for seconds while ranks were busy (decisions.md).
     """
     return subprocess.Popen(
         [sys.executable, "-m", "revivemoe.cluster.forkserver", *arguments],
@@ -87,8 +97,14 @@ class Launcher:
         assert self._sock is not None, "never started"
         self._sock.close()
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(RESTART_WAIT_S)
         self.start()
+
+    def kill(self) -> None:
+        """End the fork server alone: `receive` tells when it is gone."""
+        assert self._process is not None, "never started"
+        self._process.kill()
 
     @property
     def fileno(self) -> int:
@@ -106,16 +122,12 @@ class Launcher:
         assert self._sock is not None, "the fork server is not running"
         self._sock.send(msgspec.msgpack.encode(Launch(spec)))
 
-    def receive(self) -> Warm | LaunchedProcess | Exited | None:
-        """One message, without blocking. None: the fork server is gone.
+    def receive(self) -> Warm | LaunchedProcess | Unlaunched | Exited | None:
+        """One message, without blocking. None: the fork server is gone, and has said no more.
 
         Raises BlockingIOError when there is nothing.
         """
-        assert self._sock is not None, "the fork server is not running"
-        try:
-            raw, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 2)
-        except ConnectionResetError:
-            return None
+        raw, fds = self._receive()
         if not raw:
             return None
         match msgspec.msgpack.decode(raw, type=Reply):
@@ -126,11 +138,18 @@ class Launcher:
                     self._cache_fd = fds.pop(0)
                 return warm
             case Launched() as launched:
-                return LaunchedProcess(launched, fds[0])
-            case Exited() as exited:
-                return exited
+                return LaunchedProcess(launched, fds[0] if fds else None)
+            case Unlaunched() | Exited() as reply:
+                return reply
             case unknown:
                 assert_never(unknown)
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        assert self._sock is not None, "the fork server is not running"
+        try:
+            return socket.recv_fds(self._sock, MAX_MESSAGE, MAX_FDS)[:2]
+        except ConnectionResetError:  # it left a launch unread; what it said before is still there
+            return socket.recv_fds(self._sock, MAX_MESSAGE, MAX_FDS)[:2]
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Close the socket and the lifeline: fork server and ranks exit; kill what does not."""
@@ -144,9 +163,17 @@ class Launcher:
             self._sock.close()
             self._sock = None
         if self._process is not None:
-            try:
-                self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self._process.send_signal(signal.SIGKILL)
-                self._process.wait()
+            _end(self._process, timeout_s)
             self._process = None
+
+
+def _end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Wait for it to exit, then kill it and wait once more."""
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            log.warning("fork server %d does not die after SIGKILL", process.pid)

@@ -8,21 +8,21 @@ parent is.
 import asyncio
 import contextlib
 import logging
-import os
 import secrets
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVarTuple
 
 import msgspec
 import zmq
 
-from revivemoe.cluster.forkserver import Exited, Warm
-from revivemoe.cluster.launcher import LaunchedProcess, Launcher
+from revivemoe.cluster.launcher import Launcher
+from revivemoe.cluster.processes import Key, ProcessCallbacks, Processes
 from revivemoe.cluster.store import GroupStore
 from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages.commands import Command, DomainSpec
+from revivemoe.messages.complaints import Complaints
 from revivemoe.messages.reports import Report
 
 log = logging.getLogger("revivemoe.cluster")
@@ -30,29 +30,28 @@ log = logging.getLogger("revivemoe.cluster")
 DRAIN_AT_MOST = 2000
 """Reports taken in one go before other work of the event loop gets its turn."""
 
-STATUS_WAIT_S = 0.015
-"""How long the exit of a process waits for its exit status."""
-CRASHES = frozenset(
-    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
-)
-"""Signals that a process brings upon itself."""
-
+Told = TypeVarTuple("Told")
 RankSpecFor = Callable[[RankId, Incarnation, tuple[tuple[int, ...], ...]], RankSpec]
-Key = tuple[RankId, Incarnation]
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the cluster tells its owner, on the event loop's thread."""
+    """What the cluster tells its owner, on the event loop's thread.
+
+    An exception of one is logged, and what is to be told after that is still told.
+    """
 
     on_report: Callable[[Report], None]
+    on_arrived: Callable[[RankId, Incarnation, int], None]
+    """A process that was launched is there. With its pid."""
     on_exit: Callable[[RankId, Incarnation, str, bool], None]
-    """With what is known of the exit, and whether the process crashed by itself."""
+    """Once for every launch, also if its process never came. With what is known of the exit, and
+    whether what it ran may have brought it about; otherwise somebody killed it."""
     on_forkserver_gone: Callable[[], None]
 
 
 class LocalCluster:
-    """Owns fork server, sockets and pidfds. An async context manager; leaving it ends all ranks."""
+    """Owns processes and sockets. An async context manager; leaving it ends all ranks."""
 
     def __init__(
         self,
@@ -67,20 +66,14 @@ class LocalCluster:
         self.reports = f"ipc://@revivemoe-{token}-reports"
         self._token, self._channels = token, channels
         self._spec_for, self._callbacks, self._backend = spec_for, callbacks, backend
-        self._launcher = Launcher(segment, host_cache)
+        told = ProcessCallbacks(self._on_arrived, self._on_exit, self._on_forkserver_gone)
+        self._processes = Processes(Launcher(segment, host_cache), told)
         self._store = GroupStore() if backend in ("gloo", "nccl") else None
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._outboxes: dict[RankId, tuple[Key, zmq.Socket[bytes]]] = {}
-        self._pidfds: dict[Key, int] = {}
-        self._pids: dict[Key, int] = {}
-        self._launch_when_warm: list[RankSpec] = []
-        self._warm = False
-        self._forkserver_gone = False
-        self._exits: dict[Key, int] = {}
-        """Exit status of processes whose exit has not been told of yet."""
-        self._ending: dict[Key, asyncio.TimerHandle] = {}
-        """Processes that are gone and whose exit status is awaited, for a moment."""
+        self._garbled = Complaints("messages of ranks that cannot be decoded", _log_garbled)
+        self._failures = Complaints("exceptions of the engine at what it was told", _log_failure)
         self._decoder = msgspec.msgpack.Decoder(Report)
         self._encoder = msgspec.msgpack.Encoder()
         self._last_command: Command | None = None
@@ -97,27 +90,19 @@ class LocalCluster:
     async def __aenter__(self) -> "LocalCluster":
         self._inbox.setsockopt(zmq.RCVHWM, 0)
         self._inbox.bind(self.reports)
-        self._launcher.start()
+        self._processes.start()
         if self._store is not None:
             await self._loop.run_in_executor(None, self._store.start)
         self._loop.add_reader(self._inbox_fd, self.drain)
-        self._loop.add_reader(self._launcher.fileno, self._on_launcher)
         return self
 
     async def __aexit__(self, *raised: object) -> None:
         self._loop.remove_reader(self._inbox_fd)
-        with contextlib.suppress(AssertionError):
-            self._loop.remove_reader(self._launcher.fileno)
-        for timer in self._ending.values():
-            timer.cancel()
-        for key, pidfd in list(self._pidfds.items()):
-            _kill(pidfd)
-            self._forget(key)
+        await self._processes.close()
         for _, outbox in self._outboxes.values():
             outbox.close(linger=0)
         self._inbox.close(linger=0)
         self._context.term()
-        await self._loop.run_in_executor(None, self._launcher.close)
         if self._store is not None:
             self._store.close()
 
@@ -126,30 +111,31 @@ class LocalCluster:
     def launch(
         self, rank: RankId, incarnation: Incarnation, slots: tuple[tuple[int, ...], ...]
     ) -> None:
-        """Start a process for a rank; its exit and its reports come through the callbacks."""
-        spec = self._spec_for(rank, incarnation, slots)
+        """Start a process for a rank; all about it comes through the callbacks. Never raises."""
+        key = (rank, incarnation)
         spec = msgspec.structs.replace(
-            spec,
+            self._spec_for(rank, incarnation, slots),
             commands=f"ipc://@revivemoe-{self._token}-{rank}.{incarnation}",
             reports=self.reports,
-            weights=self._weights((rank, incarnation)),
+            weights=self._weights(key),
         )
+        try:
+            outbox = self._outbox_to(spec.commands)
+        except zmq.ZMQError as error:  # no descriptor is left
+            self._loop.call_soon(self._on_exit, key, f"no socket for its commands: {error}", False)
+            return
+        if rank in self._outboxes:
+            self._outboxes.pop(rank)[1].close(linger=0)
+        self._outboxes[rank] = (key, outbox)
+        self._processes.launch(spec)
+
+    def _outbox_to(self, endpoint: str) -> "zmq.Socket[bytes]":
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.SNDHWM, 0)
         outbox.setsockopt(zmq.LINGER, 0)
         outbox.setsockopt(zmq.RECONNECT_IVL, 10)
-        outbox.connect(spec.commands)
-        if rank in self._outboxes:
-            self._outboxes.pop(rank)[1].close(linger=0)
-        self._outboxes[rank] = ((rank, incarnation), outbox)
-        if self._forkserver_gone:  # a new one is warm in a few seconds; what is to start waits
-            self._forkserver_gone, self._warm = False, False
-            self._launcher.restart()
-            self._loop.add_reader(self._launcher.fileno, self._on_launcher)
-        if self._warm:
-            self._launcher.launch(spec)
-        else:
-            self._launch_when_warm.append(spec)
+        outbox.connect(endpoint)
+        return outbox
 
     def send(self, rank: RankId, command: Command) -> None:
         """Queue a command. Never blocks; what is sent to a dead rank goes nowhere."""
@@ -165,15 +151,16 @@ class LocalCluster:
         return self._last_bytes
 
     def kill(self, rank: RankId) -> None:
-        """SIGKILL the rank's present process. Nobody waits for it."""
+        """SIGKILL the rank's present process, or see to it that it does not come to life. May be
+        said again. Nobody waits for it."""
         held = self._outboxes.get(rank)
-        if held is not None and held[0] in self._pidfds:
-            _kill(self._pidfds[held[0]])
+        if held is not None:
+            self._processes.kill(held[0])
 
     def pid(self, rank: RankId) -> int | None:
         """The rank's present process, if it runs."""
         held = self._outboxes.get(rank)
-        return None if held is None else self._pids.get(held[0])
+        return None if held is None else self._processes.pid(held[0])
 
     def domain(self) -> DomainSpec:
         address = self._store.address if self._store is not None else None
@@ -188,7 +175,12 @@ class LocalCluster:
     @property
     def living(self) -> int:
         """Processes that have not exited."""
-        return len(self._pidfds)
+        return self._processes.running
+
+    @property
+    def garbled(self) -> int:
+        """Messages that could not be decoded, so far."""
+        return self._garbled.count
 
     # ---- what happens ------------------------------------------------------------------------
 
@@ -197,84 +189,44 @@ class LocalCluster:
         for _ in range(DRAIN_AT_MOST):
             try:
                 raw = self._inbox.recv(zmq.NOBLOCK)
-            except (zmq.Again, zmq.ZMQError):
+            except zmq.ZMQError:  # zmq.Again: that was all
                 return
-            self._callbacks.on_report(self._decoder.decode(raw))
+            self._take(raw)
         self._loop.call_soon(self.drain)
 
-    def _on_launcher(self) -> None:
-        while True:
-            try:
-                message = self._launcher.receive()
-            except BlockingIOError:
-                return
-            match message:
-                case Warm():
-                    self._on_warm(message)
-                case LaunchedProcess():
-                    self._watch(message)
-                case Exited():
-                    key = (RankId(message.rank), Incarnation(message.incarnation))
-                    self._exits[key] = message.status
-                    if key in self._ending:
-                        self._tell_exit(key)
-                case None:
-                    self._loop.remove_reader(self._launcher.fileno)
-                    self._forkserver_gone = True
-                    self._callbacks.on_forkserver_gone()
-                    return
-
-    def _on_warm(self, warm: Warm) -> None:
-        log.info("fork server warm after %.1f s", warm.preload_s)
-        self._warm = True
-        waiting, self._launch_when_warm = self._launch_when_warm, []
-        for spec in waiting:
-            self._launcher.launch(spec)
-
-    def _watch(self, process: LaunchedProcess) -> None:
-        key = (RankId(process.launched.rank), Incarnation(process.launched.incarnation))
-        self._pidfds[key], self._pids[key] = process.pidfd, process.launched.pid
-        self._loop.add_reader(process.pidfd, self._on_exit, key)
-
-    def _on_exit(self, key: Key) -> None:
-        """The process is gone. How it ended, the fork server says about now."""
-        self._loop.remove_reader(self._pidfds[key])
-        if not self._forkserver_gone:
-            self._on_launcher()
-        if key in self._exits or self._forkserver_gone:
-            self._tell_exit(key)
+    def _take(self, raw: bytes) -> None:
+        try:
+            report = self._decoder.decode(raw)
+        except Exception as error:  # whatever came, there are others behind it
+            self._garbled.add(error, self._loop.time())
         else:
-            self._ending[key] = self._loop.call_later(STATUS_WAIT_S, self._tell_exit, key)
+            self._tell(self._callbacks.on_report, report)
 
-    def _tell_exit(self, key: Key) -> None:
+    def _on_arrived(self, key: Key, pid: int) -> None:
+        self._tell(self._callbacks.on_arrived, *key, pid)
+
+    def _on_exit(self, key: Key, detail: str, by_itself: bool) -> None:
         """What the process said before it went counts: the inbox comes first."""
-        if key not in self._pidfds:
-            return  # told already
-        if (timer := self._ending.pop(key, None)) is not None:
-            timer.cancel()
-        pid, status = self._pids[key], self._exits.pop(key, None)
-        self._forget(key)
         self.drain()
         held = self._outboxes.get(key[0])
         if held is not None and held[0] == key:
             self._outboxes.pop(key[0])[1].close(linger=0)
-        how = "exited" if status is None else describe_status(status)
-        by_itself = status is not None and (status > 0 or -status in CRASHES)
-        self._callbacks.on_exit(*key, f"process {pid}: {how}", by_itself)
+        self._tell(self._callbacks.on_exit, *key, detail, by_itself)
 
-    def _forget(self, key: Key) -> None:
-        pidfd = self._pidfds.pop(key)
-        self._pids.pop(key)
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
+    def _on_forkserver_gone(self) -> None:
+        self._tell(self._callbacks.on_forkserver_gone)
 
-
-def _kill(pidfd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has gone meanwhile
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    def _tell(self, callback: Callable[[*Told], None], *told: *Told) -> None:
+        """An error of the engine's must not take with it what it is to be told next."""
+        try:
+            callback(*told)
+        except Exception as error:
+            self._failures.add(error, self._loop.time())
 
 
-def describe_status(status: int) -> str:
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"exit status {status}"
+def _log_failure(line: str, error: Exception) -> None:
+    log.error("%s", line, exc_info=error)
+
+
+def _log_garbled(line: str, error: Exception) -> None:
+    log.warning("%s", line)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -41,7 +42,10 @@ class Graveyard:
         self._graves: list[list[object]] = []
 
     def bury(self, remains: list[object], done: Callable[[], bool], timeout_s: float) -> None:
-        """Free `remains`, which become empty, once `done()` or its time-out has surely passed."""
+        """Free `remains`, which become empty, once `done()` or its time-out has surely passed.
+
+        `done` is asked again and again, in a thread of its own.
+        """
         held, until = remains.copy(), time.monotonic() + timeout_s + _GRACE_S
         remains.clear()
         self._graves.append(held)
@@ -98,7 +102,8 @@ class GroupTransport(Transport):
         connections: frozenset[int] | None,
     ) -> None:
         """`pin`: page-lock host buffers. `connections`: hung up when work is left behind, so that
-        it ends (gloo, which cannot cancel it); None: the library aborts it itself (NCCL).
+        it ends (gloo, which cannot cancel it). Not before the epoch is fenced, and freed neither:
+        others would take it for a broken link. None: the library aborts it itself (NCCL).
         """
         super().__init__(waiter, epoch, members, me, device)
         self.group: ProcessGroup | None = group
@@ -183,14 +188,17 @@ class GroupTransport(Transport):
         if self._connections is None:  # in a thread, for an abort may block too
             threading.Thread(target=_abort, args=(group,), name="abort-group", daemon=True).start()
             stuck = [None]  # what a device still does after it cannot be told
-        elif stuck:
-            hang_up(self._connections)
         del group
+        self._graveyard.bury(remains, partial(self._ended, stuck), self._timeout_s)
 
-        def done() -> bool:
-            return all(work is not None and work.is_completed() for work in stuck)
-
-        self._graveyard.bury(remains, done, self._timeout_s)
+    def _ended(self, stuck: list[Work | None]) -> bool:
+        """Whether all of this work is over. What is not, and is nobody's any more, is ended."""
+        if not self._waiter.fenced:
+            return False
+        if stuck and self._connections:
+            hang_up(self._connections)
+            self._connections = frozenset()
+        return all(work is not None and work.is_completed() for work in stuck)
 
     def _start_all_to_all(
         self,

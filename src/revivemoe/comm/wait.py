@@ -26,9 +26,14 @@ class Waiter:
     waited_s: float = 0.0
     """Seconds spent waiting for peers so far."""
 
+    @property
+    def fenced(self) -> bool:
+        """Whether this epoch has been fenced."""
+        return self._fence.covers(self._epoch)
+
     def check_fence(self) -> None:
         """Raise DomainLeft if this epoch has been fenced."""
-        if self._fence.covers(self._epoch):
+        if self.fenced:
             raise DomainLeft(f"epoch {self._epoch} is fenced (by epoch {self._fence.epoch})")
 
     def until(

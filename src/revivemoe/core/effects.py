@@ -120,7 +120,8 @@ class LoadBeside:
 
 @dataclass(frozen=True)
 class GiveUpAttention:
-    """Drop the attention side's weights and pages; so many empty slots in every layer -> None."""
+    """Drop the attention side's weights and pages; so many empty slots in every layer -> None.
+    May raise LoadFailed: without memory for them there are no slots."""
 
     num_slots: int
 

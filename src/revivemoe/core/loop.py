@@ -19,6 +19,7 @@ from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, Park, Retry, Run
 from revivemoe.core.step import Leave as LeaveTogether
 from revivemoe.ids import Epoch
+from revivemoe.membership.placement import Table
 from revivemoe.messages import commands, reports
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ class StepLoop:
         self._rolled_back = False
         """Whether a step was undone since the last fence that was acknowledged."""
         self._stopped = False
+        self.holdings = rank.tally
+        """Told with heartbeats, by another thread: every token that it counts has been reported."""
 
     def run(self) -> Effects:
         """Take commands and steps until told to stop."""
@@ -51,8 +54,10 @@ class StepLoop:
             for command in _of((yield effects.Commands(wait=not self._stepping)), list):
                 if not self._stopped:
                     yield from self._handle(command)
+                    self.holdings = self._rank.tally
             if self._stepping and not self._stopped:
                 yield from self._step()
+                self.holdings = self._rank.tally
 
     @property
     def _stepping(self) -> bool:
@@ -68,6 +73,8 @@ class StepLoop:
                 self._rank.abort(command.seq_id)
             case commands.Wake():
                 self._rank.wake(command.counter)
+            case commands.TellHoldings():
+                self._report(self._rank.holdings(command.request))
             case commands.Fence():
                 yield from self._fence(command)
             case commands.Configure():
@@ -107,8 +114,8 @@ class StepLoop:
             return
         table = membership.table_of(rank.rank_id)
         try:
-            if self._has_attention and rank.rank_id not in membership.attention:
-                yield from self._become_expert_rank(len(table[0]))
+            if rank.rank_id not in membership.attention:
+                yield from self._become_expert_rank(table)
             shards = membership.shards_of(rank.rank_id)
             loaded = _of(
                 (yield effects.Load(membership, table, command.domain, shards)), effects.Loaded
@@ -125,18 +132,19 @@ class StepLoop:
         self._in_domain, self._entered = True, Entered(command, loaded, domain_s)
 
     def _switch_role(self, command: commands.SwitchRole) -> Effects:
-        """Outside of the domain, while the others go on: ready when the experts are loaded."""
+        """Outside of the domain, while the others go on: ready when the experts are loaded, or, as
+        it has no other role any more, without them.
+        """
         rank = self._rank
-        if self._has_attention:
-            yield from self._become_expert_rank(len(command.table[0]))
         try:
+            yield from self._become_expert_rank(command.table)
             load = effects.Load(command.membership, command.table, command.domain)
             loaded = _of((yield load), effects.Loaded)
         except effects.Left:
             return
         except effects.LoadFailed as failure:
             self._report(self._not_loaded(failure))
-            raise
+            loaded = effects.Loaded(0.0, 0, {})
         self._report(
             reports.Ready(
                 rank.rank_id, rank.incarnation, self._device, kv_blocks_total=0,
@@ -148,9 +156,11 @@ class StepLoop:
     def _has_attention(self) -> bool:
         return self._rank.limits.num_blocks > 0
 
-    def _become_expert_rank(self, num_slots: int) -> Effects:
-        self._rank.give_up_attention()
-        yield effects.GiveUpAttention(num_slots)
+    def _become_expert_rank(self, table: Table) -> Effects:
+        """Unless it is one, with its slots: there may have been no memory for them before."""
+        if self._has_attention or self._rank.lacks_slots(table):
+            self._rank.give_up_attention()
+            yield effects.GiveUpAttention(len(table[0]))
 
     def _not_loaded(self, failure: effects.LoadFailed) -> reports.ExpertsLoaded:
         rank = self._rank

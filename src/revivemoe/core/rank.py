@@ -22,20 +22,31 @@ from revivemoe.core.outcome import Outcome, outcome_of
 from revivemoe.core.queues import Queues
 from revivemoe.core.scheduler import Scheduler
 from revivemoe.core.sequence import Sequence
+from revivemoe.core.slots import ExpertSlots
 from revivemoe.core.state import Fenced, InDomain, OpenStep, Parked, RankState, Unconfigured
 from revivemoe.core.step import Agreement, Batch, Leave, Park, Run, StepHeader, StepResult
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
-from revivemoe.messages.reports import FenceAck, RankStats, Tokens
+from revivemoe.membership.placement import EMPTY, Table
+from revivemoe.messages.reports import FenceAck, Holdings, RankStats, Tokens
+from revivemoe.messages.tally import Tally
 from revivemoe.messages.tokens import SequenceSpec
 
 
 class Rank:
     """Sequences, blocks and step number of one rank. Owns all of `revivemoe.core`'s state."""
 
-    def __init__(self, rank_id: RankId, incarnation: Incarnation, limits: RankLimits) -> None:
+    def __init__(
+        self,
+        rank_id: RankId,
+        incarnation: Incarnation,
+        limits: RankLimits,
+        slots: ExpertSlots | None = None,
+    ) -> None:
+        """`slots`: filled by whoever drives it; told with every acknowledgement."""
         self.rank_id = rank_id
         self.incarnation = incarnation
         self.limits = limits
+        self._slots = slots
         self.state: RankState = Unconfigured()
         self._lay_out()
         self._counters = Counters()
@@ -50,6 +61,8 @@ class Rank:
         limits = self.limits
         self.pool = BlockPool(limits.num_blocks, limits.enable_prefix_caching)
         self.queues = Queues()
+        self.tally = Tally()
+        """Of the live sequences."""
         self.journal = Journal(self.pool, self.queues)
         self._scheduler = Scheduler(limits, self.pool, self.queues, self.journal)
 
@@ -63,6 +76,7 @@ class Rank:
         sequence = Sequence.from_spec(spec)
         self._assert_can_run(sequence)
         self.queues.add(sequence)
+        self.tally = self.tally.plus(sequence.seq_id, len(sequence.output_ids))
 
     def abort(self, seq_id: SeqId) -> None:
         """Forget a sequence and free its blocks. Unknown ids are ignored."""
@@ -176,8 +190,9 @@ class Rank:
             incarnation=self.incarnation,
             epoch=epoch,
             next_step=next_step,
-            num_output={s.seq_id: len(s.output_ids) for s in self.queues.live.values()},
+            num_output=self._num_output(),
             rolled_back=rolled_back,
+            slots=None if self._slots is None else self._slots.table,
         )
 
     def configure(self, epoch: Epoch, step: int, mask_key: bytes, wake: int) -> bool:
@@ -215,6 +230,12 @@ class Rank:
             case _:
                 assert_never(self.state)
 
+    def lacks_slots(self, table: Table) -> bool:
+        """Whether it has no slots at all, and is to hold some expert."""
+        if self._slots is None or self._slots.num_slots:
+            return False
+        return any(expert != EMPTY for row in table for expert in row)
+
     def give_up_attention(self) -> None:
         """From now on an expert rank: no sequences, no blocks. Only before the first step of an
         epoch, or outside of any, when what it held has been handed over.
@@ -224,6 +245,11 @@ class Rank:
         self._lay_out()
 
     # ---- what others may see -----------------------------------------------------------------
+
+    def holdings(self, request: int) -> Holdings:
+        """Answer to `TellHoldings`, between steps."""
+        self._assert_between_steps()
+        return Holdings(self.rank_id, self.incarnation, request, self._num_output())
 
     def stats(self) -> RankStats:
         """Load and counters, for the heartbeat."""
@@ -250,6 +276,10 @@ class Rank:
         for sequence in self.queues.live.values():
             held, needed = len(sequence.block_table), self.limits.blocks_for(sequence.num_computed)
             assert held == needed or (open_step and held > needed), f"{sequence}: table and KV"
+        tally = Tally()
+        for seq_id, num_output in self._num_output().items():
+            tally = tally.plus(seq_id, num_output)
+        assert tally == self.tally, f"{self.tally} is told instead of {tally}"
         for sequence in self.queues.waiting:
             assert not sequence.block_table, f"{sequence}: waits with blocks"
 
@@ -262,12 +292,17 @@ class Rank:
             sequence.prompt_logprobs_done += len(outcome.prompt_logprobs.entries)
         if outcome.token:
             sequence.append(outcome.token.token_id)
+            self.tally = self.tally._replace(num_output=self.tally.num_output + 1)
             if sequence.finished(self.limits.max_model_len):
                 self._drop(sequence)
+
+    def _num_output(self) -> dict[SeqId, int]:
+        return {s.seq_id: len(s.output_ids) for s in self.queues.live.values()}
 
     def _drop(self, sequence: Sequence) -> None:
         release_all(self.pool, sequence)
         self.queues.remove(sequence)
+        self.tally = self.tally.minus(sequence.seq_id, len(sequence.output_ids))
 
     def _tokens(self, state: InDomain, outcomes: list[Outcome], step_s: float) -> Tokens:
         return Tokens(

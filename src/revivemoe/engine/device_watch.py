@@ -3,6 +3,7 @@
 from revivemoe.engine.maintenance import Maintenance
 from revivemoe.epochs.epochs import Epochs
 from revivemoe.epochs.state import FailedState, Starting
+from revivemoe.ids import RankId
 from revivemoe.messages.events import DeviceReported, Tell
 from revivemoe.recovery.faults import DeviceReport, Fault
 
@@ -12,6 +13,8 @@ class DeviceWatch:
 
     def __init__(self, epochs: Epochs, maintenance: Maintenance, tell: Tell) -> None:
         self._epochs, self._maintenance, self._tell = epochs, maintenance, tell
+        self._retries: dict[str, list[float]] = {}
+        """When each device asked for a retry, within the window."""
         self._due: list[tuple[int, DeviceReport]] = []
         """Injected: to come when the instance has reached a step."""
 
@@ -35,14 +38,23 @@ class DeviceWatch:
         match action:
             case "watch":
                 view.fault = fault
+            case "retry" if self._retries_too_often(report.rank, now):
+                self._maintenance.drain(fault, now)
             case "retry" if epochs.serving:
-                epochs.redo("device_fault", now)
+                epochs.redo("device_fault", now, asked=True)
             case "drain":
                 self._maintenance.drain(fault, now)
             case "isolate":
                 epochs.accuse([fault], now)
             case _:
                 pass
+
+    def _retries_too_often(self, rank: RankId, now: float) -> bool:
+        """What repeats on one device is laid to it: the others do not pay for it for ever."""
+        policy, view = self._epochs.policy, self._epochs.fleet.views[rank]
+        recent = [t for t in self._retries.get(view.device, ()) if t >= now - policy.window_s]
+        self._retries[view.device] = [*recent, now]
+        return len(recent) >= policy.max_retries
 
     def report_at(self, report: DeviceReport, step: int | None, last_step: int, now: float) -> None:
         """A report that shall come at a step; now, without one. Raises ValueError if it is past."""

@@ -53,7 +53,7 @@ class Drains:
 
     def __init__(self, epochs: Epochs, traffic: Traffic, tell: Tell) -> None:
         self._epochs, self._traffic, self._ledger = epochs, traffic, traffic.ledger
-        self._views, self._tell = epochs.fleet.views, tell
+        self._fleet, self._views, self._tell = epochs.fleet, epochs.fleet.views, tell
         self._drain: Drain | None = None
         self._asked: deque[Wanted] = deque()
 
@@ -61,6 +61,10 @@ class Drains:
     def pending(self) -> bool:
         """Whether one is under way or wanted."""
         return self._drain is not None or bool(self._asked)
+
+    @property
+    def under_way(self) -> Drain | None:
+        return self._drain
 
     @property
     def draining(self) -> bool:
@@ -89,7 +93,7 @@ class Drains:
 
     def tick(self, now: float) -> bool:
         """Get on with it, if the epochs are quiet. Returns whether there is one."""
-        self._follow_epoch()
+        self._follow_epoch(now)
         if self._drain is not None:
             self._go_on(self._drain, now)
         elif self._asked:
@@ -98,7 +102,7 @@ class Drains:
             return False
         return True
 
-    def _follow_epoch(self) -> None:
+    def _follow_epoch(self, now: float) -> None:
         """In another epoch than its own a drain begins anew, if its rank can still go."""
         drain, present = self._drain, self._epochs.membership
         if drain is None or drain.epoch == present.epoch:
@@ -107,7 +111,7 @@ class Drains:
         wanted, rank = drain.wanted, drain.wanted.fault.rank
         may_go = rank in (present.attention if wanted.switch else present.members)
         if may_go and self._is_there(wanted):
-            self._views[rank].draining = False
+            self._fleet.drain(self._views[rank], False, now)
             self._asked.appendleft(wanted)
 
     def _begin(self, wanted: Wanted, now: float) -> None:
@@ -120,7 +124,7 @@ class Drains:
             self._tell(DrainRefused(fault.rank, plan.reason, request_id))
             log.warning("rank %d cannot be drained: %s", fault.rank, plan.reason)
             return
-        view.draining = True
+        self._fleet.drain(view, True, now)
         targets = {m.seq_id: m.to for m in plan.migrations}
         owned = [seq_id for seq_id in self._ledger.owned_by(fault.rank) if seq_id in targets]
         shadows = {self._ledger.warm(seq_id, targets[seq_id]) for seq_id in owned}
@@ -129,7 +133,7 @@ class Drains:
         if not wanted.switch:
             loads = (*plan.reloads, *plan.background)
             here = [r for r in loads if r.rank in present.experts]
-            epochs.loads.begin(into_free_slots(here, present))
+            epochs.loads.begin(into_free_slots(here, present), now)
         told = (fault.rank, fault.kind, fault.detail, len(owned), request_id)
         self._tell(DrainBegun(*told))
         if shadows:

@@ -19,13 +19,13 @@ from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
 from revivemoe.epochs.fleet import Fleet
 from revivemoe.epochs.ports import Cluster
-from revivemoe.epochs.rank_life import RankView
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.epochs.signals import Signals
 from revivemoe.epochs.state import FailedState, State
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.messages.events import Event, Stalled
-from revivemoe.messages.reports import ExpertsLoaded, Report, Tokens
+from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Holdings, Report, Tokens
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.streams import EngineUnavailable, Submission
 
@@ -52,13 +52,16 @@ class Engine:
         devices = {rank: config.rank_device(rank) for rank in membership.members}
         fleet = Fleet(cluster, membership.placement, devices, config.policy, tell)
         self.config, self.tell = config, tell
-        self.traffic = Traffic(vocabulary, config.max_model_len, membership, fleet, tell)
+        requests = (vocabulary, config.max_model_len, membership, fleet)
+        self.traffic = Traffic(*requests, config.policy.trial_timeout_s, clock, tell)
         self.epochs = Epochs(config.policy, membership, fleet, self.traffic, clock, tell)
         self.signals = Signals(self.epochs, config.start_timeout_s, tell)
         self.maintenance = Maintenance(self.epochs, self.traffic, tell)
         self.devices = DeviceWatch(self.epochs, self.maintenance, tell)
         self.last_ft_request_id: str | None = None
         self._last_tick = clock()
+        self._spared = False
+        """Whether nobody was judged in the last tick."""
 
     # ---- what others may see -----------------------------------------------------------------
 
@@ -96,26 +99,22 @@ class Engine:
     def tick(self, now: float) -> None:
         """Judge deadlines. Called a few times a second, after the inbox has been drained.
 
-        After a long stall of its own the engine judges nobody in this tick; after any, it moves
-        the deadlines.
+        After a long stall of its own the engine judges nobody in this tick, but does in the next;
+        after any, it moves the deadlines by what went beyond the usual.
         """
-        stalled_s = self._own_stall_s(now)
-        if stalled_s:
-            self.signals.postpone(stalled_s)
-            self.maintenance.postpone(stalled_s)
-        if stalled_s > OWN_STALL_S:
-            self.tell(Stalled(stalled_s))
-        elif self.signals.tick(now):
-            self._look_after(now)
-
-    def _own_stall_s(self, now: float) -> float:
-        """How long the engine itself stood still before this tick, seconds."""
         gap_s, self._last_tick = now - self._last_tick, now
-        return gap_s if gap_s > TICK_GAP_S else 0.0
+        if gap_s > TICK_GAP_S:
+            self.signals.postpone(gap_s - TICK_GAP_S)
+            self.maintenance.postpone(gap_s - TICK_GAP_S)
+        spared, self._spared = self._spared, gap_s > OWN_STALL_S
+        if self._spared:
+            self.tell(Stalled(gap_s))
+        if (spared or not self._spared) and self.signals.tick(now):
+            self._look_after(now)
 
     def _look_after(self, now: float) -> None:
         """Nobody is accused: what else is due."""
-        self.traffic.assign()  # a suspect whose turn has come without a token to tell of it
+        self.traffic.tick()
         for fault in self.epochs.fleet.newly_slow(now):
             if self.config.policy.isolate_slow:
                 self.maintenance.drain(fault, now)
@@ -146,10 +145,18 @@ class Engine:
             self.traffic.on_tokens(report)
             self.signals.committed(report, now)
             self.devices.reached(self.signals.last_step, now)
+        elif isinstance(report, Holdings):
+            self.traffic.on_holdings(report)
         else:
             self.signals.on_report(report, now)
-            if isinstance(report, ExpertsLoaded):
+            if isinstance(report, Heartbeat):
+                self.traffic.on_heartbeat(report, now)
+            elif isinstance(report, ExpertsLoaded):
                 self.maintenance.tick(now)
+
+    def on_arrived(self, rank: RankId, incarnation: Incarnation, pid: int, now: float) -> None:
+        """A process of a rank has come into being."""
+        self.epochs.fleet.on_arrived(rank, incarnation, pid, now)
 
     def on_exit(
         self,

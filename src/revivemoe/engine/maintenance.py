@@ -2,6 +2,7 @@
 
     drain    a rank goes: what it holds is made ready elsewhere first, then it leaves (`drains`)
     rejoin   a rank comes back: its new process is taken in once it has loaded
+    return   lost ranks come back by themselves (`returns`)
     restore  experts that were loaded beside the steps are taken into use
     pause    all ranks stop together until told to go on
 
@@ -9,9 +10,10 @@ One at a time. A fault comes before all of them.
 """
 
 from revivemoe.engine.drains import Drains
+from revivemoe.engine.returns import Returns
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
-from revivemoe.epochs.rank_life import RankView
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import RankId
 from revivemoe.messages.events import Tell
 from revivemoe.recovery.faults import Fault
@@ -25,6 +27,7 @@ class Maintenance:
     def __init__(self, epochs: Epochs, traffic: Traffic, tell: Tell) -> None:
         self._epochs, self._fleet = epochs, epochs.fleet
         self.drains = Drains(epochs, traffic, tell)
+        self.returns = Returns(epochs, self.drains, tell)
         self._restore_id: str | None = None
         self._pause: tuple[bool, str | None] = (False, None)
         self._joins: dict[RankId, str | None] = {}
@@ -51,16 +54,16 @@ class Maintenance:
         view = self._fleet.views.get(rank)
         if view is None:
             raise ValueError(f"id {rank} is not a rank of this instance")
-        if not view.dead:
-            raise ValueError(f"rank {rank} is not out: it has a process")
-        if view.restart_when_gone:
-            raise ValueError(f"a new process of rank {rank} is under way already")
+        if view.member:
+            raise ValueError(f"rank {rank} is not out: it is a member")
         self._joins[rank] = request_id
-        self._fleet.replace(rank, now)
+        self.returns.asked(rank)
+        if view.dead:
+            self._fleet.replace(rank, now)
 
-    def restore(self, request_id: str | None) -> None:
+    def restore(self, request_id: str | None, now: float) -> None:
         """Load missing experts into spare slots. Raises ValueError if there is nothing to do."""
-        self._epochs.loads.restore(self._epochs.membership)
+        self._epochs.loads.restore(self._epochs.membership, now)
         self._restore_id = request_id
 
     def pause(self, request_id: str | None, now: float) -> None:
@@ -82,6 +85,7 @@ class Maintenance:
     def tick(self, now: float) -> None:
         """Make the next planned change, if the instance is free for it."""
         epochs = self._epochs
+        self.returns.tick(now)
         if not epochs.quiet:
             return
         wanted, request_id = self._pause
@@ -100,6 +104,8 @@ class Maintenance:
         elif epochs.loads.awaits_epoch:
             epochs.loads.epoch_asked()
             epochs.change([], "restore_experts", now, request_id=self._restore_id)
+        else:
+            self.returns.see_to_the_rest(now)
 
     def _take_in(self, joiners: list[RankView], now: float) -> None:
         ids = [self._joins.pop(view.rank, None) for view in joiners]

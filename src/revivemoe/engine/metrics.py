@@ -71,14 +71,16 @@ class EngineCollector:
 
     def _recoveries(self) -> Iterable[Metric]:
         engine, totals = self._engine, self._engine.traffic.totals
-        gaps, symptoms = engine.traffic.ledger.gaps, engine.signals.symptoms
+        ledger, symptoms = engine.traffic.ledger, engine.signals.symptoms
         for name, text, value in (
             ("generation_tokens", "Tokens appended to the logs", totals.generation_tokens),
             ("prompt_tokens", "Prompt tokens admitted", totals.prompt_tokens),
             ("migrated_sequences", "Sequences moved off lost ranks", totals.migrated),
             ("recomputed_tokens", "Tokens migrations computed again", totals.recomputed_tokens),
             ("communication_symptoms", "Steps aborted by communication", symptoms),
-            ("token_log_gaps", "Reports that skipped a position; mended", gaps),
+            ("mended_sequences", "Handed over again where they were to be", totals.mended),
+            ("request_faults", "Requests ended by an error of the engine's own", ledger.faults),
+            ("token_log_gaps", "Reports that skipped a position; mended", ledger.gaps),
         ):
             yield CounterMetricFamily(f"revivemoe_{name}", text, value)
         finished = CounterMetricFamily(

@@ -96,7 +96,7 @@ class Operations:
     def _restore(self, params: Document, request_id: str, now: float) -> None:
         _only(params)
         self._need_serving()
-        self._engine.maintenance.restore(request_id)
+        self._engine.maintenance.restore(request_id, now)
 
     def _rejoin(self, params: Document, request_id: str, now: float) -> None:
         _only(params, "id")
@@ -106,7 +106,7 @@ class Operations:
     def _retry(self, params: Document, request_id: str, now: float) -> None:
         """vLLM's: the same ranks, a new domain, the interrupted step again."""
         self._need_serving()
-        self._engine.epochs.redo("retry", now)
+        self._engine.epochs.redo("retry", now, asked=True)
 
     def _pause(self, params: Document, request_id: str, now: float) -> None:
         if isinstance(self._engine.state, Paused):

@@ -1,12 +1,15 @@
 """What is live: requests, their sequences, and what became of a report about them."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from revivemoe.engine.token_log import TokenLog
 from revivemoe.ids import Incarnation, RankId, SeqId
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.streams import Delta, PromptLogprobsReady, StreamEvent, Submission
+
+Owner = tuple[RankId, Incarnation]
+"""A process."""
 
 
 class Sink(Protocol):
@@ -26,7 +29,7 @@ class LiveSequence:
     seq_id: SeqId
     log: TokenLog
     request: "LiveRequest"
-    owner: tuple[RankId, Incarnation] | None = None
+    owner: Owner | None = None
     """The process that may report tokens for it; None while it waits for a rank."""
     orphan: bool = False
     """It has lost its rank."""
@@ -54,6 +57,7 @@ class LiveRequest:
     unfinished: set[SeqId] = field(default_factory=set)
     held: dict[int, list[Delta]] = field(default_factory=dict)
     """By prompt index: deltas that wait for the prompt's log-probabilities, which come first."""
+    ended: bool = False
 
     def emit(self, delta: Delta) -> None:
         """Pass a delta on, or hold it back."""
@@ -68,6 +72,20 @@ class LiveRequest:
         self.sink.push(PromptLogprobsReady(prompt_index, entries))
         for delta in self.held.pop(prompt_index, []):
             self.sink.push(delta)
+
+    def end(self) -> None:
+        """No event follows. Idempotent."""
+        if not self.ended:
+            self.ended = True
+            self.sink.end()
+
+
+class Taken(NamedTuple):
+    """A token that was new."""
+
+    first: bool
+    finish_reason: str | None
+    released: bool
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from datetime import UTC, datetime
 
 from revivemoe.engine.engine import Engine
-from revivemoe.epochs.rank_life import RankView
+from revivemoe.engine.outstanding import life_document, obligations_document
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.epochs.record import RecoveryRecord
-from revivemoe.epochs.state import FailedState, Starting, state_name
+from revivemoe.epochs.state import FailedState, state_name
 from revivemoe.recovery.faults import Fault
 from revivemoe.streams import Document
 
@@ -27,13 +28,14 @@ def status_document(engine: Engine, now: float, wall: float) -> Document:
         "engines": [_engine(engine, view, now) for view in views],
         "experts": _experts(engine),
         "dense_ffn_groups": _dense_groups(engine),
+        "obligations": obligations_document(engine, now),
         "recoveries": [_recovery(record, now, wall) for record in engine.epochs.records],
     }
 
 
 def _engine(engine: Engine, view: RankView, now: float) -> Document:
     fleet, topology = engine.epochs.fleet, engine.membership.topology
-    member = view.rank in topology.members and not (view.dead or fleet.is_new(view))
+    member = view.member and view.rank in topology.members
     age_s = fleet.detector.age_s(view.rank, now)
     stats = view.stats
     return {
@@ -52,13 +54,14 @@ def _engine(engine: Engine, view: RankView, now: float) -> Document:
         "last_step": stats.last_step,
         "heartbeat_age_s": None if age_s is None else round(age_s, 4),
         "fault_info": None if view.fault is None else _fault(view.fault),
+        "life": life_document(view, now),
     }
 
 
 def _status(engine: Engine, view: RankView, now: float) -> str:
-    if view.dead:
+    if view.dead and view.incarnation:
         return "dead"
-    if not view.ready or isinstance(engine.state, Starting) or engine.epochs.fleet.is_new(view):
+    if not view.member:
         return "joining"
     if view.draining:
         return "draining"

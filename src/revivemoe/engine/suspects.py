@@ -1,11 +1,16 @@
 """A poison request must not walk through the ranks, killing each.
 
-When a rank fails in a way that a request may bring about (its own exception, a crash, a hang, NaN),
-the requests it ran become suspects. Each is tried again alone: one suspect per rank at a time,
-until it has got on by a token. If the rank of a suspect on trial fails in the same way, and nothing
-else there was new, that one is convicted: two ranks, no more, and no other request ends.
+When a rank fails in a way that a request may bring about (its own exception, a crash, a hang, NaN,
+memory), the requests it ran become suspects; so does a request whose ranks have died twice, for
+whatever reason. Each is tried again alone: one suspect per rank at a time, until it has got on by a
+token. If the rank of a suspect on trial fails in the same way, and nothing else there was new, that
+one is convicted: two ranks, no more, and no other request ends.
+
+A suspect gets its turn however many others come: where no rank is free of what is new, one is
+reserved, and nothing new goes there any more.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -14,6 +19,8 @@ from revivemoe.ids import RankId, SeqId
 
 MAX_STRIKES = 3
 """Convicted on trial after so many faults, alike or not."""
+DEATHS = 2
+"""Suspect after so many deaths of its ranks, whatever they died of."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Suspicion:
     """Kind and place of the last fault."""
     trial: RankId | None = None
     """The rank that runs it, and no other suspect, until it has got on by a token."""
+    reserved: RankId | None = None
+    """The rank on which it will be tried."""
     unproven: set[SeqId] = field(default_factory=set)
     """Its sequences that have not, yet."""
 
@@ -43,6 +52,8 @@ class Suspects:
 
     def __init__(self) -> None:
         self._suspicions: dict[int, Suspicion] = {}
+        self._deaths: Counter[int] = Counter()
+        """How many ranks have died under each request."""
 
     def __len__(self) -> int:
         return len(self._suspicions)
@@ -55,6 +66,20 @@ class Suspects:
         """Ranks on which a suspect is being tried: nothing new goes there."""
         return frozenset(s.trial for s in self._suspicions.values() if s.trial is not None)
 
+    @property
+    def reserved(self) -> frozenset[RankId]:
+        """Ranks on which one will be tried: nothing new goes there either."""
+        return frozenset(s.reserved for s in self._suspicions.values() if s.reserved is not None)
+
+    def turn_of(self, request: LiveRequest) -> tuple[RankId | None, RankId | None] | None:
+        """Where a suspect is tried, and where it will be; None if it is no suspect."""
+        suspicion = self._suspicions.get(request.arrival)
+        return None if suspicion is None else (suspicion.trial, suspicion.reserved)
+
+    def clear(self, request: LiveRequest) -> None:
+        """It has run long enough without bringing anything down."""
+        self._suspicions.pop(request.arrival, None)
+
     # ---- trials ------------------------------------------------------------------------------
 
     def target(
@@ -66,12 +91,16 @@ class Suspects:
         `unproven`: ranks with a sequence that has not got on by a token there.
         """
         suspicion = self._suspicions.get(request.arrival)
-        if suspicion is not None and suspicion.trial in load:
+        if suspicion is None:
+            return _least(load, self.trials | self.reserved)
+        if suspicion.trial in load:
             return suspicion.trial
-        shut = self.trials | (unproven if suspicion is not None else frozenset())
-        free = [rank for rank in load if rank not in shut]
-        target = min(free, key=lambda rank: (load[rank], rank), default=None)
-        if suspicion is not None and target is not None:
+        others = {s.reserved for s in self._suspicions.values() if s is not suspicion}
+        target = _least(load, self.trials | unproven | others)
+        suspicion.reserved = None
+        if target is None:
+            suspicion.reserved = _least(load, self.trials | others)
+        else:
             suspicion.trial, suspicion.unproven = target, set(request.unfinished)
         return target
 
@@ -88,18 +117,26 @@ class Suspects:
         """A sequence is finished."""
         if not request.unfinished:
             self._suspicions.pop(request.arrival, None)
+            self._deaths.pop(request.arrival, None)
         elif suspicion := self._suspicions.get(request.arrival):
             suspicion.unproven.discard(seq_id)
 
     # ---- faults ------------------------------------------------------------------------------
 
-    def lost(self, rank: RankId, victims: Sequence[Victim], signature: str) -> LiveRequest | None:
+    def lost(
+        self, rank: RankId, victims: Sequence[Victim], signature: str, died: bool = False
+    ) -> LiveRequest | None:
         """A rank is out that ran `victims`. Returns the one to be convicted, if it is proven.
 
         `signature`: kind and place of a fault that a request may have brought about; "" for others.
+        `died`: it may have been killed, by whatever it was.
         """
-        tried = self._end_trials(rank, {v.request.arrival for v in victims})
+        keys = {v.request.arrival for v in victims}
+        tried = self._end_trials(rank, keys)
+        self._deaths.update(keys if died else ())
         if not signature:
+            victims = [v for v in victims if self._deaths[v.request.arrival] >= DEATHS]
+        if not signature and not (died and victims):
             return None
         unproven = [v.request for v in victims if not v.proven]
         on_trial = next((r for r in unproven if r.arrival in tried), None)
@@ -114,6 +151,8 @@ class Suspects:
     def _end_trials(self, rank: RankId, victims: Set[int]) -> set[int]:
         """Of those that ran there. One that was moved off before goes on with its trial."""
         tried = {k for k, s in self._suspicions.items() if s.trial == rank and k in victims}
+        for suspicion in self._suspicions.values():
+            suspicion.reserved = None if suspicion.reserved == rank else suspicion.reserved
         for key in tried:
             self._suspicions[key].trial = None
         return tried
@@ -121,7 +160,8 @@ class Suspects:
     def _strike_again(self, request: LiveRequest, signature: str) -> LiveRequest | None:
         suspicion = self._suspicions[request.arrival]
         suspicion.strikes += 1
-        if suspicion.signature == signature or suspicion.strikes >= MAX_STRIKES:
+        alike = bool(signature) and suspicion.signature == signature
+        if alike or suspicion.strikes >= MAX_STRIKES:
             return request
         suspicion.signature = signature
         return None
@@ -133,3 +173,9 @@ class Suspects:
             return
         signature = suspicion.signature
         self._suspicions = {k: s for k, s in self._suspicions.items() if s.signature != signature}
+
+
+def _least(load: Mapping[RankId, int], shut: Set[RankId | None]) -> RankId | None:
+    """The open rank with the least load."""
+    free = [rank for rank in load if rank not in shut]
+    return min(free, key=lambda rank: (load[rank], rank), default=None)

@@ -59,10 +59,13 @@ class TokenLog:
     ) -> Delta | None:
         """Append a committed token; None when it is a duplicate or the log is sealed.
 
-        Raises TokenGap when tokens before it are missing; the log is unchanged then.
+        Raises TokenGap when tokens before it are missing, or prompt log-probabilities, all of which
+        come before the first token; the log is unchanged then.
         """
         if self.sealed or position < len(self.output_ids):
             return None
+        if self.params.prompt_logprobs is not None and not self._is_scored:
+            raise TokenGap("prompt log-probability", self.num_prompt_logprobs + 1, position)
         if position > len(self.output_ids):
             raise TokenGap("output token", len(self.output_ids), position)
         assert logprobs is not None or self.params.logprobs is None, "log-probabilities missing"
@@ -96,6 +99,11 @@ class TokenLog:
         if self.num_prompt_logprobs < len(self.prompt_ids) - 1:
             return None
         return tuple(self.prompt_logprobs)
+
+    @property
+    def _is_scored(self) -> bool:
+        """Whether the log-probabilities of the whole prompt are there."""
+        return self.num_prompt_logprobs >= len(self.prompt_ids) - 1
 
     @property
     def num_prompt_logprobs(self) -> int:

@@ -15,6 +15,8 @@ class Totals:
     recomputed_tokens: int = 0
     convicted: int = 0
     """Requests ended because they brought ranks down."""
+    mended: int = 0
+    """Sequences that a serving rank had lost, or that had lost their last token on the way."""
     step_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
 
     def count_tokens(self, arrival: Arrival, step_s: float) -> None:

@@ -3,22 +3,31 @@
 Gives sequences to ranks and wakes them, and answers for the sequences (`epochs.ports`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.engine.ledger import Ledger
 from revivemoe.engine.requests import Arrival, Assigned, LiveRequest, Sink
 from revivemoe.engine.totals import Totals
 from revivemoe.epochs.fleet import Fleet
+from revivemoe.epochs.obligations import Obligation
 from revivemoe.epochs.record import RecoveryRecord
 from revivemoe.ids import RankId, SeqId
 from revivemoe.membership.membership import Membership
-from revivemoe.messages.events import Convicted, Migrated, Tell
-from revivemoe.messages.reports import Tokens
+from revivemoe.messages.commands import TellHoldings
+from revivemoe.messages.events import Convicted, HoldingsMended, Migrated, RequestFailed, Tell
+from revivemoe.messages.reports import Heartbeat, Holdings, Tokens
 from revivemoe.recovery.faults import Fault
 from revivemoe.recovery.plan import Continue
 from revivemoe.recovery.world import SequenceView
 from revivemoe.streams import Submission
+
+DEADLY = ("process_exit", "heartbeat", "hang", "fence_timeout", "non_finite")
+"""Kinds of fault that a request may bring about, for all that is known."""
+TRIAL = "trial"
+TURN_S = 5.0
+"""How long a suspect may wait for a rank that is free of what is new, before one is cleared."""
 
 
 class Traffic:
@@ -30,11 +39,19 @@ class Traffic:
         max_model_len: int,
         membership: Membership,
         fleet: Fleet,
+        trial_timeout_s: float,
+        clock: Callable[[], float],
         tell: Tell,
     ) -> None:
-        self.ledger = Ledger(vocabulary, max_model_len, fleet.send, fleet.incarnation)
+        """`trial_timeout_s`: for a suspect on trial to get on by a token."""
+        self.ledger = Ledger(
+            vocabulary, max_model_len, fleet.send, fleet.incarnation, self._tell_failed
+        )
         self.totals = Totals()
         self._membership, self._fleet, self._tell = membership, fleet, tell
+        self._turns: dict[str, LiveRequest] = {}
+        """Suspects that are owed a turn."""
+        self._trial_timeout_s, self._clock = trial_timeout_s, clock
         self._serving = False
         self._record: RecoveryRecord | None = None
         """Of the last change of epoch."""
@@ -61,6 +78,13 @@ class Traffic:
         if assigned:
             self.wake()
 
+    def tick(self) -> None:
+        """A suspect's turn may have come, or have ended, without a token to tell of it."""
+        for name in [n for n, r in self._turns.items() if r not in self.ledger.suspects]:
+            del self._turns[name]
+            self._fleet.obligations.met(TRIAL, name)
+        self.assign()
+
     def wake(self) -> None:
         """Tell all members that there is work."""
         self._fleet.wake(self._membership.members)
@@ -73,10 +97,29 @@ class Traffic:
             self.assign()
         return arrival
 
+    def on_heartbeat(self, beat: Heartbeat, now: float) -> None:
+        """A rank tells what it holds: asked for all of it if that goes on differing."""
+        if not self._serving or beat.holdings is None or beat.rank not in self._membership.members:
+            return
+        owner = (beat.rank, beat.incarnation)
+        question = self.ledger.holdings.doubtful(owner, beat.holdings, now)
+        if question is not None:
+            self._fleet.send(beat.rank, TellHoldings(question))
+
+    def on_holdings(self, report: Holdings) -> None:
+        """A rank has answered. While it is fenced it tells more than that."""
+        mended = self.ledger.on_holdings(report) if self._serving else 0
+        if mended:
+            self.totals.mended += mended
+            self._tell(HoldingsMended(report.rank, mended))
+            self.wake()
+
+    def _tell_failed(self, request_id: str, error: str) -> None:
+        self._tell(RequestFailed(request_id, error))
+
     def tell_migrated(self, moved: Sequence[SeqId]) -> None:
         """Name the requests that go on elsewhere."""
-        requests = [self.ledger.request_id(seq_id) for seq_id in moved]
-        self._tell(Migrated(self._membership.epoch, requests))
+        self._tell(Migrated(self._membership.epoch, self.ledger.request_ids(moved)))
 
     def _count_moved(self, orphans: Sequence[Assigned]) -> None:
         """Suspects that have lost their rank move one by one, after the recovery itself."""
@@ -111,7 +154,10 @@ class Traffic:
         """Its sequences need another rank; those that may have brought it down are tried."""
         victims = self.ledger.orphan(rank)
         signature = "" if fault is None else fault.signature
-        convicted = self.ledger.suspects.lost(rank, victims, signature)
+        died = fault is not None and fault.kind in DEADLY
+        convicted = self.ledger.suspects.lost(rank, victims, signature, died)
+        for victim in victims:
+            self._owe_turn(victim.request, self._clock())
         if convicted is None or fault is None:
             return
         self.totals.convicted += 1
@@ -122,8 +168,33 @@ class Traffic:
             f"it is ended to protect the others (rank {rank}: {fault.detail})",
         )
 
+    def _owe_turn(self, request: LiveRequest, now: float) -> None:
+        """A suspect is tried within a bound, and cleared within another one."""
+        turn = self.ledger.suspects.turn_of(request)
+        if turn is None:
+            return
+        waits = turn[0] is None
+        then = "room is made for it on a rank" if waits else "it is cleared"
+        due = now + (TURN_S if waits else self._trial_timeout_s)
+        lapse = partial(self._see_to_turn, request)
+        name = request.submission.request_id
+        self._turns[name] = request
+        self._fleet.obligations.owe(Obligation(TRIAL, name, now, due, then, lapse))
+
+    def _see_to_turn(self, request: LiveRequest, now: float) -> None:
+        suspects = self.ledger.suspects
+        match suspects.turn_of(request):
+            case (None, reserved):
+                if reserved is not None and self._serving:
+                    self.ledger.make_room(reserved)
+                    self.assign()
+            case (_, _):
+                suspects.clear(request)
+        self._owe_turn(request, now)
+
     def epoch_left(self) -> None:
         self._serving = False
+        self.ledger.holdings.forget_doubts()
 
     def planned(self, plan: Continue) -> None:
         self.totals.migrated += len(plan.migrations)

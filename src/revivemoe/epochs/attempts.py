@@ -37,19 +37,27 @@ class Attempts:
         """The one under way begins again from the fence: that is an attempt, too."""
         self._starts.append(now)
 
+    def forward(self) -> None:
+        """A step of the present epoch was committed: whatever was tried before it has helped."""
+        self._starts.clear()
+        self._restarts.clear()
+
     def recent(self, now: float, under_way: bool) -> int:
-        """Recoveries within the window without the one under way. Planned changes are not
-        measured by them."""
+        """Recoveries in a row that brought no step forward, within the window and without the one
+        under way. Planned changes are not measured by them."""
         if under_way and not self._counted:
             return 0
         within = sum(t >= now - self._policy.window_s for t in self._starts)
         return max(0, within - int(under_way))  # one under way may have begun before the window
 
     def restarted(self, epoch: Epoch, now: float) -> None:
-        """Ranks are started anew on the way to this epoch."""
+        """Ranks are started anew on the way to this epoch: what was in vain before is settled."""
         self._restarts.setdefault(epoch, now)
+        self._starts.clear()
+        self.domain_failures = 0
 
     def recent_restarts(self, now: float) -> int:
+        """Restarts in a row that brought no step forward."""
         return sum(t >= now - self._policy.window_s for t in self._restarts.values())
 
     def load_failed(self, now: float) -> None:

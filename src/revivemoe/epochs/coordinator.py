@@ -26,7 +26,7 @@ from revivemoe.epochs.stages import (
 )
 from revivemoe.ids import Epoch, RankId
 from revivemoe.membership.membership import Membership
-from revivemoe.membership.placement import EMPTY
+from revivemoe.membership.placement import EMPTY, Table
 from revivemoe.messages.commands import Configure, DomainSpec, Fence, Stop, SwitchRole
 from revivemoe.messages.events import Configured, Fenced, RestartPlanned, Tell
 from revivemoe.messages.reports import FenceAck, Resumed
@@ -62,10 +62,17 @@ class Coordinator:
         """Faults of the recovery under way, without those of ranks started anew since."""
         self._planned = False
         """Whether the change under way is a planned one."""
+        self.held: dict[RankId, Table] = {}
+        """What the slots of those hold that have acknowledged a fence of the change under way."""
 
     @property
     def active(self) -> bool:
         return not isinstance(self.state, Idle)
+
+    @property
+    def planned(self) -> bool:
+        """Whether the change under way is a planned one, and nobody is accused."""
+        return self._planned
 
     @property
     def record(self) -> RecoveryRecord:
@@ -158,6 +165,7 @@ class Coordinator:
         epoch = Epoch(max(self._highest_epoch, present.epoch) + 1)
         self._highest_epoch = epoch
         if isinstance(self.state, Idle):
+            self.held = {}
             first = faults[0].kind if faults else "communication"
             self._current = []
             record = RecoveryRecord(epoch, cause or first, [], now)
@@ -174,6 +182,7 @@ class Coordinator:
         self._ranks.kill(fault.rank)
 
     def _add(self, record: RecoveryRecord, fault: Fault) -> None:
+        self.held.pop(fault.rank, None)
         if all(f.rank != fault.rank for f in self._current):
             self._current.append(fault)
             record.faults.append(fault)
@@ -184,6 +193,8 @@ class Coordinator:
         if isinstance(state, Fencing) and ack.epoch == state.epoch and ack.rank in state.waiting:
             state.waiting.discard(ack.rank)
             state.acks[ack.rank] = ack
+            if ack.slots is not None:
+                self.held[ack.rank] = ack.slots
             assert not ack.rolled_back or not state.at_boundary, "rolled back at a boundary"
             state.record.rolled_back += ack.rolled_back
             self._step = max(self._step, ack.next_step)
@@ -252,10 +263,15 @@ class Coordinator:
             record.reason = plan.reason
             record.restarted = tuple(sorted({*record.restarted, *plan.ranks}))
             self._tell(RestartPlanned(list(plan.ranks), plan.reason))
-        self._current = [f for f in self._current if f.rank not in plan.ranks]
         fenced -= set(plan.ranks)
         for rank in plan.ranks:
+            self.renewed(rank)
             self._start_anew(rank)
+
+    def renewed(self, rank: RankId) -> None:
+        """A new process of the rank is on its way: what was wrong with the last one is over."""
+        self._current = [f for f in self._current if f.rank != rank]
+        self.held.pop(rank, None)
 
     def _execute(
         self,

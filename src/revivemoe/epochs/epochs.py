@@ -16,6 +16,7 @@ from revivemoe.epochs.coordinator import Coordinator
 from revivemoe.epochs.fleet import Fleet
 from revivemoe.epochs.loads import Loads
 from revivemoe.epochs.ports import SequenceOwner
+from revivemoe.epochs.rank_life import Switching
 from revivemoe.epochs.record import RecoveryRecord
 from revivemoe.epochs.stages import Failed, Finished, Recovered
 from revivemoe.epochs.stall import StallClock
@@ -66,7 +67,7 @@ class Epochs:
         """What the instance was started with: ranks come back to their roles."""
         self.state: State = Starting()
         self.fleet = fleet
-        self.loads = Loads(fleet.send, tell)
+        self.loads = Loads(fleet.send, fleet.obligations, policy.reload_timeout_s, tell)
         self.coordinator = Coordinator(fleet, self.restart, host, policy, clock, tell)
         self.attempts = Attempts(policy)
         self.stall = StallClock()
@@ -79,6 +80,9 @@ class Epochs:
         self.symptoms = Symptoms(policy)
         self.numbers = Numbers(policy.repeat_window_s)
         self.stopping = False
+        fleet.on_late = self._late
+        fleet.on_launch = self.coordinator.renewed
+        fleet.on_unkillable = self.proceed
         self._switch: RankId | None = None
         """The rank whose role the planned change under way is to change."""
 
@@ -90,10 +94,12 @@ class Epochs:
         From here on nothing is judged: that ranks end is what was asked for.
         """
         self.stopping = True
+        now = self._clock()
         for view in self.fleet.views.values():
             if not view.dead:
                 self.fleet.send(view.rank, Fence(LAST_EPOCH))
                 self.fleet.send(view.rank, Stop())
+                self.fleet.dismiss(view, now)
 
     @property
     def serving(self) -> bool:
@@ -112,27 +118,38 @@ class Epochs:
         self._enter(FailedState(reason, user_error))
         ended = self._host.failed(reason)
         self._tell(InstanceFailed(reason, ended))
-        for view in self.fleet.views.values():
-            self.fleet.kill(view.rank)
+        self.fleet.close(self._clock())
 
     # ---- the way to the next epoch -----------------------------------------------------------
 
     def accuse(self, faults: Sequence[Fault], now: float) -> None:
         """These ranks are out, as of now. Without any: the same members, a new domain."""
-        outside = [f for f in faults if not self.matters(f.rank)]
+        missed = [f for f in faults if self.matters(f.rank)]
         for fault in faults:
             self._condemn(fault)
-        for fault in outside:  # nobody misses them
-            self.fleet.kill(fault.rank)
-        if faults and len(outside) == len(faults):
+        if faults and not missed:
             return
         self._recover(faults, faults[0].kind if faults else "communication", now)
 
-    def redo(self, cause: str, now: float) -> None:
-        """Nobody is accused: the step is undone and done again in a new domain."""
-        if self.coordinator.active:
+    def _late(self, fault: Fault, now: float) -> None:
+        """A process has missed a deadline of its life. While a change is under way, or held, its
+        stages have deadlines of their own: whoever is ready waits for that.
+        """
+        view = self.fleet.views[fault.rank]
+        if view.ready and self.coordinator.active:
+            self.fleet.on_ready(view, now)
+        else:
+            self.accuse([fault], now)
+
+    def redo(self, cause: str, now: float, *, asked: bool = False) -> None:
+        """Nobody is accused: the step is undone and done again in a new domain. `asked`: by an
+        operator or a device, which is no attempt that may be in vain.
+        """
+        if asked and not self.coordinator.active:
+            self.attempts.planned()
+        elif self.coordinator.active and not asked:
             self.attempts.again(now)
-        self._recover([], cause, now)
+        self._recover([], cause, now, counts=not asked)
 
     def change(
         self,
@@ -169,11 +186,15 @@ class Epochs:
 
     def begin(self, exited: Fault | None, now: float) -> None:
         """All have met. One that exited just after that is a fault like any later one."""
+        self.fleet.enter_epoch(self.membership.epoch, self._alive(self.membership.members), now)
         self._enter(Serving())
         if exited is not None:
             self.accuse([exited], now)
         else:
             self._host.epoch_began(self.membership, None)
+
+    def _alive(self, members: Sequence[RankId]) -> list[RankId]:
+        return [rank for rank in members if not self.fleet.views[rank].dead]
 
     def on_ack(self, ack: FenceAck, now: float) -> None:
         """A survivor has left and rolled back."""
@@ -199,17 +220,21 @@ class Epochs:
         return self.coordinator.active or rank in (*self.membership.members, *configured)
 
     def _condemn(self, fault: Fault) -> None:
-        view, switched = self.fleet.views[fault.rank], fault.rank in self.fleet.switched
-        if switched and not view.dead and fault.rank not in self.membership.members:
-            self.lost_switch = True
+        view = self.fleet.views[fault.rank]
+        self.lost_switch |= isinstance(view.life, Switching)
+        if fault.signature and fault.rank in self.fleet.switched and not view.member:
+            self.attempts.load_failed(self._clock())  # the next donor would end in the same way
         self.fleet.condemn(fault, self._clock())
         self.numbers.forget(fault.rank)
         self.loads.forget(fault.rank)
         self._host.lost(fault.rank, fault)
 
-    def _recover(self, faults: Sequence[Fault], cause: str, now: float) -> None:
+    def _recover(
+        self, faults: Sequence[Fault], cause: str, now: float, *, counts: bool = True
+    ) -> None:
         assert not isinstance(self.state, FailedState | Starting), f"no way back from {self.state}"
-        self.attempts.recovery(now, self.coordinator.active)
+        if counts:
+            self.attempts.recovery(now, self.coordinator.active)
         self._switch = None
         self.symptoms.explained()
         absent = [r for r, v in self.fleet.views.items() if not v.ready]
@@ -242,7 +267,7 @@ class Epochs:
     def _carry_out(self, plan: Continue) -> None:
         self._switch = None
         for switch in plan.switches:
-            self.fleet.switch(switch, plan.switch_aside)
+            self.fleet.switch(switch, plan.switch_aside, self._clock())
         self._retire_leavers(plan.membership)
         for rank in sorted({*self.membership.attention} - {*plan.membership.attention}):
             self._host.lost(rank, None)  # what was not moved, such as a suspect, has no rank now
@@ -253,7 +278,7 @@ class Epochs:
         for rank in self.membership.members:
             view = self.fleet.views[rank]
             if rank not in membership.members and view.ready:
-                view.condemn(view.fault)
+                self.fleet.dismiss(view, self._clock())
                 self.loads.forget(rank)
 
     def _finish(self, finished: Finished, now: float) -> None:
@@ -273,11 +298,14 @@ class Epochs:
         assert plan.membership.epoch > self.membership.epoch, "epochs only grow"
         self.attempts.domain_failures = 0
         self.membership = plan.membership
-        self.fleet.enter_epoch(plan.membership.members)
+        self.fleet.enter_epoch(plan.membership.epoch, plan.membership.members, self._clock())
+        if not self._host.busy:
+            self.attempts.forward()  # no step is to be expected
         log.info("epoch %d: %s", plan.membership.epoch, self.records[-1].reason)
         self._enter(Serving())
         self._host.epoch_began(self.membership, self.records[-1])
-        self.loads.epoch_began(plan, self.fleet.home, self.policy.restore_redundancy)
+        redundancy, now = self.policy.restore_redundancy, self._clock()
+        self.loads.epoch_began(plan, self.fleet.home, redundancy, now)
 
     def restart(self, rank: RankId) -> None:
         """A new process for a rank, once the present one is gone."""
@@ -285,7 +313,7 @@ class Epochs:
         assert self.coordinator.active, f"rank {rank} is restarted outside of a recovery"
         self.attempts.restarted(self.coordinator.record.epoch, now)
         if not view.dead:
-            view.condemn(None)
+            self.fleet.end(view, now)
             self.loads.forget(rank)
             self._host.lost(rank, None)
         self.fleet.replace(rank, now)
@@ -316,7 +344,8 @@ class Epochs:
             ready=tuple(view.rank for view in joining),
             tables={view.rank: view.table for view in (*joining, *fleet.switching)},
             launching=tuple(fleet.launching),
-            relaunchable=tuple(fleet.relaunchable(now)),
+            relaunchable=tuple(fleet.relaunchable),
+            held=self.coordinator.held,
             loaded=self.loads.loaded,
             loading=self.loads.loading,
             domain_failures=attempts.domain_failures,

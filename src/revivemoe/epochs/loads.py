@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from revivemoe.ids import RankId
+from revivemoe.epochs.obligations import Obligation, Obligations
+from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import EMPTY, ExpertPlacement, Reload
 from revivemoe.messages.commands import Command, LoadExperts, SlotLoad
@@ -14,6 +16,10 @@ from revivemoe.recovery.plan import Continue
 from revivemoe.recovery.repair import assign_reloads, assign_replicas
 
 log = logging.getLogger("revivemoe.epochs")
+
+
+LOAD = "load"
+"""An obligation: experts loaded beside the steps."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,19 @@ class Loading:
 class Loads:
     """Sends ranks to load, and keeps what they have loaded until a map names it."""
 
-    def __init__(self, send: Callable[[RankId, Command], None], tell: Tell) -> None:
+    def __init__(
+        self,
+        send: Callable[[RankId, Command], None],
+        obligations: Obligations,
+        timeout_s: float,
+        tell: Tell,
+    ) -> None:
+        """`timeout_s`: for a load to be answered."""
         self._send, self._tell = send, tell
+        self._obligations, self._timeout_s = obligations, timeout_s
         self._under_way: dict[int, Loading] = {}
+        self._refused: set[RankId] = set()
+        """Whose process could not load, or does not answer: it is not asked again."""
         self.loaded: tuple[Reload, ...] = ()
         """In their slots, but not in the map yet."""
         self._next_request = 0
@@ -46,9 +62,9 @@ class Loads:
         """Whether a new epoch would take something into use, and nothing more is under way."""
         return bool(self.loaded or self._at_boundary) and not self._under_way
 
-    def begin(self, reloads: Iterable[Reload]) -> None:
+    def begin(self, reloads: Iterable[Reload], now: float) -> None:
         """Let the ranks load these into slots that the present epoch does not use."""
-        reloads = tuple(reloads)
+        reloads = tuple(r for r in reloads if r.rank not in self._refused)
         taken = {(r.rank, r.layer, r.slot) for r in reloads}
         assert len(taken) == len(reloads), "two experts for one slot"
         self.loaded = tuple(r for r in self.loaded if (r.rank, r.layer, r.slot) not in taken)
@@ -58,10 +74,24 @@ class Loads:
         for rank, wanted in by_rank.items():
             self._next_request += 1
             self._under_way[self._next_request] = Loading(rank, tuple(wanted))
+            self._owe(self._next_request, rank, now)
             loads = tuple(SlotLoad(r.layer, r.slot, r.expert) for r in wanted)
             self._send(rank, LoadExperts(self._next_request, loads))
 
-    def restore(self, present: Membership) -> None:
+    def _owe(self, request: int, rank: RankId, now: float) -> None:
+        then = f"rank {rank} is not asked again, and others may be"
+        lapse = partial(self._give_up, request)
+        due = now + self._timeout_s
+        self._obligations.owe(Obligation(LOAD, request, now, due, then, lapse))
+
+    def _give_up(self, request: int, now: float) -> None:
+        """A load was never answered: its slots hold nobody knows what, and no map names them."""
+        loading = self._under_way[request]
+        error = f"no answer within {self._timeout_s:.0f} s"
+        unanswered = (loading.rank, Incarnation(0), request, self._timeout_s, 0)
+        self.on_loaded(ExpertsLoaded(*unanswered, error=error))
+
+    def restore(self, present: Membership, now: float) -> None:
         """Load missing experts into spare slots. Raises ValueError if there is nothing to do."""
         if not present.missing:
             raise ValueError("no expert is missing")
@@ -74,7 +104,7 @@ class Loads:
                 " let a rank rejoin"
             )
         free = into_free_slots(reloads, present)
-        self.begin(free)
+        self.begin(free, now)
         self._at_boundary = len(free) < len(reloads)
 
     def on_loaded(self, report: ExpertsLoaded) -> None:
@@ -83,32 +113,39 @@ class Loads:
         if loading is None:
             return
         assert loading.rank == report.rank, "loaded by another rank than was told to"
+        self._obligations.met(LOAD, report.request)
         count = len(loading.reloads)
         self._tell(LoadedBeside(report.rank, count, report.seconds, report.error))
         if report.error is None:
             self.loaded += loading.reloads
         else:
+            self._refused.add(report.rank)
             log.warning("rank %d could not load experts: %s", report.rank, report.error)
 
     def forget(self, rank: RankId) -> None:
         """The rank is out: what its process had loaded, or was loading, is gone with it."""
-        self._under_way = {k: v for k, v in self._under_way.items() if v.rank != rank}
+        for request in [k for k, v in self._under_way.items() if v.rank == rank]:
+            del self._under_way[request]
+            self._obligations.met(LOAD, request)
+        self._refused.discard(rank)
         self.loaded = tuple(reload for reload in self.loaded if reload.rank != rank)
 
     def epoch_asked(self) -> None:
         """The epoch that `awaits_epoch` asks for is on its way."""
         self._at_boundary = False
 
-    def epoch_began(self, plan: Continue, home: ExpertPlacement, restore_redundancy: bool) -> None:
+    def epoch_began(
+        self, plan: Continue, home: ExpertPlacement, restore_redundancy: bool, now: float
+    ) -> None:
         """What the new epoch has taken into use is settled, and what it asks for begins."""
         present = plan.membership
         self.loaded = tuple(
             r for r in self.loaded if r.rank in present.members and r not in plan.taken
         )
         if plan.background:
-            self.begin(plan.background)
+            self.begin(plan.background, now)
         elif restore_redundancy and not self._under_way:
-            self.begin(assign_replicas(present.placement, home))
+            self.begin(assign_replicas(present.placement, home), now)
 
 
 def into_free_slots(reloads: Iterable[Reload], present: Membership) -> list[Reload]:

@@ -53,10 +53,14 @@ class Signals:
     def postpone(self, seconds: float) -> None:
         """The host itself stood still for so long: nobody else is late by that."""
         self._epochs.coordinator.postpone(seconds)
-        self._fleet.detector.postpone(seconds)
+        self._fleet.postpone(seconds)
         self._epochs.symptoms.postpone(seconds)
 
     def _judge(self, now: float) -> bool:
+        while (late := self._fleet.obligations.overdue(now)) is not None:
+            late.lapse(now)
+            if isinstance(self._epochs.state, FailedState):
+                return False
         if faults := self._fleet.judge(now):
             self._epochs.accuse(faults, now)
         elif (overdue := self._epochs.coordinator.overdue(now)) is not None:
@@ -64,8 +68,6 @@ class Signals:
         elif self._epochs.symptoms.unexplained(now):
             self._blame_link(now)
         else:
-            if self._fleet.give_up_corpses(now):
-                self._epochs.proceed(now)
             return True
         return False
 
@@ -81,8 +83,10 @@ class Signals:
             detail = f"it was not ready within {self._epochs.policy.restart_timeout_s:.0f} s"
             late = [v.rank for v in self._fleet.views.values() if v.loading]
             faults = [Fault(rank, "start_timeout", detail) for rank in late]
-        if self._epochs.coordinator.record.cause != "pause":
-            self._epochs.attempts.again(now)
+        if self._epochs.coordinator.planned:
+            self._epochs.redo(self._epochs.coordinator.record.cause, now, asked=True)
+            return
+        self._epochs.attempts.again(now)
         self._epochs.accuse(faults, now)
 
     def _blame_link(self, now: float) -> None:
@@ -96,11 +100,19 @@ class Signals:
 
     def heard(self, report: reports.Report, now: float) -> bool:
         """A message has come. Whether it counts: those of accused or earlier processes do not."""
-        return not isinstance(self._epochs.state, FailedState) and self._fleet.heard(report, now)
+        match self._epochs.state:
+            case FailedState():
+                return False
+            case Starting() if isinstance(report, reports.Fatal):  # the exit may be known already
+                return report.incarnation == self._fleet.incarnation(report.rank)
+            case _:
+                return self._fleet.heard(report, now)
 
     def committed(self, tokens: reports.Tokens, now: float) -> None:
         """A rank has committed a step."""
         self._epochs.stall.committed(tokens.epoch, now)
+        if self._epochs.is_present(tokens.epoch) and not self._epochs.coordinator.active:
+            self._epochs.attempts.forward()
         self.last_step = max(self.last_step, tokens.step)
 
     def on_report(self, report: reports.Report, now: float) -> None:
@@ -108,7 +120,7 @@ class Signals:
         view = self._fleet.views[report.rank]
         match report:
             case reports.Hello():
-                view.pid, view.host = report.pid, report.host
+                self._fleet.on_hello(view, report.pid, report.host, now)
             case reports.Ready():
                 self._on_ready(report, now)
             case reports.Heartbeat():
@@ -125,8 +137,8 @@ class Signals:
                 self._on_experts_loaded(report, now)
             case reports.Fatal():
                 self._on_fatal(report)
-            case reports.Tokens():
-                raise AssertionError("tokens belong to whoever owns the sequences")
+            case reports.Tokens() | reports.Holdings():
+                raise AssertionError("sequences belong to whoever owns the sequences")
             case _:
                 assert_never(report)
 
@@ -141,12 +153,11 @@ class Signals:
         if fault is None:
             return
         view = self._fleet.views[rank]
-        if self._epochs.stopping or isinstance(self._epochs.state, FailedState):
-            view.condemn(None)
-        elif view.dead:
-            if view.restart_when_gone:
-                self._fleet.launch(rank, now)
-        elif isinstance(self._epochs.state, Starting):
+        was_out = view.dead
+        self._fleet.on_exit(view, now)
+        if was_out or self._epochs.stopping or isinstance(self._epochs.state, FailedState):
+            return
+        if isinstance(self._epochs.state, Starting):
             self._start_up.exit_of(view, fault, now)
             self._look_at_start(now)
         else:
@@ -167,7 +178,8 @@ class Signals:
             ready.rank, ready.device, ready.kv_blocks_total, ready.load_s,
         )  # fmt: skip
         view = self._fleet.views[ready.rank]
-        view.ready, view.maskable = True, ready.maskable
+        self._fleet.on_ready(view, now)
+        view.maskable = ready.maskable
         view.stats = reports.RankStats(kv_blocks_total=ready.kv_blocks_total)
         if ready.load_sources:
             loaded = (ready.load_s, ready.load_bytes, ready.load_sources)

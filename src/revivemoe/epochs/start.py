@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from revivemoe.epochs.fleet import Fleet
-from revivemoe.epochs.rank_life import RankView
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import RankId
 from revivemoe.recovery.faults import Fault
 
@@ -29,7 +29,6 @@ class StartUp:
         self._deadline = now + self._timeout_s
         for rank in sorted(self._unmet):
             self._fleet.launch(rank, now)
-        self._fleet.enter_epoch(self._unmet)
 
     @property
     def loaded(self) -> bool:
@@ -59,5 +58,4 @@ class StartUp:
             said = self._fleet.views[self.exited.rank]
         if said is None or said.fault is None:
             return None
-        said.dead = True
         return f"rank {said.rank} ended while starting: {said.last_words or said.fault.detail}"

@@ -19,8 +19,12 @@ from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.progress import Progress
 from revivemoe.executor.spec import RankSpec
 from revivemoe.messages.commands import Command, Fence
-from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats
+from revivemoe.messages.complaints import Complaints, say
+from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats, Report
+from revivemoe.messages.tally import Tally
 
+Told = tuple[RankStats, Tally | None]
+"""Of a rank's load, and of what it holds."""
 PACE_EVERY = 10
 """Heartbeats from one that tells the pace to the next."""
 DEAF = 3
@@ -39,16 +43,20 @@ class ControlThread:
         lifeline: int,
         fence: FenceFlag,
         progress: Progress,
-        stats: Callable[[], RankStats],
+        told: Callable[[], Told],
+        report: Callable[[Report], None],
     ) -> None:
-        """`lifeline`: read end of a pipe whose write end only the engine holds."""
+        """`lifeline`: read end of a pipe whose write end only the engine holds. `told`: for the
+        heartbeats. `report`: may be called from the thread.
+        """
         self.commands: queue.SimpleQueue[Command | ExpertsLoaded] = queue.SimpleQueue()
         self._spec, self._lifeline = spec, lifeline
-        self._fence, self._progress, self._stats = fence, progress, stats
+        self._fence, self._progress = fence, progress
+        self._told, self._report = told, report
         self._beats = 0
         self._stopping = threading.Event()
+        self._garbled = Complaints(f"rank {spec.rank}: commands that cannot be decoded", say)
         self._decoder = msgspec.msgpack.Decoder(Command)
-        self._encoder = msgspec.msgpack.Encoder()
         self._thread = threading.Thread(target=self._run_or_exit, name="control", daemon=True)
 
     def __enter__(self) -> "ControlThread":
@@ -69,24 +77,17 @@ class ControlThread:
             os._exit(DEAF)
 
     def _run(self) -> None:
-        with (
-            zmq.Context() as context,
-            context.socket(zmq.PULL) as inbox,
-            context.socket(zmq.PUSH) as outbox,
-        ):
+        with zmq.Context() as context, context.socket(zmq.PULL) as inbox:
             inbox.setsockopt(zmq.RCVHWM, 0)
             inbox.bind(self._spec.commands)
-            outbox.setsockopt(zmq.LINGER, 200)
-            outbox.setsockopt(zmq.SNDHWM, 0)
-            outbox.connect(self._spec.reports)
             hello = Hello(self._spec.rank, self._spec.incarnation, os.getpid(), os.uname().nodename)
-            outbox.send(self._encoder.encode(hello))
+            self._report(hello)
             poller = zmq.Poller()
             poller.register(inbox, zmq.POLLIN)
             poller.register(self._lifeline, zmq.POLLIN)
             while not self._stopping.is_set():
                 self._turn(inbox, poller)
-                outbox.send(self._encoder.encode(self._heartbeat()))
+                self._report(self._heartbeat())
 
     def _turn(self, inbox: "zmq.Socket[bytes]", poller: zmq.Poller) -> None:
         """Serve whatever comes until the next heartbeat is due."""
@@ -96,13 +97,21 @@ class ControlThread:
             if self._lifeline in ready:
                 os._exit(ENGINE_GONE)
             if inbox in ready:
-                command = self._decoder.decode(inbox.recv())
-                if isinstance(command, Fence) and not command.at_boundary:
-                    self._fence.raise_to(command.epoch)
-                self.commands.put(command)
+                self._take(inbox.recv())
+
+    def _take(self, raw: bytes) -> None:
+        try:
+            command = self._decoder.decode(raw)
+        except Exception as error:  # whoever sent it: what the engine sends is still to be heard
+            self._garbled.add(error, time.monotonic())
+            return
+        if isinstance(command, Fence) and not command.at_boundary:
+            self._fence.raise_to(command.epoch)
+        self.commands.put(command)
 
     def _heartbeat(self) -> Heartbeat:
         self._beats += 1
         progress, me = self._progress, (self._spec.rank, self._spec.incarnation)
         pace = progress.paces() if self._beats % PACE_EVERY == 0 else None
-        return Heartbeat(*me, progress.count, self._stats(), progress.activity(), pace)
+        stats, holdings = self._told()
+        return Heartbeat(*me, progress.count, stats, progress.activity(), pace, holdings)

@@ -6,7 +6,8 @@ What the loop knows nothing of lies here: injected faults, progress and timings,
 import queue
 import time
 from collections.abc import Callable, Collection
-from typing import assert_never
+from functools import partial
+from typing import TypeVar, assert_never
 
 import msgspec
 
@@ -20,9 +21,10 @@ from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, StepHeader, StepResult
 from revivemoe.executor.injection import Injections
-from revivemoe.executor.loading import LOAD_BUDGET_S, Loader
+from revivemoe.executor.loading import Loader
 from revivemoe.messages.commands import Command, Configure, Inject
 from revivemoe.messages.reports import ExpertsLoaded, RankStats, Report
+from revivemoe.messages.tally import Tally
 from revivemoe.model.dense import dense_servers
 from revivemoe.model.runner import ModelRunner
 
@@ -31,6 +33,7 @@ IDLE_WAIT_S = 0.4
 STATS_EVERY_S = 0.05
 DOMAIN_BUDGET_S = 5.0
 """What entering a domain may take, waits for the others not counted."""
+T = TypeVar("T")
 Inbox = queue.SimpleQueue[Command | ExpertsLoaded]
 
 
@@ -56,12 +59,13 @@ class Driver:
         self._step_s = self._waited_s = 0.0
         """In all steps that were run."""
         self._stats, self._stats_at = rank.stats(), 0.0
+        self._loop = StepLoop(rank, str(runner.device), report)
         runner.exchange.on_phase = self._reach
         runner.exchange.spoil = self._injections.spoilt
 
     def run(self) -> None:
         """Until told to stop. What breaks this rank for good is raised."""
-        steps = StepLoop(self._rank, str(self._runner.device), self._report).run()
+        steps = self._loop.run()
         effect = next(steps)
         while True:
             try:
@@ -78,6 +82,10 @@ class Driver:
         """Called from the control thread: the last published snapshot."""
         return self._stats
 
+    def holdings(self) -> Tally:
+        """Called from the control thread: of what has been reported."""
+        return self._loop.holdings
+
     def _perform(self, effect: effects.Effect) -> object:
         match effect:
             case effects.Commands():
@@ -89,12 +97,11 @@ class Driver:
             case effects.Forward():
                 return self._forward(effect.batch)
             case effects.Load():
-                return self._load(effect)
+                return self._change_memory(partial(self._loader.load, effect))
             case effects.LoadBeside():
                 self._loader.load_beside(effect.command, self._inbox.put)
             case effects.GiveUpAttention():
-                self._progress.announce("role switch", LOAD_BUDGET_S)
-                self._runner.become_expert_rank(effect.num_slots)
+                self._change_memory(partial(self._loader.give_up_attention, effect.num_slots))
             case effects.Enter():
                 return self._enter(effect.configure)
             case effects.Leave():
@@ -178,10 +185,11 @@ class Driver:
 
     # ---- roles and experts -------------------------------------------------------------------
 
-    def _load(self, wanted: effects.Load) -> effects.Loaded:
-        loaded = self._loader.load(wanted)
-        self._memory_bytes = self._runner.num_bytes()
-        return loaded
+    def _change_memory(self, load: Callable[[], T]) -> T:
+        try:
+            return load()
+        finally:
+            self._memory_bytes = self._runner.num_bytes()
 
     # ---- the domain --------------------------------------------------------------------------
 

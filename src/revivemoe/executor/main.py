@@ -6,20 +6,22 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-import msgspec
 import psutil
 import torch
-import zmq
 
 from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.effects import LoadFailed
 from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
-from revivemoe.executor.control import ControlThread
+from revivemoe.executor.control import ControlThread, Told
 from revivemoe.executor.driver import Driver
+from revivemoe.executor.failures import load_failure
+from revivemoe.executor.reporting import ReportSocket
 from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
 from revivemoe.messages.reports import Fatal, RankStats, Ready, Report
@@ -27,6 +29,7 @@ from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import DenseSpec, ModelRunner
 
 FAILED, USER_ERROR = 1, 2
+T = TypeVar("T")
 
 
 class OutOfMemoryForKV(ValueError):
@@ -43,15 +46,8 @@ def run_rank(
     """
     torch.set_num_threads(spec.threads)
     torch.set_grad_enabled(False)
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.setsockopt(zmq.LINGER, 500)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.connect(spec.reports)
-        encoder = msgspec.msgpack.Encoder()
-
-        def report(message: Report) -> None:
-            socket.send(encoder.encode(message))
-
+    with ReportSocket(spec.reports) as socket:
+        report = socket.send
         try:
             _serve(spec, lifeline, segment_fd, cache_fd, report)
         except (CheckpointError, OutOfMemoryForKV, NotImplementedError) as error:
@@ -78,20 +74,22 @@ def _serve(
     fence, progress = FenceFlag(), Progress(time.monotonic)
     published: list[Driver] = []
 
-    def stats() -> RankStats:
-        return published[0].stats() if published else RankStats()
+    def told() -> Told:
+        if not published:
+            return RankStats(), None
+        return published[0].stats(), published[0].holdings()
 
-    with ControlThread(spec, lifeline, fence, progress, stats) as control:
-        runner = _load(spec)
+    with ControlThread(spec, lifeline, fence, progress, told, report) as control:
+        runner = _in_one_line(partial(_load, spec))
         if cache_fd is not None:
             runner.worker.attach_host_cache(cache_fd)
             threading.Thread(
                 target=runner.worker.fill_host_cache, name="cache", daemon=True
             ).start()
         num_blocks = _num_blocks(spec, runner)
-        runner.allocate(num_blocks, spec.limits.block_size)
+        _in_one_line(partial(runner.allocate, num_blocks, spec.limits.block_size))
         limits = replace(spec.limits, num_blocks=num_blocks)
-        rank = Rank(spec.rank, spec.incarnation, limits)
+        rank = Rank(spec.rank, spec.incarnation, limits, runner.worker.slots)
         with (
             WeightServer(spec.weights, runner.worker.find),
             Domains(fence, segment_fd, spec.device, progress.waits) as domains,
@@ -101,6 +99,19 @@ def _serve(
             ready = (num_blocks, runner.load_s, runner.maskable)
             report(Ready(spec.rank, spec.incarnation, spec.device, *ready))
             driver.run()
+
+
+def _in_one_line(start: Callable[[], T]) -> T:
+    """Raises CheckpointError, and LoadFailed for what else is not our own code's fault."""
+    try:
+        return start()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        failure = load_failure(error)
+        if failure is None:
+            raise
+        raise LoadFailed(f"weights: {failure}") from error
 
 
 def _load(spec: RankSpec) -> ModelRunner:

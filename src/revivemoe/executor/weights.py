@@ -7,15 +7,18 @@ not here (any more).
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import msgspec
 import torch
 import zmq
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from revivemoe.ids import ExpertId, LayerId, RankId
 from revivemoe.membership.membership import Membership
+from revivemoe.messages.complaints import Complaints, say
 
 Rows = dict[str, torch.Tensor]
 PEER_TIMEOUT_S = 2.0
@@ -27,6 +30,7 @@ POLL_S = 5.0
 
 
 Wanted = tuple[LayerId, ExpertId]
+NOT_HERE = b""
 
 
 class WeightServer:
@@ -35,6 +39,7 @@ class WeightServer:
     def __init__(self, endpoint: str, find: Callable[[LayerId, ExpertId], Rows | None]) -> None:
         """`find`: copies of an expert's rows on the host; called from the thread."""
         self._endpoint, self._find = endpoint, find
+        self._unanswered = Complaints(f"{endpoint}: requests that cannot be answered", say)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
 
@@ -55,8 +60,16 @@ class WeightServer:
             poller.register(self._stop_fd, zmq.POLLIN)
             while self._stop_fd not in (ready := dict(poller.poll(round(POLL_S * 1000)))):
                 if socket in ready:
-                    wanted = msgspec.msgpack.decode(socket.recv(), type=Wanted)
-                    socket.send(pack(self._find(*wanted)))
+                    socket.send(self._answer(socket.recv_multipart()))
+
+    def _answer(self, request: list[bytes]) -> bytes:
+        """What it cannot answer it does not have: peers are to be served after that, too."""
+        try:
+            (raw,) = request
+            return pack(self._find(*msgspec.msgpack.decode(raw, type=Wanted)))
+        except Exception as error:
+            self._unanswered.add(error, time.monotonic())
+            return NOT_HERE
 
 
 class PeerSource:
@@ -74,7 +87,11 @@ class PeerSource:
         for rank, _ in self._membership.holders(layer, expert):
             if rank == self._me or rank in self._silent or rank not in self._endpoints:
                 continue
-            rows = self._ask(rank, (layer, expert))
+            try:
+                rows = self._ask(rank, (layer, expert))
+            except (zmq.ZMQError, SafetensorError):  # no socket, or no rows in the answer
+                self._silent.add(rank)
+                continue
             if rows is not None:
                 return rows
         return None
@@ -92,7 +109,7 @@ class PeerSource:
 
 def pack(rows: Rows | None) -> bytes:
     """An answer."""
-    return b"" if rows is None else save({name: t.contiguous() for name, t in rows.items()})
+    return NOT_HERE if rows is None else save({name: t.contiguous() for name, t in rows.items()})
 
 
 def unpack(answer: bytes) -> Rows | None:

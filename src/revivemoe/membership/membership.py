@@ -130,6 +130,15 @@ class Membership(msgspec.Struct, frozen=True, dict=True):
         placement = self.placement.with_reloads(reloads)
         return msgspec.structs.replace(self, placement=placement)
 
+    def holding(self, tables: Mapping[RankId, Table]) -> "Membership":
+        """With what those of its ranks truly hold that are named in `tables`."""
+        slots = self.placement.slots
+        told = {r: t for r, t in tables.items() if r in slots and t and t != slots[r]}
+        if not told:
+            return self
+        rest = self.placement.without(frozenset(told))
+        return msgspec.structs.replace(self, placement=rest.with_ranks(told))
+
     def cleared(self, slots: Iterable[Reload]) -> "Membership":
         """While these slots are being loaded: nobody is sent there."""
         return msgspec.structs.replace(self, placement=self.placement.cleared(slots))

@@ -98,6 +98,12 @@ class SwitchRole(msgspec.Struct, frozen=True, tag=True):
     domain: DomainSpec
 
 
+class TellHoldings(msgspec.Struct, frozen=True, tag=True):
+    """Say which sequences are held, behind every token that is committed. `Holdings` answers it."""
+
+    request: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Leave and exit with status 0."""
 
@@ -116,4 +122,5 @@ class Inject(msgspec.Struct, frozen=True, tag=True):
     is not one-shot: a request that kills whoever runs it)."""
 
 
-Command = Add | Abort | Wake | Fence | Configure | LoadExperts | SwitchRole | Stop | Inject
+OfSequences = Add | Abort | Wake | TellHoldings
+Command = OfSequences | Fence | Configure | LoadExperts | SwitchRole | Stop | Inject

@@ -66,6 +66,14 @@ class RecoveryEnded(Event, event="recovery"):
     request_id: str | None
 
 
+class InternalError(Event, event="internal_error"):
+    """Something could not be taken in: a defect of ours. What it would have brought about, the
+    deadlines see to."""
+
+    what: str
+    detail: str
+
+
 class InstanceFailed(Event, event="failed"):
     reason: str
     streams_ended: int
@@ -85,6 +93,17 @@ class Launched(Event, event="launch"):
     incarnation: Incarnation
 
 
+class LifeChanged(Event, event="life"):
+    """A rank's process is in another state, for at most `due_s` seconds; None: for any time."""
+
+    id: RankId
+    incarnation: Incarnation
+    was: str
+    state: str
+    waits_for: str
+    due_s: float | None
+
+
 class RankReady(Event, event="ready"):
     id: RankId
     incarnation: Incarnation
@@ -101,6 +120,21 @@ class Accused(Event, event="fault"):
 class Unkillable(Event, event="unkillable"):
     id: RankId
     pid: int | None
+
+
+class RejoinQueued(Event, event="rejoin_queued"):
+    """A lost rank will be started again."""
+
+    id: RankId
+    attempt: int
+    delay_s: float
+
+
+class RejoinGivenUp(Event, event="rejoin_given_up"):
+    """It did not stay so many times in a row: it is left to the operator."""
+
+    id: RankId
+    attempts: int
 
 
 class ForkserverGone(Event, event="forkserver_gone"):
@@ -176,6 +210,20 @@ class Migrated(Event, event="migrated"):
 class Convicted(Event, event="convicted"):
     request: str
     detail: str
+
+
+class RequestFailed(Event, event="request_failed"):
+    """An error of the engine's own, or of the stream, at one request has ended it."""
+
+    request: str
+    error: str
+
+
+class HoldingsMended(Event, event="holdings_mended"):
+    """A rank had not what it was to have: so many sequences were handed over to it again."""
+
+    id: RankId
+    count: int
 
 
 class Applied(Event, event="applied"):

@@ -7,6 +7,8 @@ had committed.
 import msgspec
 
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
+from revivemoe.membership.placement import Table
+from revivemoe.messages.tally import Tally
 from revivemoe.messages.tokens import CommittedToken, PromptLogprobs
 
 STEP_PHASES = ("schedule", "attention", "dispatch", "experts", "combine", "sample", "commit")
@@ -98,6 +100,8 @@ class Heartbeat(FromRank, frozen=True, tag=True):
     activity: Activity = Activity()
     pace: list[Pace] | None = None
     """Now and then."""
+    holdings: Tally | None = None
+    """What it holds between two steps; sent behind all tokens that this counts."""
 
 
 class Tokens(FromRank, frozen=True, tag=True):
@@ -111,6 +115,13 @@ class Tokens(FromRank, frozen=True, tag=True):
     """Wall time of the step on this rank, seconds."""
 
 
+class Holdings(FromRank, frozen=True, tag=True):
+    """Answer to `TellHoldings`: the rank's live sequences and committed lengths."""
+
+    request: int
+    num_output: dict[SeqId, int]
+
+
 class FenceAck(FromRank, frozen=True, tag=True):
     """The rank has left its domain and rolled back. Its live sequences and committed lengths."""
 
@@ -122,6 +133,9 @@ class FenceAck(FromRank, frozen=True, tag=True):
     """Whether a step was open and has been undone."""
     rollback_s: float = 0.0
     """Seconds from taking up the fence to this message."""
+    slots: Table | None = None
+    """Experts in its slots in truth, [L][S], or () without slots. EMPTY also where a load is under
+    way or has failed. None: the rank does not tell."""
 
 
 class Resumed(FromRank, frozen=True, tag=True):
@@ -180,4 +194,5 @@ class Fatal(FromRank, frozen=True, tag=True):
 
 
 Trouble = StepAborted | NonFinite | Fatal
-Report = Hello | Ready | Heartbeat | Tokens | FenceAck | Resumed | ExpertsLoaded | Trouble
+OfSequences = Tokens | Holdings
+Report = Hello | Ready | Heartbeat | OfSequences | FenceAck | Resumed | ExpertsLoaded | Trouble

@@ -121,11 +121,12 @@ class DenseReader:
     _device: torch.device
 
     def load(self, layers: Iterable[DenseLayer], shards: Iterable[int]) -> int:
-        """Add shards that are not held yet; returns how many. Raises CheckpointError."""
+        """Add shards not held yet, all or none; returns how many. Raises CheckpointError."""
         wanted = [(layer, s) for layer in layers for s in sorted(shards) if s not in layer.shards]
         files = checkpoint_files(self._model_dir) if wanted else {}
-        for layer, shard in wanted:
-            layer.shards[shard] = self._read(files, layer.layer, shard)
+        read = [self._read(files, layer.layer, shard) for layer, shard in wanted]
+        for (layer, shard), weights in zip(wanted, read, strict=True):
+            layer.shards[shard] = weights
         return len(wanted)
 
     def _read(self, files: Mapping[str, Path], layer: LayerId, shard: int) -> Weights:

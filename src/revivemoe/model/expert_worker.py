@@ -16,8 +16,9 @@ from typing import Protocol
 
 import torch
 
+from revivemoe.core.slots import ExpertSlots
 from revivemoe.ids import ExpertId, LayerId, SlotId
-from revivemoe.membership.placement import EMPTY, Table
+from revivemoe.membership.placement import EMPTY
 from revivemoe.messages.commands import SlotLoad
 from revivemoe.model.dense import DenseLayer
 from revivemoe.model.expert_reader import ExpertReader
@@ -52,29 +53,37 @@ class ExpertWorker:
     def __init__(
         self,
         layers: Sequence[MoeLayer],
+        slots: ExpertSlots,
         hidden_size: int,
         model_dir: Path,
         dtype: torch.dtype,
         dense: Sequence[DenseLayer] = (),
     ) -> None:
-        """`layers`: of this rank, on its device; their modules hold its slots. `dense`: see
+        """`layers`: of this rank, on its device; their modules hold its `slots`. `dense`: see
         `ExpertExchange`.
         """
+        self.slots = slots
         self.exchange = ExpertExchange(layers, hidden_size, dtype, dense)
         self._layers = self.exchange.layers
         self._reader = ExpertReader(model_dir, dtype)
         self._slots_lock = threading.Lock()
-        """Held while one slot is written or read, so that the cache never keeps half of each."""
+        """Held while a slot is given to a load, written or read: nobody ever sees half of each."""
         self._host_cache: HostCache | None = None
 
-    def held(self) -> dict[LayerId, tuple[int, ...]]:
-        """The expert in each slot, by layer; -1: none."""
-        return {layer.layer: tuple(layer.held) for layer in self._layers.values()}
-
     def resize(self, num_slots: int) -> None:
-        """Give every layer so many slots, all of them empty. Not while a step runs."""
-        for layer in self._layers.values():
-            layer.resize(num_slots)
+        """Give every layer so many slots, all of them empty; none at all if there is no memory for
+        some of them. Not while a step runs.
+        """
+        with self._slots_lock:
+            self.slots.resize(0)
+            try:
+                for layer in self._layers.values():
+                    layer.resize(num_slots)
+            except BaseException:
+                for layer in self._layers.values():
+                    layer.resize(0)
+                raise
+            self.slots.resize(num_slots)
 
     def num_bytes(self) -> int:
         """What the slots take."""
@@ -86,16 +95,6 @@ class ExpertWorker:
         module = next(iter(self._layers.values())).module
         params = {name: getattr(module, name) for name in module.revive_rows}
         return {name: (tuple(param.shape[1:]), param.dtype) for name, param in params.items()}
-
-    def to_load(self, layers: Sequence[LayerId], table: Table) -> tuple[SlotLoad, ...]:
-        """What `table`, [L][S], has that the slots of these layers do not hold yet."""
-        held = self.held()
-        return tuple(
-            SlotLoad(layer, SlotId(slot), ExpertId(expert))
-            for layer, given in zip(layers, table, strict=bool(table))
-            for slot, expert in enumerate(given)
-            if expert not in (EMPTY, held[layer][slot])
-        )
 
     def in_portions(self, loads: Sequence[SlotLoad]) -> list[Sequence[SlotLoad]]:
         """`loads`, layer by layer, in portions of about `PORTION_BYTES`: what is read at once, and
@@ -109,18 +108,33 @@ class ExpertWorker:
             for i in range(0, len(of_layer), most)
         ]
 
-    def load(self, loads: Sequence[SlotLoad], peers: Sequence[ExpertSource] = ()) -> LoadReport:
+    def begin(self, loads: Sequence[SlotLoad]) -> int:
+        """`ExpertSlots.begin`."""
+        with self._slots_lock:
+            return self.slots.begin(loads)
+
+    def load(
+        self,
+        loads: Sequence[SlotLoad],
+        peers: Sequence[ExpertSource] = (),
+        begun: int | None = None,
+    ) -> LoadReport:
         """Fill slots that the present epoch does not use; from any thread, beside a running model.
 
         `peers` in their order, then host memory, then the checkpoint, which is asked for all that
-        are left of a layer at once. Raises CheckpointError; what came before it is in its slot.
+        are left of a layer at once. `begun`: what `begin` returned, if these are part of a load
+        that has begun before. Raises CheckpointError, SlotTaken; what came before it is in its
+        slot.
         """
+        begun = self.begin(loads) if begun is None else begun
         sources: Counter[str] = Counter()
         num_bytes = 0
         for of_layer in _by_layer(loads):
             for load, name, rows in self._fetched(of_layer, peers):
                 with self._slots_lock:
-                    self._layers[load.layer].write_slot(load.slot, load.expert, rows)
+                    self.slots.check(begun, load)
+                    self._layers[load.layer].write_slot(load.slot, rows)
+                    self.slots.fill(load)
                 if self._host_cache is not None:
                     self._host_cache.put(load.layer, load.expert, rows)
                 num_bytes += sum(tensor.nbytes for tensor in rows.values())
@@ -149,11 +163,11 @@ class ExpertWorker:
 
     def find(self, layer_id: LayerId, expert: ExpertId) -> Rows | None:
         """Copies, on the host, of an expert's rows in one of the slots; from any thread."""
-        layer = self._layers[layer_id]
         with self._slots_lock:
-            if expert not in layer.held:
+            held = self.slots.row(layer_id)
+            if expert not in held:
                 return None
-            rows = layer.read_slot(SlotId(layer.held.index(expert)))
+            rows = self._layers[layer_id].read_slot(SlotId(held.index(expert)))
             return {name: tensor.detach().to("cpu", copy=True) for name, tensor in rows.items()}
 
     def attach_host_cache(self, fd: int) -> None:
@@ -167,15 +181,19 @@ class ExpertWorker:
         """Put the experts this rank holds into host memory; returns how many. From any thread."""
         assert self._host_cache is not None, "no host cache is attached"
         count = 0
-        for layer in self._layers.values():
-            for slot in range(len(layer.held)):
+        for layer in self._layers:
+            for slot in range(self.slots.num_slots):
                 with self._slots_lock:
-                    expert = layer.held[slot]
-                    if expert != EMPTY:
-                        rows = layer.read_slot(SlotId(slot))
-                        self._host_cache.put(layer.layer, ExpertId(expert), rows)
-                        count += 1
+                    count += self._cache_slot(layer, SlotId(slot))
         return count
+
+    def _cache_slot(self, layer: LayerId, slot: SlotId) -> bool:
+        assert self._host_cache is not None
+        held = self.slots.row(layer)
+        if slot >= len(held) or held[slot] == EMPTY:
+            return False
+        self._host_cache.put(layer, ExpertId(held[slot]), self._layers[layer].read_slot(slot))
+        return True
 
 
 def _by_layer(loads: Sequence[SlotLoad]) -> list[list[SlotLoad]]:

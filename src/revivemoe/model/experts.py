@@ -12,9 +12,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.effects import Place
-from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
+from revivemoe.ids import LayerId, RankId, SlotId
 from revivemoe.membership.membership import Membership
-from revivemoe.membership.placement import EMPTY, Holder
+from revivemoe.membership.placement import Holder
 from revivemoe.model.dense import DenseLayer
 from revivemoe.model.finite import FiniteCheck
 
@@ -32,13 +32,9 @@ it. Phases as in `Place`."""
 class MoeLayer:
     """One layer's local experts and the map from experts to slots of the whole domain."""
 
-    def __init__(
-        self, layer: LayerId, module: nn.Module, num_experts: int, top_k: int, held: Sequence[int]
-    ) -> None:
-        """`module` holds slots (`load_model`); `held`: the expert in each of them, -1 for none."""
+    def __init__(self, layer: LayerId, module: nn.Module, num_experts: int, top_k: int) -> None:
+        """`module` holds slots (`load_model`)."""
         self.layer = layer
-        self.held = list(held)
-        """The expert whose weights each slot holds; -1: none, or they are being written."""
         self.module = module
         self.top_k = top_k
         self.num_experts = num_experts
@@ -60,7 +56,7 @@ class MoeLayer:
         return out_RH
 
     def resize(self, num_slots: int) -> None:
-        """So many slots, all of them empty. Not while a step runs.
+        """So many slots. Not while a step runs.
 
         What lies in them is never read before an expert is written: not even zeros are needed.
         """
@@ -70,25 +66,22 @@ class MoeLayer:
             rows = torch.empty(num_slots, *old.shape[1:], dtype=old.dtype, device=device)
             setattr(self.module, name, nn.Parameter(rows, requires_grad=False))
         self.module.num_experts = num_slots
-        self.held = [EMPTY] * num_slots
 
     def read_slot(self, slot: SlotId) -> dict[str, Tensor]:
         """The slot's row of each parameter of the experts module: views of the live buffers."""
         return {name: getattr(self.module, name).data[slot] for name in self.module.revive_rows}
 
     @torch.no_grad()
-    def write_slot(self, slot: SlotId, expert: ExpertId, params: Mapping[str, Tensor]) -> None:
-        """Put an expert into a slot, in place, and only then say that it is there.
+    def write_slot(self, slot: SlotId, params: Mapping[str, Tensor]) -> None:
+        """Put an expert into a slot, in place.
 
         The slot must not be one that the present epoch uses, unless for this very expert.
         """
         rows = self.read_slot(slot)
         assert rows.keys() == params.keys(), f"{sorted(params)} for {sorted(rows)}"
         assert all(params[name].shape == row.shape for name, row in rows.items())
-        self.held[slot] = EMPTY
         for name, row in rows.items():
             row.copy_(params[name])
-        self.held[slot] = expert
 
 
 class Lane:

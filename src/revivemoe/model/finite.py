@@ -59,7 +59,12 @@ class FiniteCheck:
             torch.aminmax(values, out=self._ends[values.dtype][place])
 
     def note_logits(self, logits: torch.Tensor) -> None:
-        self.note(LOGITS, "logits", logits)
+        """Those of a step may come in slices."""
+        if logits.numel():
+            low, high = self._ends[logits.dtype][self._place_of[LOGITS, "logits"]]
+            found = torch.aminmax(logits)
+            torch.minimum(low, found.min, out=low)
+            torch.maximum(high, found.max, out=high)
 
     def first(self) -> Place | None:
         """The earliest place that was produced here; else the earliest at all; None: all finite.

@@ -4,7 +4,8 @@ Tokens in, drawn tokens out. A step's batch may be cut into micro-batches, which
 place where the model calls its experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from revivemoe.membership.membership import Membership
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
+from revivemoe.model.head import Head, KeptRow, in_slices, kept_rows
 from revivemoe.model.load import LoadedModel
 from revivemoe.model.paged import AttentionBatch, PagedCache, ProbeCache, plan_attention
 from revivemoe.model.router import MaskableRouter
@@ -40,6 +42,7 @@ class Generator:
         self._exchange = exchange
         self._device, self._dtype = device, dtype
         self.routers = _wrap_routers(loaded)
+        self._head = Head(self.model)
         self._cache: PagedCache | None = None
         self._turns = Turns(self._turn_to)
         self._plans: list[AttentionBatch | None] = []
@@ -113,12 +116,15 @@ class Generator:
         self._cache.zero(plan.write_slots_T)
 
     @torch.inference_mode()
-    def logits(self, microbatches: Sequence[tuple[ScheduledSequence, ...]]) -> torch.Tensor:
-        """Rows that the sequences of a step need, [rows, vocabulary], in the order of the
-        sequences. Collective over the domain: as many micro-batches on all members.
+    def rows(self, microbatches: Sequence[tuple[ScheduledSequence, ...]]) -> torch.Tensor:
+        """Rows that the sequences of a step need, in the order of the sequences: their logits,
+        [rows, vocabulary], or hidden states if those are made in slices. Collective over the
+        domain: as many micro-batches on all members.
         """
         cache = self._cache
         assert cache is not None, "a step before allocate"
+        kept = kept_rows([item for items in microbatches for item in items])
+        self._head.wanted = len(in_slices(kept, self._head.most)) > 1
         self._plans = [
             plan_attention(items, cache.block_size, self._device) if items else None
             for items in microbatches
@@ -152,35 +158,55 @@ class Generator:
         assert self._cache is not None
         assert self._cache.batch is not None
         ids = [t for i in items for t in i.sequence.history[i.start : i.start + i.count]]
-        keep = torch.tensor(_rows_to_keep(items), dtype=torch.int64, device=self._device)
+        kept = [row.row for row in kept_rows(items)]
+        keep = torch.tensor(kept, dtype=torch.int64, device=self._device)
         out = self.model(
             input_ids=torch.tensor([ids], device=self._device),
             position_ids=self._cache.batch.positions_T[None],
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=keep,
+            logits_to_keep=keep[:0] if self._head.wanted else keep,
         )
-        logits: torch.Tensor = out.logits[0]
-        return logits
+        rows: torch.Tensor = self._head.hidden()[keep] if self._head.wanted else out.logits[0]
+        return rows
 
     @torch.inference_mode()
-    def draw(self, items: Sequence[ScheduledSequence], logits: torch.Tensor) -> list[StepResult]:
-        """Cut the kept logits into each sequence's prompt rows and its one sampling row."""
-        prompt_parts: list[tuple[TokenLogprobs, ...]] = []
-        sample_rows: list[int] = []
-        row = 0
-        for item in items:
-            wanted = item.num_prompt_logprobs
-            prompt_parts.append(_prompt_part(item, logits[row : row + wanted]))
-            row += wanted
-            if item.samples:
-                sample_rows.append(row)
-                row += 1
+    def score(
+        self,
+        items: Sequence[ScheduledSequence],
+        rows: torch.Tensor,
+        noted: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[list[tuple[TokenLogprobs, ...]], torch.Tensor]:
+        """Log-probabilities of each sequence's prompt tokens, and the logits to draw from.
+
+        `rows`: as they come from `rows`. `noted`: is given all logits, a slice at a time.
+        """
+        kept, drawn = kept_rows(items), list[torch.Tensor]()
+        scores: list[list[TokenLogprobs]] = [[] for _ in items]
+        for piece in in_slices(kept, self._head.most):
+            logits = noted(self._head.logits(rows[piece]) if self._head.wanted else rows)
+            of_piece = [kept[i] for i in piece]
+            draws = [i for i, row in enumerate(of_piece) if row.target is None]
+            drawn.append(logits[draws])
+            for item, begin, targets in _prompts(of_piece):
+                top = items[item].sequence.params.prompt_logprobs or 0
+                part = logits[begin : begin + len(targets)]
+                scores[item] += token_logprobs(part, targets, [top] * len(targets))
+        return [tuple(of_item) for of_item in scores], torch.cat(drawn)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        items: Sequence[ScheduledSequence],
+        scores: Sequence[tuple[TokenLogprobs, ...]],
+        logits: torch.Tensor,
+    ) -> list[StepResult]:
+        """A token for each sequence that takes one: from its row of the logits."""
         sampled = [item.sequence for item in items if item.samples]
         rows = [SamplingRow(s.params, s.prompt_ids, s.output_ids) for s in sampled]
-        drawn = iter(sample(logits[sample_rows], rows))
+        drawn = iter(sample(logits, rows))
         results = []
-        for item, part in zip(items, prompt_parts, strict=True):
+        for item, part in zip(items, scores, strict=True):
             if item.samples:
                 token = next(drawn)
                 results.append(StepResult(token.token_id, token.logprobs, part))
@@ -220,22 +246,11 @@ def _wrap_routers(loaded: LoadedModel) -> dict[LayerId, MaskableRouter]:
     return routers
 
 
-def _prompt_part(item: ScheduledSequence, logits: torch.Tensor) -> tuple[TokenLogprobs, ...]:
-    if not len(logits):
-        return ()
-    begin = item.start + 1
-    targets = item.sequence.prompt_ids[begin : begin + len(logits)]
-    top = item.sequence.params.prompt_logprobs or 0
-    return tuple(token_logprobs(logits, targets, [top] * len(targets)))
-
-
-def _rows_to_keep(items: Sequence[ScheduledSequence]) -> list[int]:
-    """Flat rows whose logits are needed: prompt rows first, then the sampling row, per item."""
-    keep: list[int] = []
-    row = 0
-    for item in items:
-        keep.extend(range(row, row + item.num_prompt_logprobs))
-        if item.samples:
-            keep.append(row + item.count - 1)
-        row += item.count
-    return keep
+def _prompts(rows: Sequence[KeptRow]) -> Iterator[tuple[int, int, list[int]]]:
+    """Rows of one sequence's prompt behind each other: its index, the first of them, targets."""
+    begin = 0
+    for (item, scored), group in groupby(rows, key=lambda row: (row.item, row.target is not None)):
+        targets = [row.target for row in group]
+        if scored:
+            yield item, begin, [target for target in targets if target is not None]
+        begin += len(targets)

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.microbatches import split
+from revivemoe.core.slots import ExpertSlots
 from revivemoe.core.step import Batch, StepResult
 from revivemoe.ids import LayerId, RankId
 from revivemoe.membership.membership import Membership
@@ -70,9 +71,10 @@ class ModelRunner:
         loaded = load_model(
             model_dir, slots, dtype, device, attention, lambda model: replace_dense(model, shared)
         )
-        layers = _moe_layers(loaded, slots, num_experts, top_k, device)
+        layers = _moe_layers(loaded, num_experts, top_k, device)
+        held = ExpertSlots({layer.layer: slots.get(layer.layer, ()) for layer in layers})
         hidden_size, each = loaded.model_config.hidden_size, list(shared.values())
-        self.worker = ExpertWorker(layers, hidden_size, model_dir, dtype, each)
+        self.worker = ExpertWorker(layers, held, hidden_size, model_dir, dtype, each)
         self._dense_reader = DenseReader(model_dir, dense.num_shards, dtype, device)
         self.generator: Generator | None = None
         if attention:
@@ -113,17 +115,18 @@ class ModelRunner:
         return self._dense_reader.load(self.exchange.dense.values(), shards)
 
     def become_expert_rank(self, num_slots: int) -> None:
-        """Give the attention role up: its weights and KV pages are freed, their memory goes back to
-        the system, and there are `num_slots` empty slots in every layer. Not while a step runs.
+        """Give the attention role up, if it has it: its weights and KV pages are freed, and their
+        memory goes back to the system. Then there are `num_slots` empty slots in every layer; none
+        if there is no memory for them. Not while a step runs.
         """
-        assert self.generator is not None, "it has no attention role to give up"
-        self.generator.free()
+        if self.generator is not None:
+            self.generator.free()
         self.generator = None
         for layer in self.exchange.layers.values():
             layer.module.revive_exchange = None
         for dense in self.exchange.dense.values():
             dense.shards.clear()
-        _return_memory()
+        return_memory()
         self.worker.resize(num_slots)
 
     def enter(self, dispatchers: Sequence[Dispatcher], membership: Membership, me: RankId) -> None:
@@ -152,14 +155,17 @@ class ModelRunner:
         also in what this rank's experts made of other ranks' rows.
         """
         assert self.generator is not None, "an expert rank has no tokens of its own"
-        exchange = self.exchange
-        exchange.reset()
-        logits = self.generator.logits(split(batch.items, self._microbatches))
-        exchange.on_phase("sample", -1, len(logits))
-        logits = exchange.spoil("sample", -1, logits)
-        exchange.finite.note_logits(logits)
+        self.exchange.reset()
+        rows = self.generator.rows(split(batch.items, self._microbatches))
+        self.exchange.on_phase("sample", -1, len(rows))
+        scores, logits = self.generator.score(batch.items, rows, self._noted)
         self._refuse_non_finite()
-        return self.generator.draw(batch.items, logits)
+        return self.generator.draw(batch.items, scores, logits)
+
+    def _noted(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = self.exchange.spoil("sample", -1, logits)
+        self.exchange.finite.note_logits(logits)
+        return logits
 
     def zero_written(self, batch: Batch) -> None:
         """`Generator.zero_written`."""
@@ -173,14 +179,12 @@ class ModelRunner:
 
 def _moe_layers(
     loaded: LoadedModel,
-    slots: dict[LayerId, tuple[int, ...]],
     num_experts: int,
     top_k: int,
     device: torch.device,
 ) -> list[MoeLayer]:
     layers = [
-        MoeLayer(layer, module, num_experts, top_k, slots.get(layer, ()))
-        for layer, module in loaded.experts.items()
+        MoeLayer(layer, module, num_experts, top_k) for layer, module in loaded.experts.items()
     ]
     for layer in layers:
         layer.slot_of_expert_E = layer.slot_of_expert_E.to(device)
@@ -189,7 +193,7 @@ def _moe_layers(
     return layers
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Give freed memory back to the system, not only to the allocator."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

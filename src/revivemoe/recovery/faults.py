@@ -20,6 +20,7 @@ FaultKind = Literal[
     "start_timeout",  # its new process was not ready in time
     "isolate",  # an operator asked for it
     "role_switch",  # an operator wants it to become an expert rank
+    "going_home",  # it is not needed any more in the place that it took
     "whatif",  # nobody did
 ]
 

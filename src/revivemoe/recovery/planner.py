@@ -26,13 +26,7 @@ def plan_recovery(world: World, faults: Sequence[Fault], policy: Policy) -> Reco
     """
     accused = frozenset(f.rank for f in faults)
     lost = (accused | frozenset(world.gone)) & frozenset(world.membership.members)
-    if world.recent_recoveries >= policy.max_recoveries:
-        return GiveUp(
-            f"{world.recent_recoveries} recoveries within {policy.window_s:.0f} s have reached the "
-            f"policy's limit of {policy.max_recoveries}"
-        )
-    if world.domain_failures >= DOMAIN_FAILURES:
-        why = f"{world.domain_failures} domains in a row did not come about"
+    if why := _in_vain(world, policy):
         everybody = tuple(r for r in world.membership.members if r not in lost)
         return _restart(world, (*everybody, *world.relaunchable), policy, why)
     present = _present(world, lost, accused)
@@ -46,13 +40,25 @@ def plan_recovery(world: World, faults: Sequence[Fault], policy: Policy) -> Reco
     return _repair(world, present, lost, policy)
 
 
+def _in_vain(world: World, policy: Policy) -> str | None:
+    """Why nothing short of a restart is tried any more; None: there is no reason."""
+    if world.recent_recoveries >= policy.max_recoveries:
+        return (
+            f"{world.recent_recoveries} recoveries in a row brought no step forward (the policy's "
+            f"limit is {policy.max_recoveries} within {policy.window_s:.0f} s)"
+        )
+    if world.domain_failures >= DOMAIN_FAILURES:
+        return f"{world.domain_failures} domains in a row did not come about"
+    return None
+
+
 def _present(world: World, lost: Lost, accused: Lost) -> Membership:
     """Who and what is there, before anything is repaired."""
-    present = world.membership.without(lost)
+    present = world.membership.without(lost).holding(world.held)
     back = tuple(r for r in world.ready if r not in accused)
     if back:
         assert world.home is not None
-        present = present.joined(back, world.home, world.tables)
+        present = present.joined(back, world.home, {**world.tables, **world.held})
     return present.with_reloads(x for x in world.loaded if x.rank in present.placement.slots)
 
 
@@ -75,8 +81,8 @@ def _restart(world: World, ranks: tuple[RankId, ...], policy: Policy, why: str) 
         return GiveUp(f"{why}, and no rank can be started anew")
     if world.recent_restarts >= policy.max_restarts:
         return GiveUp(
-            f"{why}, and {world.recent_restarts} restarts within {policy.window_s:.0f} s have "
-            f"reached the policy's limit of {policy.max_restarts}"
+            f"{why}, and {world.recent_restarts} restarts in a row within {policy.window_s:.0f} s "
+            f"brought no step forward: the policy's limit is {policy.max_restarts}"
         )
     started = ", ".join(map(str, ranks))
     return Restart(ranks, f"{why}: start ranks {started} anew, the streams wait")

@@ -28,16 +28,33 @@ class Policy:
     serve_masked_meanwhile: bool = False
     """Go on at once with experts masked (within the bound) while they are reloaded, or while a role
     switch proceeds in the background, instead of waiting for it."""
-    restore_redundancy: bool = False
+    restore_redundancy: bool = True
     """Fill empty slots with second replicas of experts that had one, beside the steps, so that the
     next loss needs no reload."""
 
     # ---- how much is too much
     max_recoveries: int = 8
-    """More recoveries than this within the window: stop and say so, as a supervisor would."""
+    """So many recoveries in a row, within the window, that brought no step forward: restart all
+    ranks behind the streams. Those that the instance came through do not count."""
     window_s: float = 600.0
     max_restarts: int = 3
-    """Restarts of ranks behind the live streams within the window."""
+    """Restarts in a row, within the window, that brought no step forward: stop and say so, as a
+    supervisor would."""
+    max_retries: int = 3
+    """More retries than this that one device asked for, within the window: it is drained."""
+
+    # ---- coming back
+    auto_rejoin: bool = True
+    """Start lost ranks again by themselves (not on a device that is bad, nor against an operator),
+    bring them back to the roles they had, and missing experts with them."""
+    rejoin_after_s: float = 2.0
+    """The first time; twice as long every further time in a row, with some jitter."""
+    rejoin_at_most_s: float = 60.0
+    """The longest wait between two attempts."""
+    max_rejoins: int = 10
+    """Attempts in a row before a rank is left to the operator."""
+    settled_after_s: float = 60.0
+    """A rank that has been a member for so long has come back: its attempts are forgotten."""
 
     # ---- deadlines of the stages
     fence_timeout_s: float = 10.0
@@ -50,6 +67,17 @@ class Policy:
     """For experts to be loaded into slots before the first step of an epoch."""
     restart_timeout_s: float = 600.0
     """For ranks that are restarted to be ready."""
+    spawn_timeout_s: float = 60.0
+    """For a process to come into being, and for its first word."""
+    join_timeout_s: float = 120.0
+    """For a rank that has loaded to be taken in."""
+    leave_timeout_s: float = 10.0
+    """For a rank that was told to stop to be gone; then it is killed."""
+    corpse_timeout_s: float = 120.0
+    """For a killed process to be gone (a driver may take long to free a device's memory). A plan
+    that needs its rank waits so long for it."""
+    trial_timeout_s: float = 60.0
+    """For a suspect to have its turn, and to get on by a token; then it is cleared."""
     drain_timeout_s: float = 30.0
     """For the sequences of a rank being drained to be warm elsewhere; then they move anyway."""
 

@@ -80,9 +80,17 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "restore_redundancy": _switch,  # fill empty slots with second replicas afterwards
     },
     "limits": {
-        "max_recoveries": _count,  # more recoveries within the window: stop and say so
+        "max_recoveries": _count,  # in a row without a step forward: restart all ranks
         "window_s": _seconds,  # the window, seconds
-        "max_restarts": _count,  # restarts of ranks within the window
+        "max_restarts": _count,  # in a row without a step forward: stop and say so
+        "max_retries": _count,  # that one device asks for within the window; then it is drained
+    },
+    "rejoin": {
+        "auto": _switch,  # lost ranks come back by themselves
+        "after_s": _seconds,  # the first time; twice as long every further time in a row
+        "at_most_s": _seconds,  # the longest wait between two attempts
+        "max_attempts": _count,  # in a row; then the rank is left to the operator
+        "settled_after_s": _seconds,  # a member for so long: its attempts are forgotten
     },
     "deadlines": {
         "fence_timeout_s": _seconds,  # for survivors to roll back and acknowledge
@@ -91,6 +99,11 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "reload_timeout_s": _seconds,  # for experts to be loaded into spare slots
         "restart_timeout_s": _seconds,  # for restarted ranks to be ready
         "drain_timeout_s": _seconds,  # for a drained rank's sequences to be warm elsewhere
+        "spawn_timeout_s": _seconds,  # for a process to come into being, and for its first word
+        "join_timeout_s": _seconds,  # for a rank that has loaded to be taken in
+        "leave_timeout_s": _seconds,  # for a rank told to stop to be gone; then it is killed
+        "corpse_timeout_s": _seconds,  # for a killed process to be gone; plans wait so long
+        "trial_timeout_s": _seconds,  # for a suspect request to get on by a token when tried
     },
     "detection": {
         "suspect_after_s": _seconds,  # silence that makes a rank suspect; beats: 0.1 s
@@ -107,6 +120,14 @@ SECTIONS: dict[str, dict[str, Check]] = {
     },
 }
 """TOML table -> name -> setting. The table `levels` has names of its own: L1 to L6."""
+
+FIELDS = {
+    "rejoin.auto": "auto_rejoin",
+    "rejoin.after_s": "rejoin_after_s",
+    "rejoin.at_most_s": "rejoin_at_most_s",
+    "rejoin.max_attempts": "max_rejoins",
+}
+"""Settings whose field in `Policy` has another name."""
 
 LEVELS = "levels"
 
@@ -144,7 +165,8 @@ def parse_policy(document: Mapping[str, object], base: Policy) -> Policy:
         for name, value in content.items():
             if name not in SECTIONS[section]:
                 raise ValueError(_unknown_name(section, name))
-            values[name] = _checked(f"{section}.{name}", value, SECTIONS[section][name])
+            where = f"{section}.{name}"
+            values[FIELDS.get(where) or name] = _checked(where, value, SECTIONS[section][name])
     policy = replace(base, **values)
     _check_together(policy)
     return policy

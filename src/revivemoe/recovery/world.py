@@ -35,9 +35,10 @@ class World:
     maskable: bool
     """Whether the model's routers can leave experts out."""
     recent_recoveries: int
-    """Recoveries within the policy's window, this one not counted."""
+    """Recoveries in a row, within the policy's window, that brought no step forward; this one not
+    counted."""
     recent_restarts: int = 0
-    """Restarts of ranks within the window."""
+    """Restarts of ranks likewise."""
     home: Topology | None = None
     """The topology the instance was started with: roles and order of ranks that come back."""
     gone: tuple[RankId, ...] = ()
@@ -45,7 +46,10 @@ class World:
     ready: tuple[RankId, ...] = ()
     """Ranks whose new process waits to be taken in."""
     tables: Mapping[RankId, Table] = field(default_factory=dict)
-    """What the slots of those hold."""
+    """What the slots of those shall hold."""
+    held: Mapping[RankId, Table] = field(default_factory=dict)
+    """What the slots of those hold that have told it since the fence went up. What the map says of
+    them may be on its way, or overwritten already."""
     launching: tuple[RankId, ...] = ()
     """Ranks whose new process is still loading."""
     relaunchable: tuple[RankId, ...] = ()

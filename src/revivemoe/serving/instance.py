@@ -13,13 +13,13 @@ from revivemoe.cluster.local import Callbacks, LocalCluster
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Tokenizer, Vocabulary
 from revivemoe.engine.engine import Engine
+from revivemoe.engine.intake import Intake
 from revivemoe.engine.metrics import render_metrics
 from revivemoe.engine.operations import Operations
 from revivemoe.engine.status import status_document
 from revivemoe.epochs.state import FailedState, Paused, Recovering, Serving, Starting, state_name
 from revivemoe.health.monitor import HealthMonitor
 from revivemoe.health.sources import sources_for
-from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import place
 from revivemoe.messages.events import Event, document
@@ -62,9 +62,12 @@ class Instance:
             segment_spec(config, info) if config.comm_backend == "shm" else None,
             config.comm_backend,
             Callbacks(
-                lambda report: self.engine.on_report(report, time.monotonic()),
-                self._on_exit,
-                lambda: self.engine.signals.on_forkserver_gone(),
+                lambda report: self._intake.report(report, time.monotonic()),
+                lambda rank, inc, pid: self._intake.arrived(rank, inc, pid, time.monotonic()),
+                lambda rank, inc, how, alone: self._intake.exited(
+                    rank, inc, how, alone, time.monotonic()
+                ),
+                lambda: self._intake.forkserver_gone(),
             ),
             host_cache_spec(config, info) if config.expert_host_cache else None,
             config.num_microbatches or 1,
@@ -72,6 +75,7 @@ class Instance:
         self.engine = Engine(
             config, home, Vocabulary(tokenizer), self._cluster, time.monotonic, self._on_event
         )
+        self._intake = Intake(self.engine)
         self._operations = Operations(self.engine)
         self._injector = Injector(self.engine, self._operations, self._cluster)
         self._health: HealthMonitor | None = None
@@ -102,7 +106,7 @@ class Instance:
         loop = asyncio.get_running_loop()
 
         def on_report(report: DeviceReport) -> None:
-            loop.call_soon_threadsafe(lambda: self.engine.on_health(report, time.monotonic()))
+            loop.call_soon_threadsafe(lambda: self._intake.health(report, time.monotonic()))
 
         self._health = HealthMonitor(sources, on_report)
         self._health.start()
@@ -130,14 +134,9 @@ class Instance:
         while True:
             await asyncio.sleep(TICK_S)
             self._cluster.drain()
-            self.engine.tick(time.monotonic())
+            self._intake.tick(time.monotonic())
 
     # ---- from the cluster --------------------------------------------------------------------
-
-    def _on_exit(
-        self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool
-    ) -> None:
-        self.engine.on_exit(rank, incarnation, detail, time.monotonic(), by_itself=by_itself)
 
     def _on_event(self, event: Event) -> None:
         stamped: Document = {"time": time.time(), **document(event)}

@@ -10,14 +10,14 @@ from typing import assert_never
 from revivemoe.core import effects
 from revivemoe.core.loop import Effects, StepLoop
 from revivemoe.core.rank import Rank
+from revivemoe.core.slots import ExpertSlots, SlotTaken
 from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch
 from revivemoe.ids import Epoch
-from revivemoe.membership.placement import EMPTY
 from revivemoe.messages.commands import Command, Configure, LoadExperts
 from revivemoe.messages.reports import ExpertsLoaded, Fatal, FenceAck, Ready, Report
 from revivemoe.sim.domain import Domain
-from revivemoe.sim.forward import NUM_LAYERS, Doing, FakeForward, Steps, results_of
+from revivemoe.sim.forward import Doing, FakeForward, Steps, results_of
 from revivemoe.sim.mishaps import Mishaps
 from revivemoe.sim.process import Process
 from revivemoe.sim.requests import Idle, Meet, Work
@@ -38,8 +38,7 @@ class Driver:
     _process: Process
     rank: Rank
     forward: FakeForward
-    slots: list[list[int]]
-    """`slots[layer index][slot]`: the expert that lies there, or -1."""
+    slots: ExpertSlots
     _load_s: float
     _enter_domain: EnterDomain
     _later: Later
@@ -58,7 +57,9 @@ class Driver:
                 raise effects.LoadFailed("weights: read error")
             num_blocks = rank.limits.num_blocks
             process.report(Ready(rank.rank_id, rank.incarnation, "sim", num_blocks, self._load_s))
-            yield from self._drive(StepLoop(rank, "sim", self._report).run())
+            loop = StepLoop(rank, "sim", self._report)
+            process.holdings = lambda: loop.holdings
+            yield from self._drive(loop.run())
         except effects.LoadFailed as failure:
             process.report(Fatal(rank.rank_id, rank.incarnation, str(failure)))
             process.die("exited with status 1")
@@ -102,7 +103,7 @@ class Driver:
             case effects.LoadBeside():
                 self._load_beside(effect.command)
             case effects.GiveUpAttention():
-                self.slots[:] = [[EMPTY] * effect.num_slots for _ in range(NUM_LAYERS)]
+                self.slots.resize(effect.num_slots)
             case effects.Enter():
                 return (yield from self._enter(effect.configure))
             case effects.Leave():
@@ -169,32 +170,35 @@ class Driver:
     def _load(self, wanted: effects.Load) -> Doing[effects.Loaded]:
         """What the slots do not hold yet, one after another: a fence must not wait for all."""
         count, began = 0, self._process.now
-        for layer, row in enumerate(wanted.table):
-            for slot, expert in enumerate(row):
-                if expert in (EMPTY, self.slots[layer][slot]):
-                    continue
-                if self._process.fenced > wanted.epoch:
-                    raise effects.Left
-                self._process.progress.announce("load", 10 * LOAD_EXPERT_S)
-                yield Work("load", -1, LOAD_EXPERT_S)
-                if self._mishaps.load_fails(self._process):
-                    raise effects.LoadFailed("read error")
-                self.slots[layer][slot] = expert
-                count += 1
+        for load in self.slots.lacking(wanted.table):
+            if self._process.fenced > wanted.epoch:
+                raise effects.Left
+            self.slots.begin([load])
+            self._process.progress.announce("load", 10 * LOAD_EXPERT_S)
+            yield Work("load", -1, LOAD_EXPERT_S)
+            if self._mishaps.load_fails(self._process):
+                raise effects.LoadFailed("read error")
+            self.slots.fill(load)
+            count += 1
         return effects.Loaded(self._process.now - began, 0, {"disk": count} if count else {})
 
     def _load_beside(self, command: LoadExperts) -> None:
         """A thread of its own loads them; the steps go on."""
-        seconds = LOAD_EXPERT_S * len(command.loads)
-        self._later(seconds, lambda: self._loaded_beside(command, seconds))
+        seconds, begun = LOAD_EXPERT_S * len(command.loads), self.slots.begin(command.loads)
+        if self._mishaps.load_is_silent(self._process):
+            return
+        self._later(seconds, lambda: self._loaded_beside(command, begun, seconds))
 
-    def _loaded_beside(self, command: LoadExperts, seconds: float) -> None:
+    def _loaded_beside(self, command: LoadExperts, begun: int, seconds: float) -> None:
         """The driver tells of it between two steps."""
         if not self._process.alive:
             return
         error = "read error" if self._mishaps.load_fails(self._process) else None
-        if error is None:
-            for load in command.loads:
-                self.slots[load.layer][load.slot] = load.expert
+        try:
+            for load in command.loads if error is None else ():
+                self.slots.check(begun, load)
+                self.slots.fill(load)
+        except SlotTaken as taken:
+            error = str(taken)
         rank, incarnation = self.rank.rank_id, self.rank.incarnation
         self._process.hand(ExpertsLoaded(rank, incarnation, command.request, seconds, 0, error))

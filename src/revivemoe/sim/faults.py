@@ -23,8 +23,16 @@ FaultKind = Literal[
     "poison-hang",  # ... by a hang
     "load-fails",  # the next load of experts or weights fails
     "launch-slow",  # the next process takes long to load; then a kill
+    "load-silent",  # the next load beside the steps is never answered
+    "load-endless",  # the next process never comes to the end of its load; then a kill
+    "launch-late",  # ... comes into being after it was given up; then a kill
+    "lost-tokens",  # what a rank reports of its next step never comes
+    "exit-late",  # a kill whose exit is told of late
+    "exit-never",  # ... never
+    "deaf",  # the process does not stop when it is told to
+    "late-ticks",  # the engine's ticks come when they like
     "stall",  # the engine itself stands still
-    "forkserver",  # the fork server ends: nothing can be launched
+    "forkserver",  # the fork server ends: launches under way, and some later ones, are lost
     "drain",  # an operator takes a rank out
     "switch",  # an expert rank exits, and an operator wants another rank to take its place
     "kill-switching",  # the process that is loading for its new role exits

@@ -3,9 +3,20 @@
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from random import Random
 from typing import assert_never
 
 from revivemoe.engine.engine import Engine
+from revivemoe.epochs.rank_life import (
+    Condemned,
+    Leaving,
+    Life,
+    Loading,
+    Queued,
+    Ready,
+    Spawning,
+    Switching,
+)
 from revivemoe.epochs.stages import Fencing, Resuming
 from revivemoe.epochs.state import FailedState, Paused, Recovering, Serving, Starting
 from revivemoe.ids import Incarnation, RankId
@@ -14,6 +25,7 @@ from revivemoe.sim.clock import Clock
 from revivemoe.sim.staleness import take
 
 TICK_S = 0.05
+LATEST_TICK_S = 1.2
 
 Observer = Callable[[], None]
 
@@ -21,11 +33,12 @@ Observer = Callable[[], None]
 class EngineHost:
     """Calls into the engine, one at a time; none while it stalls. Each is observed."""
 
-    def __init__(self, clock: Clock, observe: Observer) -> None:
+    def __init__(self, clock: Clock, rng: Random, observe: Observer) -> None:
         self.engine: Engine
         self._clock, self._observe = clock, observe
         self._inbox: deque[Callable[[], object]] = deque()
-        self._stalled_until = 0.0
+        self._stalled_until = self._late_until = 0.0
+        self._rng = rng
         self._stopped = False
 
     def start(self, engine: Engine) -> None:
@@ -47,9 +60,16 @@ class EngineHost:
     def on_report(self, report: Report) -> None:
         self.call(lambda: take(self.engine, report, self._clock.now))
 
+    def on_arrived(self, rank: RankId, incarnation: Incarnation, pid: int) -> None:
+        self.call(lambda: self.engine.on_arrived(rank, incarnation, pid, self._clock.now))
+
     def on_exit(self, rank: RankId, incarnation: Incarnation, detail: str, by_itself: bool) -> None:
         told = partial(self.engine.on_exit, rank, incarnation, detail, by_itself=by_itself)
         self.call(lambda: told(now=self._clock.now))
+
+    def tick_late(self, seconds: float) -> None:
+        """From now on, for so long, ticks come when they like."""
+        self._late_until = self._clock.now + seconds
 
     def stall(self, seconds: float) -> None:
         """The engine's thread stands still."""
@@ -64,7 +84,8 @@ class EngineHost:
         while self._inbox:
             self.call(self._inbox.popleft())
         self.call(lambda: self.engine.tick(self._clock.now))
-        self._clock.after(TICK_S, self._tick)
+        late = self._clock.now < self._late_until
+        self._clock.after(self._rng.uniform(TICK_S, LATEST_TICK_S) if late else TICK_S, self._tick)
 
 
 def stage_of(engine: Engine) -> str:
@@ -111,5 +132,13 @@ def is_settled(engine: Engine) -> bool:
         engine.maintenance.drains.pending
         or epochs.loads.loading
         or epochs.loads.loaded
-        or epochs.fleet.switching
+        or any(_is_moving(view.life) for view in engine.ranks.values())
+        or any(engine.maintenance.returns.wants(view) for view in engine.ranks.values())
     )
+
+
+def _is_moving(life: Life) -> bool:
+    """Whether something more will become of it, as far as can be foreseen."""
+    moving = (Queued, Spawning, Loading, Ready, Switching, Leaving)
+    awaited = isinstance(life, Condemned) and not (life.arrived or life.overdue)
+    return awaited or isinstance(life, moving)

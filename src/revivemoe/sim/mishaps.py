@@ -11,6 +11,10 @@ class Mishaps:
         """Whether the load of an expert, or of the weights, fails here."""
         return False
 
+    def load_is_silent(self, process: Process) -> bool:
+        """Whether a load beside the steps, which begins here, is never answered."""
+        return False
+
     def corrupts(self, process: Process, phase: str) -> bool:
         """Whether this work turns finite numbers into NaN."""
         return False

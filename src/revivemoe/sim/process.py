@@ -13,8 +13,9 @@ from typing import Protocol, assert_never
 from revivemoe.core.effects import Broken, Left
 from revivemoe.core.progress import Progress
 from revivemoe.ids import Epoch, Incarnation, RankId
-from revivemoe.messages.commands import Command, Fence
+from revivemoe.messages.commands import Command, Fence, Stop
 from revivemoe.messages.reports import ExpertsLoaded, Heartbeat, Hello, RankStats, Report
+from revivemoe.messages.tally import Tally
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.domain import Domain
 from revivemoe.sim.requests import Idle, Meet, Request, Work
@@ -36,6 +37,8 @@ class Host(Protocol):
     clock: Clock
     rng: Random
 
+    def on_arrived(self, process: "Process") -> None: ...
+
     def on_exit(self, process: "Process", detail: str) -> None: ...
 
     def reach(self, process: "Process", phase: str, layer: int, meets: bool) -> float:
@@ -51,6 +54,10 @@ class Process:
     ) -> None:
         self.rank, self.incarnation = rank, incarnation
         self.alive, self.stopped, self.hung = True, False, False
+        self.arrived = False
+        """The engine has a handle on it. Before, it does nothing, and no kill can reach it."""
+        self.deaf = False
+        """It does not stop when told to."""
         self.unkillable = False
         """A SIGKILL has no effect."""
         self.kill_pending = False
@@ -60,6 +67,7 @@ class Process:
         """Every wait in a domain below this epoch ends at once."""
         self.domain: Domain | None = None
         self.stats: Callable[[], RankStats] = RankStats
+        self.holdings: Callable[[], Tally | None] = lambda: None
         self.progress = Progress(lambda: host.clock.now)
         self.step = 0
         self.met = Epoch(0)
@@ -82,8 +90,15 @@ class Process:
     # ---- life --------------------------------------------------------------------------------
 
     def start(self, loop: StepLoop, start_s: float) -> None:
+        """It comes into being after half of that time, and says so after the rest."""
         self._loop = loop
-        self._host.clock.after(start_s, self._begin)
+        self._host.clock.after(start_s / 2, partial(self._arrive, start_s / 2))
+
+    def _arrive(self, start_s: float) -> None:
+        if self.alive:
+            self.arrived = True
+            self._host.on_arrived(self)
+            self._host.clock.after(start_s, self._begin)
 
     def _begin(self) -> None:
         if self.alive:
@@ -131,6 +146,8 @@ class Process:
         """A command has reached the process."""
         if self._is_held(partial(self.deliver, command)):
             return
+        if self.deaf and isinstance(command, Stop):
+            return
         if isinstance(command, Fence) and not command.at_boundary:
             self.fenced = max(self.fenced, command.epoch)
         self.hand(command)
@@ -151,7 +168,9 @@ class Process:
         self._beats += 1
         progress, me = self.progress, (self.rank, self.incarnation)
         pace = progress.paces() if self._beats % BEATS_PER_PACE == 0 else None
-        self.report(Heartbeat(*me, progress.count, self.stats(), progress.activity(), pace))
+        self.report(
+            Heartbeat(*me, progress.count, self.stats(), progress.activity(), pace, self.holdings())
+        )
         self._host.clock.after(HEARTBEAT_S, self._beat)
 
     # ---- the step loop's waits ---------------------------------------------------------------

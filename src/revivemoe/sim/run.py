@@ -47,10 +47,9 @@ class Simulation:
     def __init__(self, scenario: Scenario, trace: Trace | None = None) -> None:
         self.scenario = scenario
         self.clock, self.rng = Clock(), Random(f"events {scenario.seed}")
-        self.host = EngineHost(self.clock, self._observe)
-        self.cluster = SimCluster(
-            self.clock, self.rng, scenario, self.host.on_report, self.host.on_exit
-        )
+        self.host = EngineHost(self.clock, self.rng, self._observe)
+        told = (self.host.on_report, self.host.on_arrived, self.host.on_exit)
+        self.cluster = SimCluster(self.clock, self.rng, scenario, *told)
         self.strikes = Strikes(self.clock, self.cluster, self.host, scenario.faults)
         topology = scenario.config.topology()
         placement = place(NUM_EXPERTS, [0, 1], topology.experts, scenario.redundant, scenario.spare)
@@ -90,6 +89,7 @@ class Simulation:
 
     def _observe(self) -> None:
         """After every call into the engine; its ticks see to it that this is often."""
+        self.verdict.check_lives()
         stage = stage_of(self.engine)
         if stage != self._stage:
             self._stage = stage

@@ -32,7 +32,7 @@ STAGES = (
 )  # fmt: skip
 OPENERS = (
     "kill", "kill-two", "kill-all", "error", "stop", "hang", "link", "nan", "launch-slow", "drain",
-    "retry", "pause", "switch",
+    "retry", "pause", "switch", "exit-late", "launch-late", "load-endless", "deaf",
 )  # fmt: skip
 """Faults that bring about a change of epoch soon, for others to strike in."""
 POINTS = (
@@ -128,7 +128,7 @@ def _policy(rng: Random, masks_more: bool) -> Policy:
     `masks_more`: often enough for role switches in the background.
     """
     return Policy(
-        max_recoveries=16,
+        max_recoveries=6,
         max_missing_fraction=rng.choice((1 / 32, 1 / 8, 1 / 2, 0.9 if masks_more else 1 / 2)),
         serve_masked_meanwhile=rng.random() < (0.6 if masks_more else 0.3),
         repair=rng.choice(
@@ -143,10 +143,20 @@ def _policy(rng: Random, masks_more: bool) -> Policy:
         fence_timeout_s=5.0,
         resume_timeout_s=10.0,
         reload_timeout_s=10.0,
-        restart_timeout_s=20.0,
+        restart_timeout_s=8.0,
         drain_timeout_s=3.0,
         first_work_s=5.0,
         slow_after_s=0.3,
+        spawn_timeout_s=2.0,
+        join_timeout_s=10.0,
+        leave_timeout_s=1.5,
+        corpse_timeout_s=12.0,
+        trial_timeout_s=6.0,
+        auto_rejoin=rng.random() < 0.6,
+        rejoin_after_s=0.2,
+        rejoin_at_most_s=2.0,
+        max_rejoins=4,
+        settled_after_s=3.0,
         isolate_slow=rng.random() < 0.5,
     )
 

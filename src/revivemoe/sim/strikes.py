@@ -59,7 +59,7 @@ class Strikes(Mishaps):
         self._nan_done: Counter[Process] = Counter()
         self._nan_at: dict[Process, tuple[Epoch, int]] = {}
         """The step in which it was last: a rank's numbers break once in a step."""
-        self._load_failures = 0
+        self._load_failures = self._silent_loads = 0
         cluster.on_reach, cluster.mishaps = self.reach, self
 
     @property
@@ -100,6 +100,12 @@ class Strikes(Mishaps):
             return False
         self._load_failures -= 1
         self.guilty.add(process)
+        return True
+
+    def load_is_silent(self, process: Process) -> bool:
+        if not self._silent_loads:
+            return False
+        self._silent_loads -= 1
         return True
 
     def corrupts(self, process: Process, phase: str) -> bool:
@@ -154,6 +160,16 @@ class Strikes(Mishaps):
         match fault.kind:
             case "kill":
                 self._kill(process)
+            case "exit-late" | "exit-never":
+                late_s = fault.seconds if fault.kind == "exit-late" else float("inf")
+                self._cluster.exits_late_s.append(late_s)
+                self._kill(process)
+            case "lost-tokens":
+                self._cluster.mute_steps[process] += 1
+            case "deaf":
+                process.deaf = True
+                self.drained.add(process.rank)
+                self._instruct("isolate", {"id": process.rank})
             case "kill-switching":
                 switching = self._host.engine.epochs.fleet.switching
                 self._kill(self._cluster.processes[switching[0].rank] if switching else process)
@@ -193,12 +209,23 @@ class Strikes(Mishaps):
             case "launch-slow":
                 self._cluster.slow_launches += 1
                 self._kill(process)
+            case "load-silent":
+                self._silent_loads += 1
+            case "load-endless":
+                self._cluster.endless_launches += 1
+                self._kill(process)
+            case "launch-late":
+                self._cluster.late_launches += 1
+                self._kill(process)
+            case "late-ticks":
+                self._host.tick_late(fault.seconds)
+                self._later(fault.seconds, lambda: None)
             case "stall":
                 self._host.stall(fault.seconds)
                 self._later(fault.seconds, lambda: None)
             case "forkserver":
-                self._cluster.forkserver_alive = False
                 self._host.call(self._host.engine.signals.on_forkserver_gone)
+                self._cluster.end_forkserver()
             case _:
                 assert fault.kind in POISONS, fault.kind
 

@@ -3,6 +3,7 @@
 from revivemoe.engine.engine import Engine
 from revivemoe.engine.metrics import EngineCollector
 from revivemoe.engine.status import status_document
+from revivemoe.epochs.rank_life import WITH_PROCESS, Condemned, Gone
 from revivemoe.epochs.state import FailedState
 from revivemoe.ids import Epoch, RankId
 from revivemoe.messages import events
@@ -42,9 +43,17 @@ class Verdict:
                 self._fence_timeouts += event.kind == "fence_timeout"
                 self._check_accusation(event)
             case events.DrainBegun():
-                assert event.id in self._strikes.drained, f"drained for nothing: {event}"
+                going_home = event.kind == "going_home"
+                assert going_home or event.id in self._strikes.drained, f"for nothing: {event}"
             case events.Convicted():
                 self._check_conviction(event)
+            case events.RequestFailed():
+                raise AssertionError(f"nothing here may go wrong in that way: {event}")
+            case events.HoldingsMended():
+                lost = self._cluster.processes[event.id] in self._cluster.mute_steps
+                assert lost, f"nothing was lost on its way: {event}"
+            case events.ExpertsTaken():
+                self._check_load(event)
             case events.StateEntered(state="serving"):
                 self._check_met(event.epoch)
             case _:
@@ -60,7 +69,7 @@ class Verdict:
         """Whoever is accused has a fault in this scenario; of a link, one end only."""
         process = self._cluster.processes[event.id]
         self._accused.add(process)
-        if process in self._strikes.guilty or process in self._cluster.never_started:
+        if process in self._strikes.guilty | self._cluster.never_started | self._cluster.doomed:
             return
         for ends in self._strikes.links.suspects():
             if process.rank in ends and not ends & self._cut_off:
@@ -70,6 +79,17 @@ class Verdict:
             f"rank {process.rank} is accused of {event.kind} ({event.detail}), but is healthy"
         )
 
+    def _check_load(self, event: events.ExpertsTaken) -> None:
+        """A rank loads before a resume what the plan has named, and no more: the plan knows what
+        the slots hold.
+        """
+        plan = self._engine.epochs.coordinator.plan
+        if plan is None:
+            return
+        planned = sum(reload.rank == event.id for reload in plan.reloads)
+        loaded = sum(event.sources.values())
+        assert loaded <= planned, f"rank {event.id} loads {loaded} experts, {planned} are planned"
+
     def _check_conviction(self, event: events.Convicted) -> None:
         """Two faults of a rank's own while a request is on trial cannot be told from poison."""
         innocent = event.request != POISONED
@@ -77,6 +97,18 @@ class Verdict:
             f"an innocent request is convicted: {event}"
         )
         self._convicted.add(event.request)
+
+    def check_lives(self) -> None:
+        """No process runs but the one that the engine knows of, in a state that has one."""
+        for process in self._cluster.history:
+            if not process.alive or not process.arrived:
+                continue
+            view = self._engine.ranks[process.rank]
+            known = view.incarnation == process.incarnation and isinstance(view.life, WITH_PROCESS)
+            assert known, (
+                f"rank {process.rank}.{process.incarnation} runs, but that rank's process is "
+                f"{view.incarnation}: {view.life}"
+            )
 
     def stuck(self, clients: list[Client]) -> str:
         """Why a seed has not come to its end."""
@@ -108,6 +140,7 @@ class Verdict:
         self._check_placement()
         self._check_dense()
         self._check_ranks()
+        self._check_returned()
 
     def _check_documents(self, now: float) -> None:
         """What an operator reads can be built, and no stall is negative."""
@@ -154,14 +187,12 @@ class Verdict:
         found = []
         if "restart" not in policy.repair:
             found.append("no restart allowed")
-        if kinds & {"forkserver", "corpse", "zombie"}:
+        if kinds & {"corpse", "exit-never"}:
             found.append("some rank cannot be started anew")
         if any(stage == "starting" for _, stage in self._strikes.struck):
             found.append("a fault before the first step")
-        if len(self._strikes.guilty) > policy.max_restarts:
+        if len(self._strikes.guilty | self._cluster.doomed) > policy.max_restarts:
             found.append("so many restarts")
-        if len(self._strikes.guilty) + len(kinds) >= policy.max_recoveries:
-            found.append("so many faults")
         return found
 
     def _check_placement(self) -> None:
@@ -173,6 +204,15 @@ class Verdict:
         if membership.dense is not None:
             assert membership.dense.healthy(membership.attention), "no dense group is healthy"
 
+    def _check_returned(self) -> None:
+        """Nothing that was condemned lives on, and whoever may come back has done so."""
+        stuck = {"corpse", "zombie"} & {fault.kind for fault, _ in self._strikes.struck}
+        for view in self._engine.ranks.values():
+            alive = self._cluster.processes[view.rank].alive
+            assert stuck or not (alive and isinstance(view.life, Condemned)), f"{view} lives on"
+            if self._scenario.policy.auto_rejoin and isinstance(view.life, Gone):
+                assert not self._engine.maintenance.returns.wants(view), f"{view} is not back"
+
     def _check_ranks(self) -> None:
         for rank in self._engine.membership.topology.members:
             loop, process = self._cluster.drivers[rank], self._cluster.processes[rank]
@@ -183,4 +223,6 @@ class Verdict:
             has_attention = rank in self._engine.membership.topology.attention
             assert bool(loop.rank.limits.num_blocks) == has_attention, f"role of rank {rank}"
             assert loop.rank.pool.num_free == loop.rank.limits.num_blocks, "blocks are held"
-            assert loop.rank.stats().survivor_refills == 0, f"rank {rank} filled KV again"
+            refills = loop.rank.stats().survivor_refills
+            told_all = process not in self._cluster.mute_steps
+            assert not (refills and told_all), f"rank {rank} filled KV again"

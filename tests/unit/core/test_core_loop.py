@@ -32,6 +32,7 @@ from revivemoe.core.effects import (
 )
 from revivemoe.core.loop import StepLoop
 from revivemoe.core.rank import Rank
+from revivemoe.core.slots import ExpertSlots
 from revivemoe.core.state import Fenced, InDomain, Parked
 from revivemoe.core.step import Batch, StepHeader, StepResult
 from revivemoe.ids import Epoch, ExpertId, Incarnation, LayerId, RankId, SeqId, SlotId
@@ -49,11 +50,13 @@ from revivemoe.messages.commands import (
     SlotLoad,
     Stop,
     SwitchRole,
+    TellHoldings,
     Wake,
 )
 from revivemoe.messages.reports import (
     ExpertsLoaded,
     FenceAck,
+    Holdings,
     NonFinite,
     Ready,
     Report,
@@ -61,6 +64,7 @@ from revivemoe.messages.reports import (
     StepAborted,
     Tokens,
 )
+from revivemoe.messages.tally import Tally
 
 E = TypeVar("E", bound=Effect)
 ME, FIRST = RankId(0), Incarnation(1)
@@ -73,6 +77,8 @@ SWITCHED = membership(placed({0: ((0, 1), (0, 1))}, 2), of_roles(1, [1], [0]))
 """Rank 0 is an expert rank."""
 NOTHING = Departure(None, 0.0)
 QUICKLY = Loaded(0.0, 0, {})
+HELD = ((0, 1), (0, 1))
+"""In the slots of each rank here, unless a load has begun."""
 TOKEN = 3
 
 
@@ -80,10 +86,18 @@ class Hand:
     """One rank's loop: what it wants now, what it has said. Every answer is the test's."""
 
     def __init__(self, rank_id: int = 0, **changes: int) -> None:
-        self.rank = Rank(RankId(rank_id), FIRST, limits(**changes))
+        self.slots = ExpertSlots({LayerId(1): (0, 1), LayerId(2): (0, 1)})
+        self.rank = Rank(RankId(rank_id), FIRST, limits(**changes), self.slots)
         self.told: list[Report] = []
-        self._steps = StepLoop(self.rank, "cpu", self.told.append).run()
+        self.counted: list[Tally] = []
+        """What heartbeats would have told at each report."""
+        self.loop = StepLoop(self.rank, "cpu", self._say)
+        self._steps = self.loop.run()
         self.wants: Effect | None = next(self._steps)
+
+    def _say(self, report: Report) -> None:
+        self.told.append(report)
+        self.counted.append(self.loop.holdings)
 
     def answer(self, kind: type[E], answer: object = None) -> E:
         """Answer the present effect, which has to be of this kind. Returns it."""
@@ -269,6 +283,53 @@ def test_it_has_resumed_only_when_all_have_agreed() -> None:
     assert hand.names() == ["StepAborted"], "it never resumed"
 
 
+# ---- what it holds --------------------------------------------------------------------------
+
+
+def test_what_is_told_with_heartbeats_counts_what_has_been_reported() -> None:
+    hand = stepping()
+    assert hand.loop.holdings == (1, 0, 0)
+    hand.step()
+    assert hand.counted[-1] == (1, 0, 0), "not before its tokens are on their way"
+    assert hand.loop.holdings == (1, 1, 0)
+    hand.command(add(seq_id=6), add(seq_id=3))
+    assert hand.loop.holdings == (3, 1, 6 ^ 3)
+    hand.to_forward()
+    hand.throw(Forward, Left("fenced"))
+    hand.answer(Leave, NOTHING)
+    assert hand.loop.holdings == (3, 1, 6 ^ 3), "what is undone has never been"
+    hand.command(Abort(SeqId(6)), Abort(SeqId(77)))
+    assert hand.loop.holdings == (2, 1, 3)
+
+
+def test_adds_count_while_a_configuration_behind_them_is_carried_out() -> None:
+    hand = Hand()
+    hand.command(add(), configure())
+    assert isinstance(hand.wants, Load)
+    assert hand.loop.holdings == (1, 0, 0)
+
+
+def test_a_finished_sequence_is_not_held_any_more() -> None:
+    hand = Hand()
+    hand.enter(configure(), add(seq_id=5, max_tokens=1))
+    hand.step()
+    assert hand.loop.holdings == (0, 0, 0)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_it_tells_what_it_holds_behind_every_token(parked: bool) -> None:
+    hand = stepping()
+    hand.step()
+    if parked:
+        hand.command(Abort(SeqId(0)))
+        hand.answer(Exchange, [hand.to_exchange()])
+    hand.command(TellHoldings(7))
+    held = {} if parked else {SeqId(0): 1}
+    assert hand.told[-1] == Holdings(ME, FIRST, 7, held)
+    assert hand.names() == ["Resumed", "Tokens", "Holdings"]
+    assert waits(hand) == parked
+
+
 # ---- fences ---------------------------------------------------------------------------------
 
 
@@ -292,7 +353,7 @@ def test_whose_numbers_they_were_is_said_before_the_fence_is_acknowledged() -> N
     assert hand.wants == Leave(None), "zeroed once"
     hand.answer(Leave, Departure(None, 0.125))
     held = {SeqId(0): 1}
-    ack = FenceAck(ME, FIRST, Epoch(2), 1, held, rolled_back=True, rollback_s=0.125)
+    ack = FenceAck(ME, FIRST, Epoch(2), 1, held, rolled_back=True, rollback_s=0.125, slots=HELD)
     assert hand.told == [claim, ack]
     assert waits(hand)
     hand.rank.check_invariants()
@@ -316,7 +377,9 @@ def test_a_fence_between_steps_undoes_nothing() -> None:
     hand.command(Fence(Epoch(2)))
     assert hand.wants == Leave(None)
     hand.answer(Leave, Departure(None, 0.25))
-    ack = FenceAck(ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=False, rollback_s=0.25)
+    ack = FenceAck(
+        ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=False, rollback_s=0.25, slots=HELD
+    )
     assert hand.told[-1] == ack
     assert waits(hand)
 
@@ -343,7 +406,9 @@ def test_a_fence_at_the_boundary_is_agreed_on_in_the_exchange() -> None:
     hand.answer(Exchange, [header])
     assert hand.wants == Leave(None), "the forward was not begun"
     hand.answer(Leave, Departure(None, 0.25))
-    ack = FenceAck(ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=False, rollback_s=0.25)
+    ack = FenceAck(
+        ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=False, rollback_s=0.25, slots=HELD
+    )
     assert hand.told[-1] == ack
     assert waits(hand)
 
@@ -367,7 +432,7 @@ def test_outside_of_any_epoch_here_and_now_is_a_boundary() -> None:
     hand = Hand()
     hand.command(Fence(Epoch(1), at_boundary=True))
     hand.answer(Leave, NOTHING)
-    assert hand.told == [FenceAck(ME, FIRST, Epoch(1), 0, {}, rolled_back=False)]
+    assert hand.told == [FenceAck(ME, FIRST, Epoch(1), 0, {}, rolled_back=False, slots=HELD)]
     assert waits(hand)
 
 
@@ -387,7 +452,7 @@ def test_a_broken_exchange_commits_nothing_and_the_next_epoch_goes_on() -> None:
     hand.command(Fence(Epoch(2)))
     hand.answer(Leave, NOTHING)
     ack = hand.told[-1]
-    assert ack == FenceAck(ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=True)
+    assert ack == FenceAck(ME, FIRST, Epoch(2), 1, {SeqId(0): 1}, rolled_back=True, slots=HELD)
     hand.enter(configure(ALONE.at(Epoch(2)), step=4))
     hand.step()
     resumed, tokens = hand.told[-2:]
@@ -433,7 +498,9 @@ def test_a_fence_on_the_way_into_an_epoch(within: type[Effect]) -> None:
     assert SeqId(0) in hand.rank.queues.live, "what came behind is not lost"
     hand.command(Fence(Epoch(2)))
     hand.answer(Leave, NOTHING)
-    assert hand.told == [FenceAck(ME, FIRST, Epoch(2), 0, {SeqId(0): 0}, rolled_back=False)]
+    assert hand.told == [
+        FenceAck(ME, FIRST, Epoch(2), 0, {SeqId(0): 0}, rolled_back=False, slots=HELD)
+    ]
     hand.enter(configure(ALONE.at(Epoch(2))))
     hand.step()
     assert hand.names() == ["FenceAck", "Resumed", "Tokens"]
@@ -474,6 +541,35 @@ def test_experts_are_loaded_beside_the_steps() -> None:
     hand.answer(LoadBeside)
     assert not hand.rank.queues.live, "the batch of commands goes on"
     assert hand.wants == Reach("schedule")
+
+
+def test_an_acknowledgement_tells_what_lies_in_the_slots() -> None:
+    """Not what the map says: a load beside the steps is under way, then done, then another."""
+    hand = stepping()
+    hand.step()
+    one, other = (SlotLoad(LayerId(n), SlotId(1), ExpertId(9)) for n in (1, 2))
+    number = hand.slots.begin([one, other])
+    hand.slots.check(number, one)
+    hand.slots.fill(one)
+    hand.command(Fence(Epoch(2)))
+    hand.answer(Leave, NOTHING)
+    hand.slots.fill(other)
+    hand.command(Fence(Epoch(3), at_boundary=True))
+    hand.answer(Leave, NOTHING)
+    told = [r.slots for r in hand.told if isinstance(r, FenceAck)]
+    assert told == [((0, 9), (0, -1)), ((0, 9), (0, 9))]
+
+
+@pytest.mark.parametrize("interruption", [Left("fenced"), LoadFailed("no such file")])
+def test_a_load_that_was_cut_short_is_told_as_it_is(interruption: Exception) -> None:
+    hand = Hand()
+    hand.command(configure())
+    hand.slots.begin([SlotLoad(LayerId(1), SlotId(0), ExpertId(5))])
+    hand.throw(Load, interruption)
+    hand.command(Fence(Epoch(2)))
+    hand.answer(Leave, NOTHING)
+    (ack,) = [r for r in hand.told if isinstance(r, FenceAck)]
+    assert ack.slots == ((-1, 1), (0, 1))
 
 
 def test_a_role_switch_outside_of_the_epoch() -> None:
@@ -520,14 +616,54 @@ def test_a_fence_during_a_role_switch() -> None:
     assert waits(hand)
 
 
-def test_a_role_switch_that_fails_is_the_end_of_the_rank() -> None:
-    """It has no role any more. Last words first: they say what could not be loaded."""
+def test_experts_for_a_role_switch_that_cannot_be_loaded() -> None:
+    """The rank stays: it has no other role, and is ready for experts in this one."""
     hand = Hand()
-    hand.command(SwitchRole(APART, ((0, 1), (0, 1)), DOMAIN))
+    table = ((0, 1), (0, 1))
+    hand.command(SwitchRole(APART, table, DOMAIN))
+    hand.slots.resize(2)
     hand.answer(GiveUpAttention)
-    with pytest.raises(LoadFailed, match="no such file"):
-        hand.throw(Load, LoadFailed("no such file"))
-    assert hand.told == [ExpertsLoaded(ME, FIRST, 0, 0.0, 0, "no such file")]
+    hand.throw(Load, LoadFailed("no such file"))
+    failed = ExpertsLoaded(ME, FIRST, 0, 0.0, 0, "no such file")
+    assert hand.told == [failed, Ready(ME, FIRST, "cpu", 0, 0.0)]
+    assert waits(hand)
+    hand.command(Fence(Epoch(2)))
+    hand.answer(Leave, NOTHING)
+    (ack,) = [r for r in hand.told if isinstance(r, FenceAck)]
+    assert ack.slots == ((-1, -1), (-1, -1))
+    hand.enter(configure(SWITCHED.at(Epoch(2))))  # the role is not given up twice
+
+
+@pytest.mark.parametrize("aside", [True, False], ids=["aside", "in the epoch"])
+def test_no_memory_for_the_slots_of_a_new_role(aside: bool) -> None:
+    """The slots are asked for again when it is to hold an expert."""
+    hand, table = Hand(), SWITCHED.table_of(ME)
+    empty = placed({0: ((-1, -1), (-1, -1))}, 2)
+    nothing_for_it = membership(empty, of_roles(3, [1], [0]))
+    told = SwitchRole(APART, table, DOMAIN) if aside else configure(SWITCHED)
+    hand.command(told)
+    hand.slots.resize(0)
+    hand.throw(GiveUpAttention, LoadFailed("out of memory"))
+    assert hand.told[0] == ExpertsLoaded(ME, FIRST, 0, 0.0, 0, "out of memory")
+    assert hand.names()[1:] == ["Ready"] * aside
+    assert waits(hand)
+    hand.command(Fence(Epoch(2)))
+    hand.answer(Leave, NOTHING)
+    assert isinstance(hand.told[-1], FenceAck)
+    assert hand.told[-1].slots == ()
+    hand.enter(configure(nothing_for_it))
+    hand.to_exchange()
+    hand.throw(Exchange, Left("fenced"))
+    hand.answer(Leave, NOTHING)
+    hand.command(Fence(Epoch(4)))
+    hand.answer(Leave, NOTHING)
+    hand.command(configure(SWITCHED.at(Epoch(4))))
+    assert hand.wants == GiveUpAttention(2)
+    hand.slots.resize(2)
+    hand.answer(GiveUpAttention)
+    hand.answer(Load, QUICKLY)
+    hand.answer(Enter, 0.0)
+    assert hand.wants == Reach("schedule")
 
 
 # ---- the end, and drivers that are wrong ----------------------------------------------------

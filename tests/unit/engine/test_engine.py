@@ -315,7 +315,8 @@ def test_one_death_after_another_down_to_the_last_rank() -> None:
         instance.step(2)
         instance.die(rank)
         assert isinstance(instance.engine.state, Serving)
-    instance.step(6)
+    for _ in range(20):
+        instance.step()
     assert_whole(sinks)
     assert [r.epoch for r in instance.engine.epochs.records] == [2, 3, 4]
     instance.submit()
@@ -485,27 +486,67 @@ def test_a_router_that_cannot_be_masked() -> None:
 # ---- limits ---------------------------------------------------------------------------------
 
 
-def test_too_many_recoveries_stop_it() -> None:
-    instance = serving(num_ranks=2, policy=Policy(max_recoveries=2, window_s=60))
-    for _ in range(2):
-        instance.cluster.ranks[RankId(0)].abort_step()
-        instance.deliver()
-        instance.wait(1.1)
-        assert isinstance(instance.engine.state, Serving)
+def in_vain(instance: Instance) -> None:
+    """A step is undone, and not done again."""
     instance.cluster.ranks[RankId(0)].abort_step()
     instance.deliver()
     instance.wait(1.1)
+
+
+def test_recoveries_in_vain_lead_to_a_restart_and_only_then_to_the_end() -> None:
+    policy = Policy(max_recoveries=2, max_restarts=1, window_s=60)
+    instance = serving(num_ranks=2, policy=policy)
+    sink = instance.submit(max_tokens=4)
+    for _ in range(2):
+        in_vain(instance)
+        assert isinstance(instance.engine.state, Serving)
+    in_vain(instance)
+    (restart,) = instance.named("restart")
+    assert "2 recoveries in a row brought no step forward" in restart["reason"]
+    for rank in (RankId(0), RankId(1)):
+        instance.engine.on_exit(rank, Incarnation(1), "killed", instance.now)
+    instance.deliver()
+    assert [view.incarnation for view in instance.engine.ranks.values()] == [2, 2]
+    assert isinstance(instance.engine.state, Serving)
+    assert sink.failure is None
+    for _ in range(4):  # the first is made good by the rejoin of a rank
+        in_vain(instance)
     state = instance.engine.state
     assert isinstance(state, FailedState)
-    assert "2 recoveries within 60 s" in state.reason
+    assert "1 restarts in a row within 60 s brought no step forward" in state.reason
 
 
-def test_old_recoveries_are_forgiven() -> None:
-    instance = serving(num_ranks=2, policy=Policy(max_recoveries=1, window_s=60))
-    for _ in range(4):
-        instance.cluster.ranks[RankId(0)].abort_step()
+def test_faults_that_were_survived_are_no_reason_to_stop() -> None:
+    instance = serving(num_ranks=2, policy=Policy(max_recoveries=1, max_restarts=0))
+    sink = instance.submit(max_tokens=30)
+    for _ in range(20):
+        instance.step(1)
+        in_vain(instance)
+    assert isinstance(instance.engine.state, Serving)
+    assert sink.failure is None
+
+
+def test_an_idle_instance_survives_any_number_of_faults() -> None:
+    instance = serving(num_ranks=2, policy=Policy(max_recoveries=1, max_restarts=0))
+    for _ in range(20):
+        in_vain(instance)
+    assert isinstance(instance.engine.state, Serving)
+
+
+def test_retries_that_an_operator_asks_for_never_count() -> None:
+    instance = serving(num_ranks=2, policy=Policy(max_recoveries=1, max_restarts=0))
+    instance.submit(max_tokens=4)
+    for _ in range(20):
+        instance.engine.epochs.redo("retry", instance.now, asked=True)
         instance.deliver()
-        instance.wait(1.1)
+    assert isinstance(instance.engine.state, Serving)
+
+
+def test_old_recoveries_in_vain_are_forgiven() -> None:
+    instance = serving(num_ranks=2, policy=Policy(max_recoveries=1, window_s=60))
+    instance.submit(max_tokens=4)
+    for _ in range(4):
+        in_vain(instance)
         instance.wait(60)
     assert isinstance(instance.engine.state, Serving)
     assert len(instance.engine.epochs.records) == 4
@@ -596,12 +637,14 @@ def test_the_events_tell_the_story() -> None:
     instance.step(2)
     instance.events.clear()
     instance.die(1)
-    kinds = [e["event"] for e in instance.events]
+    kinds = [e["event"] for e in instance.events if e["event"] != "life"]
     told = ["fault", "fence", "state", "configure", "migrated", "recovery", "state"]
     assert kinds == told
     assert instance.named("fault")[0]["id"] == 1
     assert len(instance.named("migrated")[0]["requests"]) == 1
     assert [e["state"] for e in instance.named("state")] == ["recovering", "serving"]
+    lives = [(e["id"], e["was"], e["state"]) for e in instance.named("life")]
+    assert lives == [(1, "member", "gone")]
 
 
 def test_a_sink_of_the_same_submission_twice() -> None:

@@ -101,10 +101,10 @@ def test_choices_and_prompts_are_sequences_of_their_own(books: Books) -> None:
     assert request.unfinished == {0, 1, 2, 3}
 
 
-def test_the_request_of_a_sequence(books: Books) -> None:
+def test_the_requests_of_sequences(books: Books) -> None:
     books.admit(submission(request_id="first", n=2))
     books.admit(submission(request_id="second"))
-    assert [books.ledger.request_id(SeqId(i)) for i in range(3)] == ["first", "first", "second"]
+    assert books.ledger.request_ids(map(SeqId, range(4))) == ["first", "first", "second"]
 
 
 # ---- tokens ---------------------------------------------------------------------------------

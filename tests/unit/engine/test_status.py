@@ -18,7 +18,7 @@ ENGINE = {
     "id": int, "status": str, "roles": list, "logical_rank": int | None, "incarnation": int,
     "pid": int | None, "host": str, "device": str, "running": int, "waiting": int,
     "kv_blocks_used": int, "kv_blocks_total": int, "last_step": int,
-    "heartbeat_age_s": NUMBER | None, "fault_info": dict | None,
+    "heartbeat_age_s": NUMBER | None, "fault_info": dict | None, "life": dict,
 }  # fmt: skip
 EXPERTS = {
     "layers": int, "experts_per_layer": int, "slots_per_layer": int, "missing": list,
@@ -32,10 +32,21 @@ RECOVERY = {
     "restarted": list, "rolled_back": int, "request_id": str | None,
 }  # fmt: skip
 DOCUMENT = {
-    "schema_version": int, "state": str, "reason": str | None, "epoch": int, "quality": str,
-    "total_engines": int, "last_ft_request_id": str | None, "engines": list, "experts": dict,
-    "dense_ffn_groups": list, "recoveries": list,
-}  # fmt: skip
+    "schema_version": int,
+    "state": str,
+    "reason": str | None,
+    "epoch": int,
+    "quality": str,
+    "total_engines": int,
+    "last_ft_request_id": str | None,
+    "engines": list,
+    "experts": dict,
+    "dense_ffn_groups": list,
+    "obligations": list,
+    "recoveries": list,
+}
+LIFE = {"state": str, "since_s": NUMBER | None, "due_s": NUMBER | None, "waits_for": str}
+OBLIGATION = {"what": str, "for": int | str | None, "due_s": NUMBER, "then": str}  # fmt: skip
 FAULT = {"id": int, "kind": str, "level": int, "detail": str}
 PHASES = ["fence", "rollback", "plan", "migrate", "experts", "domain", "graphs", "resume"]
 STATUSES = ("healthy", "suspect", "unhealthy", "draining", "joining", "dead")
@@ -58,9 +69,12 @@ def status(instance: Instance) -> dict[str, Any]:
     check(document["experts"], EXPERTS)
     for engine in document["engines"]:
         check(engine, ENGINE)
+        check(engine["life"], LIFE)
         assert engine["status"] in STATUSES
         if engine["fault_info"] is not None:
             check(engine["fault_info"], FAULT)
+    for obligation in document["obligations"]:
+        check(obligation, OBLIGATION)
     for recovery in document["recoveries"]:
         check(recovery, RECOVERY)
         assert list(recovery["phases"]) == PHASES
@@ -191,3 +205,18 @@ def test_what_one_more_fault_would_cost() -> None:
     ]
     assert status(instance)["experts"]["uncovered_by_one_more_fault"] == max(costs)
     assert max(costs) > 0
+
+
+def test_what_is_outstanding_is_named_with_its_deadline() -> None:
+    instance = Instance(policy=Policy(corpse_timeout_s=30)).start()
+    assert status(instance)["obligations"] == []
+    instance.cluster.ranks[RankId(1)].mute = True
+    instance.wait(1.6)
+    document = status(instance)
+    (owed,) = document["obligations"]
+    assert (owed["what"], owed["for"]) == ("condemned", 1)
+    assert 29 < owed["due_s"] <= 30
+    life = document["engines"][1]["life"]
+    assert (life["state"], life["waits_for"]) == ("condemned", "its process to be gone")
+    assert document["engines"][0]["life"]["state"] == "member"
+    assert document["engines"][0]["life"]["due_s"] is None

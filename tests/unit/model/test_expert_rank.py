@@ -72,8 +72,8 @@ def whole(path: Path, dtype: torch.dtype = torch.float32) -> dict[LayerId, Any]:
 def check_slots(rank: ModelRunner, theirs: dict[LayerId, Any]) -> None:
     """Each slot holds what it says."""
     assert rank.exchange.layers.keys() == theirs.keys()
-    for layer, held in rank.worker.held().items():
-        for slot, expert in enumerate(held):
+    for layer in theirs:
+        for slot, expert in enumerate(rank.worker.slots.row(layer)):
             if expert < 0:
                 continue
             rows = rank.exchange.layers[layer].read_slot(SlotId(slot))
@@ -96,7 +96,7 @@ def test_an_expert_rank_takes_what_its_slots_take(
     num_layers = len(inspect_checkpoint(made[arch]).moe_layers)
     assert rank.generator is None
     assert rank.num_bytes() == num_layers * 5 * EXPERT_VALUES * dtype.itemsize
-    assert set(rank.worker.held().values()) == {(3, 0, -1, 15, 7)}
+    assert set(rank.worker.slots.table) == {(3, 0, -1, 15, 7)}
     check_slots(rank, whole(made[arch], dtype))
 
 
@@ -114,8 +114,8 @@ def test_an_expert_rank_has_no_pages_and_no_tokens(made: dict[str, Path]) -> Non
     assert rank.maskable, "it has no router that could not be"
     with pytest.raises(AssertionError, match="no tokens of its own"):
         rank.execute(Batch(0, ()))
-    with pytest.raises(AssertionError, match="no attention role to give up"):
-        rank.become_expert_rank(3)
+    rank.become_expert_rank(3)
+    assert rank.worker.slots.table == ((-1,) * 3,) * 4, "it is one: only the slots are laid out"
 
 
 def test_an_expert_rank_reads_its_experts_and_nothing_else(
@@ -180,7 +180,7 @@ def test_a_rank_that_becomes_an_expert_rank_keeps_nothing_else(
     weights = rank.num_bytes()
     rank.allocate(60, 8)
     assert rank.num_bytes() == weights + 60 * rank.kv_bytes_per_block(8)
-    assert set(rank.worker.held().values()) == {()}
+    assert rank.worker.slots.table == ()
     assert rank.generator is not None
     model, pages = rank.generator.model, rank.generator._cache.pages
     kept = [weakref.ref(x) for x in (model, model.lm_head.weight, pages[0][0])]
@@ -193,7 +193,7 @@ def test_a_rank_that_becomes_an_expert_rank_keeps_nothing_else(
     assert rank.generator is None
     assert rank.kv_bytes_per_block(8) == 0
     assert rank.num_bytes() == num_layers * 5 * EXPERT_VALUES * 4
-    assert list(rank.worker.held().values()) == [(-1,) * 5] * num_layers
+    assert rank.worker.slots.table == ((-1,) * 5,) * num_layers
 
 
 RELEASED = """
@@ -236,9 +236,9 @@ def test_experts_loaded_afterwards_are_those_of_a_load(made: dict[str, Path], ar
     rank = runner(made[arch], (), attention=True)
     rank.allocate(60, 8)
     rank.become_expert_rank(4)
-    layers = tuple(rank.worker.held())
+    layers = tuple(rank.exchange.layers)
     given = tuple((6, 13, -1, i) for i in range(len(layers)))
-    loads = rank.worker.to_load(layers, given)
+    loads = rank.worker.slots.lacking(given)
     assert set(loads) == {
         SlotLoad(layer, SlotId(slot), ExpertId(expert))
         for i, layer in enumerate(layers)
@@ -246,7 +246,7 @@ def test_experts_loaded_afterwards_are_those_of_a_load(made: dict[str, Path], ar
     }
     report = rank.worker.load(loads)
     assert report.num_bytes == len(loads) * EXPERT_VALUES * 4
-    assert tuple(rank.worker.held().values()) == given
+    assert rank.worker.slots.table == given
     check_slots(rank, whole(made[arch]))
 
 
@@ -255,8 +255,8 @@ def test_its_experts_compute_what_they_do_elsewhere(made: dict[str, Path], arch:
     held = (2, 11, 5)
     switched, born = (runner(made[arch], given, a) for given, a in (((), True), (held, False)))
     switched.become_expert_rank(3)
-    layers = tuple(switched.worker.held())
-    switched.worker.load(switched.worker.to_load(layers, (held,) * len(layers)))
+    layers = tuple(switched.exchange.layers)
+    switched.worker.load(switched.worker.slots.lacking((held,) * len(layers)))
     rows = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     slots = torch.tensor([[0, 1], [1, 3], [3, 3], [2, 0], [2, 3], [0, 3], [1, 2]])
     weights = torch.rand(7, 2, generator=torch.Generator().manual_seed(1)).masked_fill(
@@ -289,8 +289,8 @@ def test_shards_of_dense_layers_go_with_the_attention_role(made: dict[str, Path]
 
 def enter(rank: ModelRunner, microbatches: int) -> None:
     """Take up an epoch of one rank, with a domain for each micro-batch."""
-    layers = tuple(rank.worker.held())
-    placement = ExpertPlacement(16, layers, {ME: tuple(rank.worker.held().values())})
+    layers = tuple(rank.exchange.layers)
+    placement = ExpertPlacement(16, layers, {ME: rank.worker.slots.table})
     transports = [
         SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, CPU)
         for _ in range(microbatches)

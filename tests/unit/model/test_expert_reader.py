@@ -15,6 +15,7 @@ from unit.memberships import membership
 
 from revivemoe.checkpoint import ARCHS
 from revivemoe.core.limits import RankLimits
+from revivemoe.core.slots import SlotTaken
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
 from revivemoe.membership.placement import ExpertPlacement
 from revivemoe.messages.commands import SlotLoad
@@ -197,7 +198,7 @@ def kept_logits(solo: SoloRank, monkeypatch: pytest.MonkeyPatch) -> list[torch.T
 
 
 def full_placement(solo: SoloRank) -> ExpertPlacement:
-    layers = tuple(solo.runner.worker.held())
+    layers = tuple(solo.runner.exchange.layers)
     return ExpertPlacement(16, layers, {RankId(0): (tuple(range(16)),) * len(layers)})
 
 
@@ -208,16 +209,17 @@ def test_a_model_mended_gives_the_logits_of_a_whole_one(
     expected = kept_logits(SoloRank(made[arch], LIMITS), monkeypatch)
     solo = SoloRank(made[arch], LIMITS, {2: {5}, 3: {0, 15}})
     placement = full_placement(solo)
-    loads = solo.runner.worker.to_load(placement.layers, placement.slots[RankId(0)])
+    slots = solo.runner.worker.slots
+    loads = slots.lacking(placement.slots[RankId(0)])
     assert set(loads) == {load(5, 5, layer=2), load(0, 0), load(15, 15)}
-    assert solo.runner.worker.to_load(placement.layers, ()) == (), "without the expert role"
+    assert slots.lacking(()) == (), "without the expert role"
     before = [p.data_ptr() for p in solo.runner.generator.model.parameters()]
     report = solo.runner.worker.load(loads)
     assert [p.data_ptr() for p in solo.runner.generator.model.parameters()] == before, "in place"
     assert report.sources == {"disk": 3}
     assert report.num_bytes == 3 * 3 * 64 * 32 * 4
-    assert solo.runner.worker.to_load(placement.layers, placement.slots[RankId(0)]) == ()
-    assert set(solo.runner.worker.held().values()) == {tuple(range(16))}
+    assert slots.lacking(placement.slots[RankId(0)]) == ()
+    assert set(slots.table) == {tuple(range(16))}
     dispatcher = solo.runner.exchange.lanes[0].dispatcher
     assert dispatcher is not None
     solo.runner.enter([dispatcher], membership(placement), RankId(0))
@@ -232,32 +234,58 @@ def test_another_slot_and_another_expert(made: dict[str, Path]) -> None:
     theirs, layer = whole(made["qwen3_moe"]), solo.runner.exchange.layers[LAST]
     solo.runner.worker.load([load(2, 11), load(9, 11), load(4, 3)])
     expected = [0, 1, 11, 3, 3, 5, 6, 7, 8, 11, 10, 11, 12, 13, 14, 15]
-    assert layer.held == expected
+    assert list(solo.runner.worker.slots.row(LAST)) == expected
     for slot, expert in enumerate(expected):
         for name, row in layer.read_slot(SlotId(slot)).items():
             assert torch.equal(row, getattr(theirs, name)[expert]), (slot, name)
 
 
-def test_a_slot_says_what_it_holds_only_when_it_does(made: dict[str, Path]) -> None:
-    solo = SoloRank(made["qwen3_moe"], LIMITS)
-    layer = solo.runner.exchange.layers[LAST]
+def test_rows_that_do_not_fit_touch_nothing(made: dict[str, Path]) -> None:
+    layer = SoloRank(made["qwen3_moe"], LIMITS).runner.exchange.layers[LAST]
     rows = {name: row.clone() for name, row in layer.read_slot(SlotId(9)).items()}
-    for wrong in ({"down_proj": torch.zeros(1)}, {"down_proj": rows["down_proj"]}):
+    before = {name: row.clone() for name, row in layer.read_slot(SlotId(2)).items()}
+    for wrong in (rows | {"down_proj": torch.zeros(1)}, {"down_proj": rows["down_proj"]}):
         with pytest.raises(AssertionError):
-            layer.write_slot(SlotId(2), ExpertId(9), rows | {"down_proj": torch.zeros(1)})
-        with pytest.raises(AssertionError):
-            layer.write_slot(SlotId(2), ExpertId(9), wrong)
-    assert layer.held[2] == 2, "nothing was touched"
-    seen = []
+            layer.write_slot(SlotId(2), wrong)
+    assert all(torch.equal(r, before[n]) for n, r in layer.read_slot(SlotId(2)).items())
+
+
+def test_a_slot_says_what_it_holds_only_when_it_does(made: dict[str, Path]) -> None:
+    worker = SoloRank(made["qwen3_moe"], LIMITS).runner.worker
+    layer, seen = worker.exchange.layers[LAST], []
+    rows = {name: row.clone() for name, row in layer.read_slot(SlotId(9)).items()}
 
     class Watched(dict[str, Any]):
+        nbytes = 0
+
         def __getitem__(self, name: str) -> Any:
-            seen.append(layer.held[2])
+            seen.append(worker.slots.row(LAST)[2])
             return super().__getitem__(name)
 
-    layer.write_slot(SlotId(2), ExpertId(9), Watched(rows))
-    assert seen[-1] == -1, "while it is written it holds nothing"
-    assert layer.held[2] == 9
+    class Source(Peer):
+        def fetch(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
+            seen.append(worker.slots.row(LAST)[2])
+            return Watched(rows)
+
+    worker.load([load(2, 9)], [Source("peer", {9})])
+    assert set(seen) == {-1}, "while it is fetched and written it holds nothing"
+    assert worker.slots.row(LAST)[2] == 9
+
+
+def test_a_slot_given_to_a_later_load_is_not_written_by_an_earlier_one(
+    made: dict[str, Path],
+) -> None:
+    """One beside the steps is overtaken by that of a new epoch."""
+    worker = SoloRank(made["qwen3_moe"], LIMITS).runner.worker
+    begun = worker.begin([load(2, 9), load(3, 9)])
+    worker.load([load(3, 7)])
+    with pytest.raises(SlotTaken, match="slot 3 of layer 3"):
+        worker.load([load(2, 9), load(3, 9)], begun=begun)
+    assert worker.slots.row(LAST)[:5] == (0, 1, 9, 7, 4)
+    theirs, layer = whole(made["qwen3_moe"]), worker.exchange.layers[LAST]
+    for slot, expert in ((2, 9), (3, 7)):
+        for name, row in layer.read_slot(SlotId(slot)).items():
+            assert torch.equal(row, getattr(theirs, name)[expert])
 
 
 class Peer:

@@ -128,7 +128,7 @@ def test_another_process_gets_it_and_puts_its_own(fd: int, warm: Zygote) -> None
 
 
 def cache_for(solo: SoloRank, path: Path) -> int:
-    fd = create_host_cache(list(solo.runner.worker.held()), 16, expert_bytes(path, torch.float32))
+    fd = create_host_cache(list(solo.runner.exchange.layers), 16, expert_bytes(path, torch.float32))
     solo.runner.worker.attach_host_cache(fd)
     return fd
 
@@ -138,7 +138,7 @@ def test_an_expert_comes_back_from_host_memory(made: dict[str, Path], arch: str)
     """One rank fills it, another, without these experts, loads from it without the disk."""
     holder, needy = SoloRank(made[arch], LIMITS), SoloRank(made[arch], LIMITS, {3: {2, 5}})
     fd = cache_for(holder, made[arch])
-    assert holder.runner.worker.fill_host_cache() == 16 * len(holder.runner.worker.held())
+    assert holder.runner.worker.fill_host_cache() == 16 * len(holder.runner.exchange.layers)
     needy.runner.worker.attach_host_cache(fd)
     loads = [SlotLoad(LayerId(3), SlotId(s), ExpertId(s)) for s in (2, 5)]
     report = needy.runner.worker.load(loads)

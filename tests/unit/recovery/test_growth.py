@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from revivemoe.checkpoint import make_model
+from revivemoe.core.slots import ExpertSlots
 from revivemoe.ids import Epoch, LayerId, RankId, SeqId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import EMPTY, place
@@ -173,8 +174,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> ExpertWorker:
     register_hooks()
     path = tmp_path_factory.mktemp("model")
     make_model(path, "qwen3_moe", "tiny", seed=0)
-    layers = [MoeLayer(layer, nn.Module(), 0, 1, [EMPTY] * (2 * PER_RANK)) for layer in LAYERS]
-    return ExpertWorker(layers, 8, path, torch.float32)
+    layers = [MoeLayer(layer, nn.Module(), 0, 1) for layer in LAYERS]
+    slots = ExpertSlots(dict.fromkeys(LAYERS, [EMPTY] * (2 * PER_RANK)))
+    return ExpertWorker(layers, slots, 8, path, torch.float32)
 
 
 def test_a_configuration_from_the_wire_to_what_is_loaded(worker: ExpertWorker) -> None:
@@ -186,7 +188,7 @@ def test_a_configuration_from_the_wire_to_what_is_loaded(worker: ExpertWorker) -
 
         def take() -> None:
             present = msgspec.msgpack.decode(sent, type=Membership)
-            loads = worker.to_load(present.placement.layers, present.table_of(RankId(1)))
+            loads = worker.slots.lacking(present.table_of(RankId(1)))
             assert len(loads) == 2 * PER_RANK * len(LAYERS)
             assert present.mask_key == b""
             assert present.shards_of(RankId(1)) == frozenset()
@@ -200,7 +202,7 @@ def test_what_a_rank_loads_does_not_grow_at_all(worker: ExpertWorker) -> None:
     def of(num_ranks: int) -> int:
         present = collocated(num_ranks, redundant=PER_RANK * num_ranks)
         table = present.table_of(RankId(1))
-        return operations(lambda: worker.to_load(present.placement.layers, table))
+        return operations(lambda: worker.slots.lacking(table))
 
     assert of(FEW) == of(FEW * TIMES)
 

@@ -168,11 +168,21 @@ def test_nobody_left(asked: World, dead: tuple[int, ...], says: str) -> None:
     assert says in give_up(plan_recovery(asked, lost(*dead), ALL_MAY))
 
 
-def test_too_many_recoveries_in_the_window() -> None:
+def test_too_many_recoveries_in_vain_restart_everybody() -> None:
     policy = Policy(max_recoveries=3, window_s=60)
     go_on(plan_recovery(world(recent_recoveries=2), lost(1), policy))
-    reason = give_up(plan_recovery(world(recent_recoveries=3), lost(1), policy))
-    assert reason == "3 recoveries within 60 s have reached the policy's limit of 3"
+    stuck = world(recent_recoveries=3, relaunchable=(RankId(1),))
+    plan = plan_recovery(stuck, lost(1), policy)
+    assert isinstance(plan, Restart)
+    assert plan.ranks == (0, 1, 2)
+    assert "3 recoveries in a row brought no step forward" in plan.reason
+
+
+def test_where_a_restart_is_not_allowed_too_many_in_vain_are_the_end() -> None:
+    policy = Policy(max_recoveries=3, repair=("reload", "mask"))
+    assert "does not allow a restart" in give_up(
+        plan_recovery(world(recent_recoveries=3), lost(1), policy)
+    )
 
 
 # ---- migrations -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from revivemoe.cli import main as main_module
 from revivemoe.cli.serve import policy_of
 from revivemoe.recovery.policy import DEFAULT_LEVELS, Policy
-from revivemoe.recovery.policy_file import SECTIONS, load_policy
+from revivemoe.recovery.policy_file import FIELDS, SECTIONS, load_policy
 
 
 def load(tmp_path: Path, text: str, base: Policy | None = None) -> Policy:
@@ -22,8 +22,13 @@ def load(tmp_path: Path, text: str, base: Policy | None = None) -> Policy:
 
 
 def test_every_field_of_the_policy_can_be_set() -> None:
-    named = {name for settings in SECTIONS.values() for name in settings} | {"levels"}
+    named = {field_of(s, name) for s, settings in SECTIONS.items() for name in settings}
+    named |= {"levels"}
     assert named == {field.name for field in dataclasses.fields(Policy)}
+
+
+def field_of(section: str, name: str) -> str:
+    return FIELDS.get(f"{section}.{name}") or name
 
 
 OTHER = Policy(
@@ -44,7 +49,8 @@ def written(policy: Policy) -> str:
     lines = []
     for section, settings in SECTIONS.items():
         lines.append(f"[{section}]")
-        lines += [f"{name} = {json.dumps(getattr(policy, name))}" for name in settings]
+        values = {name: getattr(policy, field_of(section, name)) for name in settings}
+        lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     levels = [f"L{n} = {json.dumps(action)}" for n, action in enumerate(policy.levels, 1)]
     return "\n".join([*lines, "[levels]", *levels])
 
@@ -74,7 +80,7 @@ def test_what_is_left_out_stays(tmp_path: Path) -> None:
     [
         ("[experts]\nmax_missing_fractoin = 0.1", "did you mean experts.max_missing_fraction?"),
         ("[expert]\nrepair = []", "[expert] is unknown: did you mean [experts]?"),
-        ("[zzz]\n", "choose one of [experts], [limits], [deadlines], [detection], [levels]"),
+        ("[zzz]\n", "choose one of [experts], [limits], [rejoin], [deadlines], [detection], [le"),
         ("window_s = 3", "write it below [limits]"),
         ("limits = 3", "write [limits]"),
         (

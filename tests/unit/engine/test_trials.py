@@ -1,0 +1,114 @@
+"""Requests under suspicion: whoever they died under, they get their turn, and end alone."""
+
+from unit.control_plane import Instance, Sink, answer
+
+from revivemoe.ids import RankId
+from revivemoe.recovery.policy import Policy
+
+
+def serving(num_ranks: int = 4, **policy: object) -> Instance:
+    return Instance(num_ranks, redundant=8 * (num_ranks - 1), policy=Policy(**policy)).start()  # type: ignore[arg-type]
+
+
+def home_of(instance: Instance, name: str) -> RankId | None:
+    """The rank that runs the request, if one does."""
+    for view in instance.engine.traffic.ledger.unfinished():
+        if instance.engine.traffic.ledger.request_ids([view.seq_id]) == [name]:
+            return view.owner
+    return None
+
+
+def kill_home(instance: Instance, name: str) -> bool:
+    """Whoever runs the request is killed, as if from outside."""
+    home = home_of(instance, name)
+    if home is not None:
+        instance.die(home)
+    return home is not None
+
+
+def test_a_request_whose_ranks_died_twice_is_tried_alone_and_cleared_by_a_token() -> None:
+    instance = serving()
+    bystander = instance.submit((9, 9), max_tokens=40, request_id="bystander")
+    sink = instance.submit((1, 2), max_tokens=40, request_id="unlucky")
+    for _ in range(2):
+        instance.step(2)
+        assert kill_home(instance, "unlucky")
+    suspects = instance.engine.traffic.ledger.suspects
+    assert len(suspects.trials) == 1
+    instance.step(1)
+    assert not suspects, "a token clears it"
+    instance.step(45)
+    assert sink.token_ids() == answer((1, 2), 40)
+    assert bystander.token_ids() == answer((9, 9), 40)
+
+
+def test_one_that_kills_by_sigkill_ends_alone() -> None:
+    """It took nine processes once, then the instance, and with it six innocent streams."""
+    instance = Instance(4, redundant=24, policy=Policy(), auto_rejoin=True).start()
+    others = [instance.submit((n, n), max_tokens=60, request_id=f"other {n}") for n in range(6)]
+    poison = instance.submit((1, 2), max_tokens=40, request_id="poison")
+    deaths = 0
+    for _ in range(400):
+        while poison.failure is None and kill_home(instance, "poison"):
+            deaths += 1
+        instance.step(1)
+        instance.wait(0.1)
+    assert poison.failure is not None
+    assert deaths <= 4
+    for n, sink in enumerate(others):
+        assert sink.token_ids() == answer((n, n), 60)
+
+
+def saturate(instance: Instance, number: int) -> list[Sink]:
+    """New requests on every rank, which have not got on by a token."""
+    return [
+        instance.submit((number, n), max_tokens=3, request_id=f"{number}.{n}") for n in range(8)
+    ]
+
+
+def test_a_suspect_gets_its_turn_under_saturation() -> None:
+    """New requests come all the time, and those that have come do not get on."""
+    instance = serving(num_ranks=2)
+    suspect = instance.submit((1, 2), max_tokens=4, request_id="suspect")
+    instance.step(1)
+    home = home_of(instance, "suspect")
+    assert home is not None
+    said = "RuntimeError: device lost"
+    fake = instance.cluster.ranks[home]
+    later = [sink for n in range(3) for sink in saturate(instance, n)]
+    instance.engine.on_exit(home, fake.incarnation, said, instance.now, by_itself=True)
+    instance.cluster.ranks.pop(home, None)
+    instance.deliver()
+    for number in range(3, 60):
+        later += saturate(instance, number)
+        instance.wait(0.1)
+    assert instance.engine.traffic.ledger.suspects.trials, "room was made for one of them"
+    for _ in range(80):
+        instance.step(1)
+        instance.wait(0.05)
+    assert suspect.token_ids() == answer((1, 2), 4)
+    assert all(sink.failure is None for sink in later)
+    assert not list(instance.engine.epochs.fleet.obligations)
+
+
+def test_a_suspect_that_runs_for_long_without_harm_is_cleared() -> None:
+    instance = serving(trial_timeout_s=8.0)
+    instance.submit((1, 2), max_tokens=4, request_id="slow")
+    for _ in range(2):
+        assert kill_home(instance, "slow")
+    assert instance.engine.traffic.ledger.suspects.trials
+    instance.wait(20)
+    assert not instance.engine.traffic.ledger.suspects
+
+
+def test_two_suspects_are_tried_at_once_on_different_ranks() -> None:
+    instance = serving()
+    for name in ("one", "other"):
+        instance.submit((len(name), 2), max_tokens=20, request_id=name)
+    for name in ("one", "other"):
+        for _ in range(1 if name == "other" else 2):
+            kill_home(instance, name)
+    for view in list(instance.engine.traffic.ledger.unfinished()):
+        assert view is not None
+    trials = instance.engine.traffic.ledger.suspects.trials
+    assert len(trials) == len(instance.engine.traffic.ledger.suspects)
