@@ -35,7 +35,6 @@ class Options:
     every: str
     seed: int | None
     comm_backend: str
-    rejoin: bool
 
 
 def bench(
@@ -74,10 +73,6 @@ def bench(
     comm_backend: Annotated[
         str, typer.Option(help="soak: auto, shm or gloo (which has links to cut).")
     ] = "auto",
-    rejoin: Annotated[
-        bool,
-        typer.Option(help="soak: ask for lost ranks that do not return by themselves."),
-    ] = True,
     out: Annotated[
         Path | None,
         typer.Option("--out", "--json", help="JSON file; default: bench-NAME.json."),
@@ -88,7 +83,7 @@ def bench(
         raise ValueError(f"unknown bench {name!r}: choose one of {', '.join(NAMES)}")
     options = Options(
         preset, faults, kinds, contexts, tables, rounds,
-        model, minutes, layout, every, seed, comm_backend, rejoin,
+        model, minutes, layout, every, seed, comm_backend,
     )  # fmt: skip
     measure = _measure(name, options)
     with cleaned_up():
@@ -171,7 +166,6 @@ def _soak_setup(options: Options) -> "Setup":
         every_s=_range("--every", options.every),
         seed=seed,
         backend=options.comm_backend,
-        asks_back=options.rejoin,
     )
 
 

@@ -18,8 +18,8 @@ POLL_S = 0.05
 WELL_WITHIN_S = 60.0
 NOTICED_WITHIN_S = 15.0
 """A slow rank need not be: it is so by comparison."""
-RETURNS_BY_ITSELF_S = 3.0
-"""How long a lost rank may be out before it is asked back."""
+OUT_FOR_S = 1.0
+"""How long an operator lets a rank be out that does not return by itself."""
 SETTLES_S = 0.5
 """What has no consequence may still have one in this time."""
 
@@ -43,9 +43,8 @@ class Episode:
 class Episodes:
     """Strikes, mends, and waits. `well`: the shape of an instance of which nothing is missing."""
 
-    def __init__(self, instance: Instance, striker: Striker, well: Shape, asks_back: bool) -> None:
+    def __init__(self, instance: Instance, striker: Striker, well: Shape) -> None:
         self._instance, self._striker, self._well = instance, striker, well
-        self._asks_back = asks_back
         self._asked: set[int] = set()
         self._out_since: dict[int, float] = {}
 
@@ -129,11 +128,10 @@ class Episodes:
         return status
 
     async def _ask_back(self, status: Status, fault: Fault) -> None:
-        """Ask for ranks that are out and do not return by themselves."""
+        """Ask for ranks that nobody starts again by himself: an operator or a device took them."""
         now, dead = time.monotonic(), {e["id"] for e in status["engines"] if e["status"] == "dead"}
         self._out_since = {rank: self._out_since.get(rank, now) for rank in dead}
         for rank, since in self._out_since.items():
-            must = fault.kind.asked_back or fault.kind.mend == "isolate" or self._asks_back
-            if must and now - since > RETURNS_BY_ITSELF_S:
+            if fault.kind.asked_back and now - since > OUT_FOR_S:
                 self._asked.add(rank)
                 await self._instance.ask_back(rank)

@@ -70,7 +70,7 @@ def kinds(layout: Layout) -> list[Kind]:
         *(_device(level) for level in range(1, 7)),
     ]
     if layout.experts:
-        found.append(Kind("role switch", "switch", "epoch", ranks=2, mend="isolate"))
+        found.append(Kind("role switch", "switch", "epoch", ranks=2))
     if layout.backend == "gloo":
         found.append(Kind("link", "inject", "epoch", "comm"))
     return found

@@ -4,8 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LIMITS = "[limits]\nmax_recoveries = 100000\nmax_restarts = 100000\n"
-"""A supervisor's limits would end a soak: it brings about more in an hour than a year does."""
+POLICY = """
+[limits]
+max_recoveries = 100000
+max_restarts = 100000
+[rejoin]
+after_s = 1.0
+settled_after_s = 5.0
+"""
+"""A supervisor's limits and patience would end a soak, or slow it down: it brings about more in an
+hour than a year does."""
 
 
 @dataclass(frozen=True)

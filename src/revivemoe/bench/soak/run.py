@@ -13,7 +13,7 @@ from rich.console import Console
 from revivemoe.bench.models import bench_model
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.bench.soak import report
-from revivemoe.bench.soak.layouts import LIMITS, Layout, layouts
+from revivemoe.bench.soak.layouts import POLICY, Layout, layouts
 from revivemoe.bench.soak.load import Request
 from revivemoe.bench.soak.processes import Family
 from revivemoe.bench.soak.prompts import screened_requests
@@ -66,7 +66,7 @@ def soak_layout(
     """One deployment from its start to its end. Its log is kept if something was violated."""
     layout = replace(layout, backend=setup.backend)
     policy = folder / "policy.toml"
-    policy.write_text(LIMITS)
+    policy.write_text(POLICY)
     flags = layout.flags(inspect_checkpoint(model_dir).num_experts, policy)
     with launch(model_dir, flags) as server:
         say(f"{layout.name}: {len(layout.ranks)} ranks serve at {server.url}")

@@ -19,5 +19,3 @@ class Setup:
     seed: int = 0
     backend: str = "auto"
     streams: int = 8
-    asks_back: bool = True
-    """Whether an operator asks for lost ranks that do not return by themselves."""

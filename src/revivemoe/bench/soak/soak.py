@@ -81,9 +81,9 @@ class Soak:
     async def _faults(self, layout: Layout, instance: Instance, until: float) -> None:
         """One after the other. Raises Violation when it cannot go on."""
         draw = random.Random(f"{self._setup.seed} {layout.name}")
-        well, asks_back = shape(await instance.status()), self._setup.asks_back
-        with Striker(instance, asks_back) as striker:
-            episodes = Episodes(instance, striker, well, asks_back)
+        well = shape(await instance.status())
+        with Striker(instance) as striker:
+            episodes = Episodes(instance, striker, well)
             for fault in schedule(draw, layout, self._setup.every_s):
                 await self._quiet(instance, fault.wait_s)
                 if time.monotonic() > until:

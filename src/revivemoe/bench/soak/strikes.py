@@ -8,7 +8,7 @@ import signal
 import psutil
 
 from revivemoe.bench.soak.consequences import out
-from revivemoe.bench.soak.instance import Instance
+from revivemoe.bench.soak.instance import Instance, Refused
 from revivemoe.bench.soak.schedule import Fault
 from revivemoe.bench.soak.violations import Violation
 
@@ -16,15 +16,15 @@ BLINK_S = 0.4
 """Shorter than any silence that is accused."""
 ENGINE_STANDS_S = 2.0
 CONTINUED_AFTER_S = 30.0
+SWITCHES_WITHIN_S = 10.0
 POLL_S = 0.05
 
 
 class Striker:
     """Strikes one instance. Whoever was stopped is continued much later, if it is still there."""
 
-    def __init__(self, instance: Instance, asks_back: bool) -> None:
-        """`asks_back`: lost ranks return only if they are asked to."""
-        self._instance, self._asks_back = instance, asks_back
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
         self._stopped: list[int] = []
         """Descriptors of stopped processes: their numbers may be another's by then."""
 
@@ -93,8 +93,6 @@ class Striker:
         first = (await self._instance.pids())[rank]
         _signal(first, signal.SIGKILL)
         while (second := (await self._instance.pids()).get(rank)) in (None, first):
-            if self._asks_back and second is None:
-                await self._instance.ask_back(rank)
             await asyncio.sleep(POLL_S)
         assert second is not None
         _signal(second, signal.SIGKILL)
@@ -112,9 +110,11 @@ class Striker:
         await self._kill((lost,))
         while not out(lost, before, await self._instance.status()):
             await asyncio.sleep(POLL_S)
-        await self._instance.apply("role_switch", id=donor)
-        while (await self._instance.status())["engines"][donor]["roles"] != ["expert"]:
-            await asyncio.sleep(POLL_S)
+        with contextlib.suppress(Refused, TimeoutError):  # the lost one may be back already
+            await self._instance.apply("role_switch", id=donor)
+            async with asyncio.timeout(SWITCHES_WITHIN_S):
+                while (await self._instance.status())["engines"][donor]["roles"] != ["expert"]:
+                    await asyncio.sleep(POLL_S)
 
     async def _inject(self, fault: Fault) -> None:
         (rank,), params = fault.ranks, dict(fault.kind.params)
