@@ -10,7 +10,7 @@ max_recoveries = 100000
 max_restarts = 100000
 [rejoin]
 after_s = 1.0
-settled_after_s = 5.0
+settled_after_s = 0.5
 """
 """A supervisor's limits and patience would end a soak, or slow it down: it brings about more in an
 hour than a year does."""

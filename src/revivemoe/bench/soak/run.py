@@ -23,7 +23,6 @@ from revivemoe.checkpoint.inspect import inspect_checkpoint
 
 ENDS_WITHIN_S = 30.0
 GONE_WITHIN_S = 5.0
-Launch = Callable[[Path, Sequence[str]], ServerProcess]
 
 
 def run(setup: Setup, console: Console) -> dict[str, object]:
@@ -61,14 +60,13 @@ def soak_layout(
     into: Soaked,
     say: Callable[[str], None],
     folder: Path,
-    launch: Launch = ServerProcess,
 ) -> None:
     """One deployment from its start to its end. Its log is kept if something was violated."""
     layout = replace(layout, backend=setup.backend)
     policy = folder / "policy.toml"
     policy.write_text(POLICY)
     flags = layout.flags(inspect_checkpoint(model_dir).num_experts, policy)
-    with launch(model_dir, flags) as server:
+    with ServerProcess(model_dir, flags) as server:
         say(f"{layout.name}: {len(layout.ranks)} ranks serve at {server.url}")
         soak = Soak(server, requests, setup, into, say)
         asyncio.run(soak.run(layout))

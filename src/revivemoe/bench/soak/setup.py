@@ -13,7 +13,7 @@ class Setup:
     preset: str = "tiny"
     layout: str = "both"
     minutes: float = 30.0
-    """In all."""
+    """In all, not counting starts and warm-up."""
     every_s: Range = (10.0, 20.0)
     """From the moment all is well until the next fault."""
     seed: int = 0

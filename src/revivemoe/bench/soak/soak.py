@@ -66,7 +66,7 @@ class Soak:
             self._into.tally = load.tally
             try:
                 await self._warm_up(load)
-                await self._faults(layout, instance, began + 60 * self._setup.minutes)
+                await self._faults(layout, instance)
                 await load.end()
                 await self._idle(instance)
             except Violation as violation:
@@ -78,8 +78,9 @@ class Soak:
                 self._into.seconds = time.monotonic() - began
         self._judge_resources()
 
-    async def _faults(self, layout: Layout, instance: Instance, until: float) -> None:
-        """One after the other. Raises Violation when it cannot go on."""
+    async def _faults(self, layout: Layout, instance: Instance) -> None:
+        """One after the other, for so long. Raises Violation when it cannot go on."""
+        until = time.monotonic() + 60 * self._setup.minutes
         draw = random.Random(f"{self._setup.seed} {layout.name}")
         well = shape(await instance.status())
         with Striker(instance) as striker:
