@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-matrix lint type fmt unit figures gpu-check clean
+.PHONY: setup demo test test-matrix soak lint type fmt unit figures gpu-check clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,10 @@ test: lint type
 # Every kind of fault at every point of a step, over both transports: about 25 minutes.
 test-matrix: setup
 	$(BIN)/python -m pytest -q -m matrix tests/dist/test_matrix.py
+
+# Load and faults of every kind for 30 minutes; ARGS="--minutes 5 --seed 7" for others.
+soak: setup
+	@$(BIN)/revivemoe bench soak $(ARGS)
 
 unit: setup
 	$(BIN)/python -m pytest -q tests/unit

@@ -2,10 +2,10 @@
 
 Nothing here is shared with the product except the sampler (`generate` draws differently).
 
-Legend: T positions, E experts, G groups, V vocabulary.
+Legend: T positions, E experts, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revivemoe.bench.routing import NOTHING, Masked, choice, routers
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model.sampling import SamplingRow, sample, token_logprobs
 from revivemoe.sampling_params import SamplingParams, finish_reason
-
-Masked = Mapping[int, Set[int]]
-"""Decoder layer -> experts that may not be chosen there."""
-NOTHING: Masked = {}
 
 
 @dataclass(frozen=True)
@@ -118,66 +115,7 @@ def _generate(
     return tokens
 
 
-# ---- routers --------------------------------------------------------------------------------
-
-
-def routers(model: Any) -> dict[int, Any]:
-    """Decoder layer -> its router module."""
-    found = {}
-    for index, layer in enumerate(model.model.layers):
-        for module in layer.modules():
-            if type(module).__name__.lower().endswith("topkrouter"):
-                found[index] = module
-    return found
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a router's top-k sees, masks applied. Minus infinity: cannot be chosen."""
-
-    scores_TE: Tensor
-    groups_TG: Tensor | None
-    """Scores of the groups, where only some groups are open to a token."""
-    weights_TE: Tensor
-    """Weight each expert would have if chosen, before renormalisation."""
-
-
-def choice(router: Any, logits_TE: Tensor, masked: Set[int]) -> Choice:
-    """Router logits to scores, family by family, with `masked` experts left out."""
-    alive_E = torch.tensor([e not in masked for e in range(router.num_experts)])
-    if hasattr(router, "e_score_correction_bias"):
-        return _sigmoid_choice(router, logits_TE, alive_E)
-    probs_TE = torch.where(alive_E, logits_TE.float(), float("-inf")).softmax(-1)
-    scores_TE = torch.where(alive_E, probs_TE, float("-inf"))
-    return Choice(scores_TE=scores_TE, groups_TG=None, weights_TE=probs_TE)
-
-
-def _sigmoid_choice(router: Any, logits_TE: Tensor, alive_E: Tensor) -> Choice:
-    sigmoid_TE = logits_TE.float().sigmoid()
-    scores_TE = torch.where(alive_E, sigmoid_TE + router.e_score_correction_bias, float("-inf"))
-    groups_TG = None
-    if router.num_group > 1:
-        groups_TG, scores_TE = _groups(router, scores_TE)
-    # What cannot be chosen has no weight, should too few be left for the router's top-k.
-    weights_TE = torch.where(scores_TE.isinf(), 0.0, sigmoid_TE)
-    return Choice(scores_TE=scores_TE, groups_TG=groups_TG, weights_TE=weights_TE)
-
-
-def _groups(router: Any, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the groups, and those of the experts with the closed groups left out."""
-    members = scores_TE.chunk(router.num_group, dim=-1)
-    groups_TG = torch.stack([_group_score(m) for m in members], dim=-1)
-    open_TG = torch.zeros_like(groups_TG).scatter(
-        -1, groups_TG.topk(router.topk_group, dim=-1).indices, 1.0
-    )
-    open_TE = open_TG.repeat_interleave(members[0].shape[-1], dim=-1)
-    return groups_TG, torch.where(open_TE > 0, scores_TE, float("-inf"))
-
-
-def _group_score(scores_TM: Tensor) -> Tensor:
-    """Sum of the two best; a missing second counts 0, a group with none cannot be chosen."""
-    best, second = scores_TM.topk(2, dim=-1).values.unbind(-1)
-    return torch.where(second.isinf(), best, best + second)
+# ---- masks ----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -217,7 +155,6 @@ def _masked_forward(router: Any, masked: Set[int]) -> Any:
 
 __all__ = [
     "NOTHING",
-    "Choice",
     "Masked",
     "Reference",
     "choice",

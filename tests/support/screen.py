@@ -7,10 +7,7 @@ along prompt and output is that close; on the prompts kept, equality is exact an
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +15,16 @@ import msgspec
 import torch
 from support import reference as reference_module
 from support.margins import draw_margins
-from support.reference import NOTHING, Masked, choice, generate_batch, masked_experts, routers
+from support.reference import NOTHING, Masked, generate_batch, masked_experts
 from torch import Tensor
 
+from revivemoe.bench import routing
+from revivemoe.bench.routing import LOGIT_MARGIN, ROUTER_GAP, observed_gaps
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model import sampling
 from revivemoe.model.sampling import SamplingRow, sample
 from revivemoe.sampling_params import SamplingParams
 
-ROUTER_GAP = 1e-5
-LOGIT_MARGIN = 1e-3
 DRAW_MARGIN = 1e-5
 CUT_LOGIT_MARGIN = 1e-4
 """Gap between the logits on both sides of a top_k or min_p cut-off."""
@@ -162,7 +159,7 @@ def _repaired_prompts(
     for _ in range(MAX_REPAIRS):
         if not open_rows:
             break
-        with _observed_gaps(model, masked) as gaps:
+        with observed_gaps(model, masked) as gaps:
             model(input_ids=torch.tensor([prompts[i] for i in open_rows]), logits_to_keep=1)
         narrow = (gaps.smallest() < ROUTER_GAP).view(len(open_rows), length)
         for i, row in zip(open_rows, narrow, strict=True):
@@ -191,7 +188,7 @@ def is_safe(
 
     Also checks that this forward, chunked unlike the generation, chooses the same tokens.
     """
-    with masked_experts(model, masked), _observed_gaps(model, masked) as gaps:
+    with masked_experts(model, masked), observed_gaps(model, masked) as gaps:
         logits_TV = model(input_ids=torch.tensor([prompt_ids + output_ids])).logits[0]
     if float(gaps.smallest()[:-1].min()) < ROUTER_GAP:  # the last token's output goes nowhere
         return False
@@ -208,51 +205,6 @@ def _wide(logits_V: Tensor, row: SamplingRow) -> bool:
     return margins.logit >= logit_margin and margins.probability >= DRAW_MARGIN
 
 
-# ---- router gaps ----------------------------------------------------------------------------
-
-
-@dataclass
-class Gaps:
-    """Per layer, per token: how far the choice of experts and groups was from another."""
-
-    layers: list[Tensor]
-
-    def smallest(self) -> Tensor:
-        """Over the layers, for each token."""
-        return torch.stack(self.layers).amin(0)
-
-
-@contextmanager
-def _observed_gaps(model: Any, masked: Masked) -> Iterator[Gaps]:
-    gaps = Gaps(layers=[])
-
-    def observe(layer: int) -> Any:
-        def hook(router: Any, args: Any, output: tuple[Tensor, ...]) -> None:
-            seen = choice(router, output[0], masked.get(layer, frozenset()))
-            gap = _gap(seen.scores_TE, router.top_k)
-            if seen.groups_TG is not None:
-                gap = torch.minimum(gap, _gap(seen.groups_TG, router.topk_group))
-            gaps.layers.append(gap)
-
-        return hook
-
-    handles = [r.register_forward_hook(observe(layer)) for layer, r in routers(model).items()]
-    try:
-        yield gaps
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _gap(scores: Tensor, k: int) -> Tensor:
-    """The k-th largest less the next; infinite where nothing more can be chosen."""
-    if scores.shape[-1] <= k:
-        return torch.full(scores.shape[:-1], inf)
-    sorted_scores = scores.sort(-1, descending=True).values
-    above, below = sorted_scores[..., k - 1], sorted_scores[..., k]
-    return torch.where(below.isinf(), inf, above - below)
-
-
 # ---- cache ----------------------------------------------------------------------------------
 
 
@@ -261,7 +213,7 @@ def _key(model: Any, asked: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(msgspec.json.encode(asked))
     digest.update(f"{torch.__version__} {model.config.to_json_string()}".encode())
-    for source in (__file__, reference_module.__file__, sampling.__file__):
+    for source in (__file__, reference_module.__file__, routing.__file__, sampling.__file__):
         digest.update(Path(source).read_bytes())
     for tensor in model.state_dict().values():
         digest.update(tensor.contiguous().view(torch.uint8).numpy())

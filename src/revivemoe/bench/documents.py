@@ -5,14 +5,26 @@ from typing import TypedDict
 
 class EngineStatus(TypedDict):
     id: int
-    pid: int
+    pid: int | None
     status: str
+    roles: list[str]
     logical_rank: int | None
+    incarnation: int
+    running: int
+    waiting: int
+    kv_blocks_used: int
+
+
+class FaultTold(TypedDict):
+    id: int
+    kind: str
+    detail: str
 
 
 class Recovery(TypedDict):
     epoch: int
     cause: str
+    faults: list[FaultTold]
     reason: str
     detect_s: float
     stall_s: float | None
@@ -29,6 +41,7 @@ class Status(TypedDict):
 
     state: str
     epoch: int
+    quality: str
     engines: list[EngineStatus]
     experts: dict[str, object]
     recoveries: list[Recovery]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,7 +99,9 @@ class ServerProcess:
 
     def rank_pid(self, rank: int) -> int:
         """Process id of one rank."""
-        return int(self.status()["engines"][rank]["pid"])
+        pid = self.status()["engines"][rank]["pid"]
+        assert pid is not None, f"rank {rank} has no process yet"
+        return pid
 
     def kill_pid(self, pid: int, number: signal.Signals = signal.SIGKILL) -> float:
         """Send a rank a signal, for real; returns the monotonic time just before."""
@@ -110,6 +113,10 @@ class ServerProcess:
         """The end of the server's log."""
         text = Path(self._log.name).read_text(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
+
+    def save_log(self, path: Path) -> Path:
+        """Keep the server's log, which goes with it otherwise."""
+        return Path(shutil.copyfile(self._log.name, path))
 
     def _ready(self) -> bool:
         if not self.url:

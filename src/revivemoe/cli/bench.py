@@ -1,6 +1,7 @@
 """`revivemoe bench NAME`."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,15 +12,41 @@ from revivemoe.cli.interrupts import cleaned_up
 
 if TYPE_CHECKING:
     from revivemoe.bench import recovery
+    from revivemoe.bench.soak.setup import Setup
 
 Measure = Callable[[], dict[str, object]]
 
-NAMES = ("recovery", "throughput", "dispatch", "overhead")
+NAMES = ("recovery", "throughput", "dispatch", "overhead", "soak")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; each bench reads what concerns it."""
+
+    preset: str | None
+    faults: int
+    kinds: str
+    contexts: str
+    tables: str
+    rounds: int
+    model: Path | None
+    minutes: float
+    layout: str
+    every: str
+    seed: int | None
+    comm_backend: str
 
 
 def bench(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
-    preset: Annotated[str, typer.Option(help="Checkpoint: tiny, small or medium.")] = "small",
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="soak: checkpoint; default: one that is made.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: tiny, small or medium; default: small, for soak tiny."),
+    ] = None,
     faults: Annotated[
         int, typer.Option(help="recovery: faults of each kind; fewer at long contexts.")
     ] = 20,
@@ -35,17 +62,39 @@ def bench(
     rounds: Annotated[
         int, typer.Option(help="throughput, recovery's paper table: rounds of each.")
     ] = 3,
-    out: Annotated[Path | None, typer.Option(help="JSON file; default: bench-NAME.json.")] = None,
+    minutes: Annotated[float, typer.Option(help="soak: how long, over all layouts.")] = 30.0,
+    layout: Annotated[str, typer.Option(help="soak: collocated, disaggregated or both.")] = "both",
+    every: Annotated[
+        str, typer.Option(help="soak: seconds from all being well to the next fault.")
+    ] = "10-20",
+    seed: Annotated[
+        int | None, typer.Option(help="soak: decides the faults; default: any.")
+    ] = None,
+    comm_backend: Annotated[
+        str, typer.Option(help="soak: auto, shm or gloo (which has links to cut).")
+    ] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "--json", help="JSON file; default: bench-NAME.json."),
+    ] = None,
 ) -> None:
-    """Measure on this machine; prints a table and writes JSON."""
+    """Measure on this machine; prints a table and writes JSON. Exit status 1: soak found faults."""
     if name not in NAMES:
         raise ValueError(f"unknown bench {name!r}: choose one of {', '.join(NAMES)}")
-    measure = _measure(name, preset, faults, kinds, contexts, tables, rounds)
+    options = Options(
+        preset, faults, kinds, contexts, tables, rounds,
+        model, minutes, layout, every, seed, comm_backend,
+    )  # fmt: skip
+    measure = _measure(name, options)
     with cleaned_up():
         document = measure()
         path = out or Path(f"bench-{name}.json")
         _write(path, document)
     typer.echo(f"written to {path}", err=True)
+    if document.get("violations"):
+        raise typer.Exit(1)
+    if document.get("interrupted"):
+        raise typer.Exit(130)
 
 
 def _write(path: Path, document: dict[str, object]) -> None:
@@ -54,51 +103,82 @@ def _write(path: Path, document: dict[str, object]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _measure(
-    name: str, preset: str, faults: int, kinds: str, contexts: str, tables: str, rounds: int
-) -> Measure:
+def _measure(name: str, options: Options) -> Measure:
     """What the bench of this name will do; everything it needs is imported."""
     from rich.console import Console
 
+    preset = options.preset or "small"
     match name:
         case "recovery":
             from revivemoe.bench import recovery
 
-            setup = _recovery_setup(preset, faults, kinds, contexts, tables, rounds)
-            return partial(recovery.run, setup, Console())
+            return partial(recovery.run, _recovery_setup(preset, options), Console())
         case "throughput":
             from revivemoe.bench import throughput
 
-            return partial(
-                throughput.run, throughput.Setup(preset=preset, rounds=rounds), Console()
-            )
+            setup = throughput.Setup(preset=preset, rounds=options.rounds)
+            return partial(throughput.run, setup, Console())
         case "overhead":
             from revivemoe.bench import overhead
 
             return partial(overhead.run, overhead.Setup(preset=preset), Console())
+        case "soak":
+            from revivemoe.bench.soak import run as soak
+
+            return partial(soak.run, _soak_setup(options), Console())
         case _:
             from revivemoe.bench import dispatch
 
             return dispatch.run
 
 
-def _recovery_setup(
-    preset: str, faults: int, kinds: str, contexts: str, tables: str, rounds: int
-) -> "recovery.Setup":
+def _recovery_setup(preset: str, options: Options) -> "recovery.Setup":
     """Raises ValueError for what is unknown."""
     from revivemoe.bench import recovery
 
     setup = recovery.Setup(
         preset=preset,
-        faults=faults,
-        kinds=tuple(kinds.split(",")),
-        contexts=tuple(int(c) for c in contexts.split(",")),
-        tables=tuple(tables.split(",")),
-        rounds=rounds,
+        faults=options.faults,
+        kinds=tuple(options.kinds.split(",")),
+        contexts=tuple(int(c) for c in options.contexts.split(",")),
+        tables=tuple(options.tables.split(",")),
+        rounds=options.rounds,
     )
     _check("--tables", setup.tables, recovery.TABLES)
     _check("--kinds", setup.kinds, tuple(recovery.KINDS))
     return setup
+
+
+def _soak_setup(options: Options) -> "Setup":
+    """Raises ValueError for what is unknown."""
+    import random
+
+    from revivemoe.bench.soak import layouts
+    from revivemoe.bench.soak.setup import Setup
+
+    _check("--layout", (options.layout,), layouts.NAMES)
+    seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
+    return Setup(
+        model=options.model,
+        preset=options.preset or "tiny",
+        layout=options.layout,
+        minutes=options.minutes,
+        every_s=_range("--every", options.every),
+        seed=seed,
+        backend=options.comm_backend,
+    )
+
+
+def _range(flag: str, text: str) -> tuple[float, float]:
+    """Of "10-20", or of one number. Raises ValueError."""
+    least, dash, most = text.partition("-")
+    try:
+        found = float(least), float(most if dash else least)
+    except ValueError:
+        found = -1.0, -1.0
+    if not 0 <= found[0] <= found[1]:
+        raise ValueError(f"{flag}: {text!r} is no range of seconds: write for example 10-20")
+    return found
 
 
 def _check(flag: str, asked: tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
-"""Ctrl-C in commands that have something to clean up."""
+"""Ctrl-C and SIGTERM in commands that have something to clean up."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -9,17 +9,22 @@ from typing import NoReturn
 
 @contextmanager
 def cleaned_up() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt in here, once: a second must not break the cleaning up.
+    """Either raises KeyboardInterrupt in here, once: a second must not break the cleaning up.
 
     Import what is needed before: libraries do not expect exceptions while they are loaded.
     """
-    signal.signal(signal.SIGINT, _interrupt_once)
+    _handle(_interrupt_once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _handle(signal.SIG_DFL)
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _handle(signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _handle(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)

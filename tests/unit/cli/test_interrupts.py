@@ -1,4 +1,4 @@
-"""Ctrl-C where something has to be cleaned up."""
+"""Ctrl-C and SIGTERM where something has to be cleaned up."""
 
 import signal
 import subprocess
@@ -9,21 +9,23 @@ import pytest
 from revivemoe.cli.interrupts import cleaned_up
 
 
-def test_it_raises_once_so_that_cleaning_up_is_not_broken() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_raises_once_so_that_cleaning_up_is_not_broken(number: signal.Signals) -> None:
     done = []
 
     def work() -> None:
         with cleaned_up():
             try:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             finally:
                 signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
                 done.append("cleaned up")
 
     with pytest.raises(KeyboardInterrupt):
         work()
     assert done == ["cleaned up"]
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 IN_SIM = """

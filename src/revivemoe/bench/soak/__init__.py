@@ -1,0 +1,1 @@
+"""`bench soak`: hours of load and faults of every kind, and nothing may be lost or grow."""

@@ -1,0 +1,35 @@
+"""A soak of two minutes: `make soak` is the same for thirty.
+
+True command lines: a fork server that replaces one of the zygote's would not be as large as it.
+"""
+
+from pathlib import Path
+
+import pytest
+from support.cases import Weights
+
+from revivemoe.bench.soak import report
+from revivemoe.bench.soak.layouts import COLLOCATED, DISAGGREGATED, Layout
+from revivemoe.bench.soak.prompts import screened_requests
+from revivemoe.bench.soak.run import soak_layout
+from revivemoe.bench.soak.setup import Setup
+from revivemoe.bench.soak.soak import Soaked
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("layout", [COLLOCATED, DISAGGREGATED], ids=lambda one: one.name)
+def test_not_quite_a_minute_of_faults(
+    qwen: Weights,
+    layout: Layout,
+    chaos_seed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a log that is kept
+    print(f"seed {chaos_seed}")
+    setup = Setup(minutes=0.7, every_s=(5.0, 8.0), seed=chaos_seed)
+    requests, soaked = screened_requests(qwen.dir, chaos_seed), Soaked(layout.name)
+    soak_layout(setup, qwen.dir, layout, requests, soaked, print, tmp_path)
+    assert report.violations([soaked]) == []
+    assert soaked.episodes
+    assert soaked.tally.done > len(requests)

@@ -1,0 +1,47 @@
+"""The soak's own screening, against that of the tests and another way to generate."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.reference import reference_tokens
+from support.screen import is_safe
+from transformers import AutoModelForCausalLM
+
+from revivemoe.bench.soak.load import Request
+from revivemoe.bench.soak.prompts import LENGTHS, OF_EACH_LENGTH, screened_requests
+from revivemoe.checkpoint.make import make_model
+from revivemoe.sampling_params import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("soak") / "model"
+    make_model(path, "qwen3_moe", "tiny", 0)
+    return path
+
+
+def prompt_of(request: Request) -> list[int]:
+    prompt: Any = request.body["prompt"]
+    return list(prompt)
+
+
+def test_prompts_are_safe_and_yield_what_is_expected(model_dir: Path) -> None:
+    requests = screened_requests(model_dir, 3)
+    lengths = [len(prompt_of(request)) for request in requests]
+    assert lengths == list(LENGTHS) * OF_EACH_LENGTH
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    for request in requests:
+        expected = request.expected
+        params = SamplingParams(seed=0, temperature=0.0, max_tokens=len(expected))
+        assert is_safe(model, prompt_of(request), expected, params)
+    for request in requests[: len(LENGTHS)]:
+        params = SamplingParams(seed=0, temperature=0.0, max_tokens=len(request.expected))
+        assert reference_tokens(model, prompt_of(request), params, 512) == request.expected
+
+
+def test_a_seed_says_which(model_dir: Path) -> None:
+    same, other = screened_requests(model_dir, 3), screened_requests(model_dir, 4)
+    assert [r.body for r in same] == [r.body for r in screened_requests(model_dir, 3)]
+    assert [r.body for r in same] != [r.body for r in other]
