@@ -52,6 +52,7 @@ class Ledger:
         self._send, self._incarnation_of = send, incarnation_of
         self._tell_failed = tell_failed
         self._sequences: dict[SeqId, LiveSequence] = {}
+        self._serving = False
         self.suspects = Suspects()
         self.holdings = Holdings()
         self._next_seq_id = 0
@@ -115,6 +116,12 @@ class Ledger:
                 self.hand_over(sequence.seq_id, target)
         return assigned
 
+    def run(self, serving: bool) -> None:
+        """From now on what has a rank is run, or, not `serving`, is not."""
+        self._serving = serving
+        for sequence in self._sequences.values() if serving else ():
+            sequence.ran = sequence.owner is not None
+
     def make_room(self, rank: RankId) -> None:
         """Take back what has not got on by a token there: a suspect has waited for it too long."""
         for sequence in self._sequences.values():
@@ -127,14 +134,17 @@ class Ledger:
     # ---- loss of a rank ----------------------------------------------------------------------
 
     def orphan(self, rank: RankId) -> list[Victim]:
-        """The rank is lost: its sequences have none any more. Returns the requests it ran."""
+        """The rank is lost: its sequences have none any more. Returns the requests it may have run:
+        what was given to it since the last epoch was left had no part in its end.
+        """
         victims: dict[int, Victim] = {}
         for sequence in self._sequences.values():
             if sequence.owner is not None and sequence.owner[0] == rank:
                 sequence.owner, sequence.orphan = None, True
                 key, request = sequence.request.arrival, sequence.request
-                proven = sequence.proven and (key not in victims or victims[key].proven)
-                victims[key] = Victim(request, proven)
+                if sequence.ran:
+                    proven = sequence.proven and (key not in victims or victims[key].proven)
+                    victims[key] = Victim(request, proven)
         self.holdings.lose(rank)
         return list(victims.values())
 
@@ -363,6 +373,7 @@ class Ledger:
         elif sequence.owner is not None and sequence.owner[0] != to:
             self._send(sequence.owner[0], Abort(seq_id))
         sequence.owner, sequence.orphan, sequence.proven = owner, False, False
+        sequence.ran = self._serving
         known = sequence.log
         self.holdings.hand_over(seq_id, owner, len(known.output_ids))
         spec = SequenceSpec(

@@ -71,7 +71,10 @@ class Maintenance:
         if isinstance(view.life, Gone | Leaving | Condemned):
             self._fleet.obligations.met(LAUNCH, rank)
             return not was_out
-        self._fleet.call_off(view, now)
+        if self._epochs.matters(rank):  # the change under way counts on it
+            self._epochs.accuse([Fault(rank, "isolate", "asked by an operator")], now)
+        else:
+            self._fleet.call_off(view, now)
         return True
 
     def restore(self, request_id: str | None, now: float) -> None:

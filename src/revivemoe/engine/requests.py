@@ -35,6 +35,8 @@ class LiveSequence:
     """It has lost its rank."""
     proven: bool = False
     """It has got on by a token on its present rank."""
+    ran: bool = False
+    """Its present rank may have run it: it had it while an epoch was served."""
 
     @property
     def age(self) -> tuple[int, SeqId]:

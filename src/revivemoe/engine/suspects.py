@@ -57,6 +57,8 @@ class Suspects:
         self._strikes: Counter[int] = Counter()
         """How often each has been a suspect, or has struck again on trial: not forgotten because
         it took its time."""
+        self._timed_out: set[int] = set()
+        """Those whose trial was ended by time: it goes on, in a way."""
 
     def __len__(self) -> int:
         return len(self._suspicions)
@@ -80,7 +82,8 @@ class Suspects:
 
     def clear(self, request: LiveRequest) -> None:
         """It has run long enough without bringing anything down. What it did before counts."""
-        self._suspicions.pop(request.arrival, None)
+        if self._suspicions.pop(request.arrival, None) is not None:
+            self._timed_out.add(request.arrival)
 
     # ---- trials ------------------------------------------------------------------------------
 
@@ -122,6 +125,7 @@ class Suspects:
         if not suspicion.unproven:
             del self._suspicions[request.arrival]
             self._strikes.pop(request.arrival, None)
+            self._timed_out.discard(request.arrival)
 
     def closed(self, request: LiveRequest, seq_id: SeqId) -> None:
         """A sequence is finished."""
@@ -129,6 +133,7 @@ class Suspects:
             self._suspicions.pop(request.arrival, None)
             self._deaths.pop(request.arrival, None)
             self._strikes.pop(request.arrival, None)
+            self._timed_out.discard(request.arrival)
         elif suspicion := self._suspicions.get(request.arrival):
             suspicion.unproven.discard(seq_id)
 
@@ -150,14 +155,12 @@ class Suspects:
         if not signature and not (died and victims):
             return None
         unproven = [v.request for v in victims if not v.proven]
-        if len(unproven) == 1 and (
-            unproven[0].arrival in tried or unproven[0].arrival in self._strikes
-        ):
+        if len(unproven) == 1 and unproven[0].arrival in tried | self._timed_out:
             return self._strike_again(unproven[0], signature)
         for victim in victims:
             key = victim.request.arrival
             self._strikes[key] += 1
-            self._suspicions[key] = Suspicion(victim.request, signature)
+            self._suspicions[key] = self._renewed(victim.request, signature)
         return None
 
     def _end_trials(self, rank: RankId, victims: Set[int]) -> set[int]:
@@ -173,9 +176,14 @@ class Suspects:
         key = request.arrival
         before = self._suspicions.get(key)
         self._strikes[key] += 1
-        self._suspicions[key] = Suspicion(request, signature)
+        self._suspicions[key] = self._renewed(request, signature)
         alike = before is not None and bool(signature) and before.signature == signature
         return request if alike or self._strikes[key] >= MAX_STRIKES else None
+
+    def _renewed(self, request: LiveRequest, signature: str) -> Suspicion:
+        """Under suspicion again: of what it was suspected of before, unless that is clearer now."""
+        before = self._suspicions.get(request.arrival)
+        return Suspicion(request, signature or ("" if before is None else before.signature))
 
     def convicted(self, request: LiveRequest) -> None:
         """It brings down whoever runs it. So the faults that made others suspects are explained."""

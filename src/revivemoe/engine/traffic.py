@@ -90,7 +90,10 @@ class Traffic:
 
     def on_tokens(self, report: Tokens) -> Arrival:
         """A rank has committed a step."""
+        gaps = self.ledger.gaps
         arrival = self.ledger.on_tokens(report)
+        if self.ledger.gaps > gaps:
+            self.wake()  # what was handed over again may have come after the last step
         self.totals.count_tokens(arrival, report.step_s)
         if arrival.released:
             self.assign()
@@ -191,6 +194,7 @@ class Traffic:
 
     def epoch_left(self) -> None:
         self._serving = False
+        self.ledger.run(False)
         self.ledger.holdings.forget_doubts()
 
     def planned(self, plan: Continue) -> None:
@@ -202,6 +206,7 @@ class Traffic:
 
     def epoch_began(self, membership: Membership, record: RecoveryRecord | None) -> None:
         self._membership, self._record, self._serving = membership, record, True
+        self.ledger.run(True)
         if membership.missing:
             self.ledger.mark_degraded()
         self.assign()

@@ -71,6 +71,10 @@ class EngineHost:
         """From now on, for so long, ticks come when they like."""
         self._late_until = self._clock.now + seconds
 
+    @property
+    def stalled(self) -> bool:
+        return self._clock.now < self._stalled_until
+
     def stall(self, seconds: float) -> None:
         """The engine's thread stands still."""
         self._stalled_until = max(self._stalled_until, self._clock.now + seconds)

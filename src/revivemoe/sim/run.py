@@ -72,20 +72,26 @@ class Simulation:
         settled_for_s, began_s = 0.0, self.clock.now
         while settled_for_s < SETTLE_S:
             self.clock.step()
-            began_s = began_s if self._over else self.clock.now
+            began_s = began_s if self._over and not self.host.stalled else self.clock.now
             settled_for_s = self.clock.now - began_s
             assert self.clock.now < LIMIT_S, self.verdict.stuck(self.clients)
         self.verdict.at_end(self.clients, self.clock.now)
 
     def _is_over(self) -> bool:
         if isinstance(self.engine.state, FailedState):
-            return True
+            return not self.host.stalled
         return (
             len(self.clients) == len(self.scenario.arrivals)
             and all(client.done for client in self.clients)
             and is_settled(self.engine)
+            and not self._unnoticed()
             and not self.strikes.pending
         )
+
+    def _unnoticed(self) -> bool:
+        """Whether a member has gone, or stands still, and the engine has yet to find out."""
+        members = (self.cluster.processes[r] for r in self.engine.membership.members)
+        return any(not process.alive or process.stopped for process in members)
 
     def _observe(self) -> None:
         """After every call into the engine; its ticks see to it that this is often."""

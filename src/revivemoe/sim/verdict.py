@@ -16,7 +16,7 @@ from revivemoe.sim.strikes import Strikes
 
 POISONED = "poison"
 """Id of the request that brings down whoever runs it."""
-LIKE_POISON = ("hang", "error", "nan-twice", "load-fails")
+LIKE_POISON = ("hang", "error", "nan-twice", "load-fails", "exit-late", "exit-never")
 """Faults that a request may have brought about, as far as anybody can see."""
 MOST_LOST_BY_POISON = 2
 
@@ -70,6 +70,8 @@ class Verdict:
         process = self._cluster.processes[event.id]
         self._accused.add(process)
         if process in self._strikes.guilty | self._cluster.never_started | self._cluster.doomed:
+            return
+        if event.kind in ("device_fault", "isolate") and event.id in self._strikes.drained:
             return
         for ends in self._strikes.links.suspects():
             if process.rank in ends and not ends & self._cut_off:
@@ -191,7 +193,8 @@ class Verdict:
             found.append("some rank cannot be started anew")
         if any(stage == "starting" for _, stage in self._strikes.struck):
             found.append("a fault before the first step")
-        if len(self._strikes.guilty | self._cluster.doomed) > policy.max_restarts:
+        lost = self._strikes.guilty | self._cluster.doomed | self._cluster.never_started
+        if len(lost) > policy.max_restarts:
             found.append("so many restarts")
         return found
 
