@@ -65,6 +65,9 @@ class Returns:
             self._tell(RejoinGivenUp(rank, attempt))
             log.warning("rank %d did not stay %d times in a row: rejoin it by hand", rank, attempt)
             return
+        if view.fault is not None and view.fault.kind == "going_home":
+            self._fleet.queue(rank, now, now)  # nothing has failed
+            return
         self._attempts[rank] += 1
         longest, first = self._policy.rejoin_at_most_s, self._policy.rejoin_after_s
         jitter = Random(f"{rank} {view.incarnation}").uniform(0.75, 1.25)

@@ -357,6 +357,7 @@ class Epochs:
             ready=tuple(view.rank for view in joining),
             tables={view.rank: view.table for view in (*joining, *fleet.switching)},
             launching=tuple(fleet.launching),
+            awaited=self._awaited(),
             relaunchable=tuple(fleet.relaunchable),
             held=self.coordinator.held,
             loaded=self.loads.loaded,
@@ -369,6 +370,13 @@ class Epochs:
             switched=dict(fleet.switched),
             switch=self._switch,
         )
+
+    def _awaited(self) -> frozenset[RankId]:
+        """Expert ranks of the start that are being started anew for the change under way."""
+        if not self.coordinator.active:
+            return frozenset()
+        started = {*self.coordinator.record.restarted} & {*self.fleet.launching}
+        return frozenset(started & {*self.home.experts})
 
     def _enter(self, state: State) -> None:
         assert not isinstance(self.state, FailedState), "a failed instance stays so"

@@ -154,6 +154,9 @@ def _role_switch(world: World, present: Membership, lost: Lost, policy: Policy) 
         return "experts could not be loaded a moment ago"
     if not wanted:
         return f"{len(present.missing)} experts are being loaded already"
+    if world.awaited:
+        who = ", ".join(map(str, sorted(world.awaited)))
+        return f"ranks {who} are being started for this, with experts"
     if not present.attention:
         return "no attention rank is left"
     tokens = dict.fromkeys(present.attention, 0)

@@ -52,6 +52,8 @@ class World:
     them may be on its way, or overwritten already."""
     launching: tuple[RankId, ...] = ()
     """Ranks whose new process is still loading."""
+    awaited: frozenset[RankId] = frozenset()
+    """Of these, expert ranks that are started for the change under way."""
     relaunchable: tuple[RankId, ...] = ()
     """Ranks without a process, for which one may be started."""
     loaded: tuple[Reload, ...] = ()

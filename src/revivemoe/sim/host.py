@@ -73,7 +73,8 @@ class EngineHost:
 
     @property
     def stalled(self) -> bool:
-        return self._clock.now < self._stalled_until
+        """Whether something waits for the end of a stall, or will."""
+        return self._clock.now < self._stalled_until or bool(self._inbox)
 
     def stall(self, seconds: float) -> None:
         """The engine's thread stands still."""

@@ -19,6 +19,8 @@ POISONED = "poison"
 LIKE_POISON = ("hang", "error", "nan-twice", "load-fails", "exit-late", "exit-never")
 """Faults that a request may have brought about, as far as anybody can see."""
 MOST_LOST_BY_POISON = 2
+MOST_LOST_BY_CHANCE = 4
+"""So many deaths in a row under one request are not believed to be chance."""
 
 
 class Verdict:
@@ -95,7 +97,8 @@ class Verdict:
     def _check_conviction(self, event: events.Convicted) -> None:
         """Two faults of a rank's own while a request is on trial cannot be told from poison."""
         innocent = event.request != POISONED
-        assert not innocent or self._num_like_poison() > 1, (
+        four_died = len(self._strikes.guilty) >= MOST_LOST_BY_CHANCE
+        assert not innocent or four_died or self._num_like_poison() > 1, (
             f"an innocent request is convicted: {event}"
         )
         self._convicted.add(event.request)
@@ -164,7 +167,9 @@ class Verdict:
 
     def _check_poison(self) -> None:
         lost = len(set(self._strikes.poisoned) - self._strikes.hit)
-        most = MOST_LOST_BY_POISON + self._num_like_poison() + self._fence_timeouts
+        # A rank killed meanwhile may have left its sequences no rank but one with a trial.
+        kills = sum(fault.kind.startswith("kill") for fault, _ in self._strikes.struck)
+        most = MOST_LOST_BY_POISON + self._num_like_poison() + self._fence_timeouts + kills
         assert lost <= most, f"the poison request took {lost} ranks"
 
     def _check_numbers(self) -> None:

@@ -689,3 +689,12 @@ def test_dropped_replicas_are_counted_although_others_are_reloaded() -> None:
     plan = go_on(plan_recovery(asked, lost(3), Policy(repair=("role_switch",))))
     assert len(plan.reloads) == 4
     assert plan.experts_dropped == 3
+
+
+def test_nobody_switches_while_the_expert_rank_itself_is_being_started() -> None:
+    """After the loss of all, two attention ranks were ready first, and one became an expert rank."""
+    starting = world(launching=(RankId(3),), awaited=frozenset({RankId(3)}))
+    plan = plan_recovery(starting, lost(3), Policy(max_missing_fraction=0.0))
+    assert isinstance(plan, Restart)
+    assert plan.ranks == ()
+    assert "waiting for ranks 3" in plan.reason
