@@ -13,6 +13,8 @@ from revivemoe.recovery.policy import Policy
 
 MIN_CALLS = 16
 """Calls of a class before its average counts."""
+STALE_AFTER = 3
+"""Reports in a row without a call of a class, after which it does not count any more."""
 JUDGE_EVERY_S = 1.0
 Key = tuple[str, int]
 
@@ -24,6 +26,8 @@ class Slowness:
         self._policy = policy
         self._paces: dict[RankId, dict[Key, Pace]] = {}
         self._best: dict[RankId, dict[Key, float]] = {}
+        self._idle: dict[RankId, dict[Key, int]] = {}
+        """For how many reports in a row each class has had no call."""
         self._since: dict[RankId, float] = {}
         """Since when each rank has been at or above the factor."""
         self._judged_at = float("-inf")
@@ -33,8 +37,11 @@ class Slowness:
         """A rank's present averages."""
         known = self._paces.setdefault(rank, {})
         best = self._best.setdefault(rank, {})
+        idle = self._idle.setdefault(rank, {})
         for pace in paces:
             key = (pace.phase, pace.size)
+            same = key in known and known[key].count == pace.count
+            idle[key] = idle.get(key, 0) + 1 if same else 0
             known[key] = pace
             if pace.count >= MIN_CALLS:
                 best[key] = min(pace.seconds, best.get(key, pace.seconds))
@@ -43,6 +50,7 @@ class Slowness:
         """The rank is out, or has a new process."""
         self._paces.pop(rank, None)
         self._best.pop(rank, None)
+        self._idle.pop(rank, None)
         self._since.pop(rank, None)
         self._found.pop(rank, None)
 
@@ -72,13 +80,20 @@ class Slowness:
             seconds.sort()
         found = {}
         for rank in sorted(self._paces):
-            own = {k: p.seconds for k, p in self._paces[rank].items() if p.count >= MIN_CALLS}
+            own = {k: p.seconds for k, p in self._present(rank).items() if p.count >= MIN_CALLS}
             usual = {k: self._usual(rank, k, s, of_class[k]) for k, s in own.items()}
             if ratios := [own[key] / usual_s for key, usual_s in usual.items() if usual_s]:
                 found[rank] = median(ratios)
         for rank in self._since.keys() - found.keys():
             del self._since[rank]
         return found
+
+    def _present(self, rank: RankId) -> dict[Key, Pace]:
+        """What a rank does now: averages of work that it does no more say nothing of it. All, of a
+        rank that does nothing.
+        """
+        paces, idle = self._paces[rank], self._idle[rank]
+        return {k: p for k, p in paces.items() if idle[k] < STALE_AFTER} or paces
 
     def _usual(self, rank: RankId, key: Key, own_s: float, sorted_s: list[float]) -> float | None:
         """What a class takes the peers; without peers, what it took this rank at best."""

@@ -182,3 +182,17 @@ def test_a_rank_that_is_out_is_no_peer() -> None:
     slow.judge(10.0)
     slow.forget(RankId(0))
     assert slow.judge(20.0) == {}
+
+
+def test_work_that_a_rank_does_no_more_does_not_speak_for_it() -> None:
+    """Averages of the start outvoted what it did now: eight times slower, and nothing was said."""
+    slowness = Slowness(Policy(slow_after_s=3.0))
+    old = [Pace("experts", n, 0.001, MIN_CALLS) for n in range(6)]
+    found: dict[RankId, float] = {}
+    for second in range(20):
+        for rank in range(4):
+            now_s = 0.008 if rank == 2 and second > 5 else 0.001
+            present = Pace("attention", 1, now_s, MIN_CALLS + 10 * second)
+            slowness.heard(RankId(rank), [*old, present])
+        found = slowness.judge(float(second))
+    assert found == {2: pytest.approx(8.0)}

@@ -692,7 +692,7 @@ def test_dropped_replicas_are_counted_although_others_are_reloaded() -> None:
 
 
 def test_nobody_switches_while_the_expert_rank_itself_is_being_started() -> None:
-    """After the loss of all, two attention ranks were ready first, and one became an expert rank."""
+    """After the loss of all, attention ranks were ready first, and one became an expert rank."""
     starting = world(launching=(RankId(3),), awaited=frozenset({RankId(3)}))
     plan = plan_recovery(starting, lost(3), Policy(max_missing_fraction=0.0))
     assert isinstance(plan, Restart)
