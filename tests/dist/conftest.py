@@ -10,6 +10,7 @@ from support.warm import Zygote
 
 from revivemoe.checkpoint.make import make_model
 
+
 @pytest.fixture(autouse=True)
 def processes(warm: Zygote) -> None:
     """All of these tests start some."""

@@ -23,6 +23,7 @@ from revivemoe.cli.serve_run import load_tokenizer
 from revivemoe.cluster import launcher
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.ids import RankId
+from revivemoe.recovery.policy import Policy
 from revivemoe.sampling_params import SamplingParams
 from revivemoe.serving.instance import Instance
 from revivemoe.streams import Delta, Submission
@@ -146,6 +147,7 @@ async def _stopped_rank(model_dir: Path, mixed: list[Case], backend: str, may_ki
     asked = EngineConfig(
         model_dir, data_parallel_size=3, redundant_experts=16, comm_backend=backend,
         device="cpu", dtype="float32", max_model_len=512,
+        policy=Policy(auto_rejoin=False, restore_redundancy=False),
     )  # fmt: skip
     async with Instance(resolve(asked, info), info, load_tokenizer(model_dir)) as instance:
         await asyncio.wait_for(instance.serving.wait(), 60)

@@ -7,7 +7,7 @@ import pytest
 from support.cases import Case, Weights, check_all, plain_cases, requests_of
 from support.client import Load, run_load
 from support.deployment import Deployment, Status, deployed, kill, with_status
-from support.faults import killer, killer_at, unlike
+from support.faults import killer, unlike
 
 from revivemoe.epochs.record import PHASES
 from revivemoe.sampling_params import SamplingParams

@@ -159,9 +159,7 @@ def launched(model_dir: Path, *flags: str, warm: bool = False) -> Iterator[Serve
 
 
 @contextmanager
-def serving(
-    model_dir: Path, num_ranks: int, *flags: str, warm: bool = False
-) -> Iterator[Served]:
+def serving(model_dir: Path, num_ranks: int, *flags: str, warm: bool = False) -> Iterator[Served]:
     ranks = "--data-parallel-size", str(num_ranks)
     with launched(model_dir, *ranks, *flags, warm=warm) as served:
         served.await_ready()
@@ -204,9 +202,7 @@ class Streams:
 # ---- told to end ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("number", "warm"), [(signal.SIGINT, False), (signal.SIGTERM, True)]
-)
+@pytest.mark.parametrize(("number", "warm"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_ends_it_with_streams_open(
     model_dir: Path, number: signal.Signals, warm: bool
 ) -> None:
