@@ -27,6 +27,7 @@ from revivemoe.engine.returns import Returns
 from revivemoe.engine.token_log import TokenLog
 from revivemoe.epochs.coordinator import Coordinator
 from revivemoe.epochs.fleet import Fleet
+from revivemoe.epochs.lives import Lives
 from revivemoe.epochs.loads import Loads
 from revivemoe.epochs.rank_life import Condemned, Leaving, Loading
 from revivemoe.epochs.rank_view import RankView
@@ -327,27 +328,27 @@ def commit_what_was_cut(patch: Patch) -> None:
 
 def kill_only_what_is_there(patch: Patch) -> None:
     """C3: a process that comes into being after its sentence lives on."""
-    on_arrived = Fleet.on_arrived
+    on_arrived = Lives.on_arrived
 
-    def spare(self: Fleet, rank: RankId, incarnation: Any, pid: int, now: float) -> None:
+    def spare(self: Lives, rank: RankId, incarnation: Any, pid: int, now: float) -> None:
         kill, self._cluster.kill = self._cluster.kill, lambda rank: None  # type: ignore[method-assign]
         on_arrived(self, rank, incarnation, pid, now)
         self._cluster.kill = kill  # type: ignore[method-assign]
 
-    patch.setattr(Fleet, "on_arrived", spare)
+    patch.setattr(Lives, "on_arrived", spare)
 
 
 def give_corpses_up_for_good(patch: Patch) -> None:
     """C1: a process that takes long to die is not replaced when it has died."""
-    on_exit = Fleet.on_exit
+    on_exit = Lives.on_exit
 
-    def forgetful(self: Fleet, view: RankView, now: float) -> None:
+    def forgetful(self: Lives, view: RankView, now: float) -> None:
         if isinstance(view.life, Condemned) and now - view.life.since > 1.0:
             self.obligations.met("launch", view.rank)
             return
         on_exit(self, view, now)
 
-    patch.setattr(Fleet, "on_exit", forgetful)
+    patch.setattr(Lives, "on_exit", forgetful)
 
 
 def loads_are_owed_for_ever(patch: Patch) -> None:
@@ -357,24 +358,24 @@ def loads_are_owed_for_ever(patch: Patch) -> None:
 
 def starts_are_owed_for_ever(patch: Patch) -> None:
     """C2: a process that never says that it is ready."""
-    lapsed = Fleet._lapsed
+    lapsed = Lives._lapsed
 
-    def patient(self: Fleet, view: RankView, now: float) -> None:
+    def patient(self: Lives, view: RankView, now: float) -> None:
         if not isinstance(view.life, Loading):
             lapsed(self, view, now)
 
-    patch.setattr(Fleet, "_lapsed", patient)
+    patch.setattr(Lives, "_lapsed", patient)
 
 
 def leavers_may_stay(patch: Patch) -> None:
     """C3: a process that does not stop when told to."""
-    lapsed = Fleet._lapsed
+    lapsed = Lives._lapsed
 
-    def patient(self: Fleet, view: RankView, now: float) -> None:
+    def patient(self: Lives, view: RankView, now: float) -> None:
         if not isinstance(view.life, Leaving):
             lapsed(self, view, now)
 
-    patch.setattr(Fleet, "_lapsed", patient)
+    patch.setattr(Lives, "_lapsed", patient)
 
 
 def nothing_comes_back(patch: Patch) -> None:

@@ -73,7 +73,6 @@ class LocalCluster:
         self._inbox = self._context.socket(zmq.PULL)
         self._outboxes: dict[RankId, tuple[Key, zmq.Socket[bytes]]] = {}
         self._garbled = Complaints("messages of ranks that cannot be decoded", _log_garbled)
-        self._failures = Complaints("exceptions of the engine at what it was told", _log_failure)
         self._decoder = msgspec.msgpack.Decoder(Report)
         self._encoder = msgspec.msgpack.Encoder()
         self._last_command: Command | None = None
@@ -200,10 +199,10 @@ class LocalCluster:
         except Exception as error:  # whatever came, there are others behind it
             self._garbled.add(error, self._loop.time())
         else:
-            self._tell(self._callbacks.on_report, report)
+            self._callbacks.on_report(report)
 
     def _on_arrived(self, key: Key, pid: int) -> None:
-        self._tell(self._callbacks.on_arrived, *key, pid)
+        self._callbacks.on_arrived(*key, pid)
 
     def _on_exit(self, key: Key, detail: str, by_itself: bool) -> None:
         """What the process said before it went counts: the inbox comes first."""
@@ -211,21 +210,10 @@ class LocalCluster:
         held = self._outboxes.get(key[0])
         if held is not None and held[0] == key:
             self._outboxes.pop(key[0])[1].close(linger=0)
-        self._tell(self._callbacks.on_exit, *key, detail, by_itself)
+        self._callbacks.on_exit(*key, detail, by_itself)
 
     def _on_forkserver_gone(self) -> None:
-        self._tell(self._callbacks.on_forkserver_gone)
-
-    def _tell(self, callback: Callable[[*Told], None], *told: *Told) -> None:
-        """An error of the engine's must not take with it what it is to be told next."""
-        try:
-            callback(*told)
-        except Exception as error:
-            self._failures.add(error, self._loop.time())
-
-
-def _log_failure(line: str, error: Exception) -> None:
-    log.error("%s", line, exc_info=error)
+        self._callbacks.on_forkserver_gone()
 
 
 def _log_garbled(line: str, error: Exception) -> None:

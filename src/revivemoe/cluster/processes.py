@@ -82,6 +82,8 @@ class Processes:
         self._warm = False
         self._watched: int | None = None
         """The fork server's socket; None: it is gone."""
+        self._cold: asyncio.TimerHandle | None = None
+        """Runs until the fork server is warm."""
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -138,17 +140,22 @@ class Processes:
     # ---- the fork server ---------------------------------------------------------------------
 
     def _watch_launcher(self) -> None:
-        self._loop.call_later(WARM_WITHIN_S, self._look_for_warmth, self._launcher.fileno)
+        self._cold = self._loop.call_later(WARM_WITHIN_S, self._give_up_warming)
         self._watched = self._launcher.fileno
         self._loop.add_reader(self._watched, self._on_launcher)
 
-    def _look_for_warmth(self, fileno: int) -> None:
+    def _give_up_warming(self) -> None:
         """One that is stuck in its imports is replaced: whatever waits for it is told as lost."""
-        if self._watched == fileno and not self._warm:
-            log.warning("fork server: not warm after %.0f s: replaced", WARM_WITHIN_S)
-            self._launcher.kill()
+        log.warning("fork server: not warm after %.0f s: replaced", WARM_WITHIN_S)
+        self._launcher.kill()
+
+    def _stop_the_clock(self) -> None:
+        if self._cold is not None:
+            self._cold.cancel()
+            self._cold = None
 
     def _unwatch_launcher(self) -> None:
+        self._stop_the_clock()
         if self._watched is not None:
             self._loop.remove_reader(self._watched)
             self._loop.remove_writer(self._watched)
@@ -204,6 +211,7 @@ class Processes:
                 case Warm():
                     log.info("fork server warm after %.1f s", message.preload_s)
                     self._warm = True
+                    self._stop_the_clock()
                     self._ask()
                 case LaunchedProcess():
                     self._on_launched(message.launched, message.pidfd)

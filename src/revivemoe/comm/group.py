@@ -51,8 +51,11 @@ class Graveyard:
         self._graves.append(held)
 
         def linger() -> None:
-            while time.monotonic() < until and not done():
-                time.sleep(_LOOK_S)
+            try:
+                while time.monotonic() < until and not done():
+                    time.sleep(_LOOK_S)
+            except OSError:  # no descriptor is free to look with
+                time.sleep(max(0.0, until - time.monotonic()))
             self._graves.remove(held)
             held.clear()
 

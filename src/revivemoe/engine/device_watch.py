@@ -66,7 +66,7 @@ class DeviceWatch:
 
     def _isolate(self, view: RankView, fault: Fault, now: float) -> None:
         if view.dead:
-            self._epochs.fleet.call_off(view, now)
+            self._epochs.fleet.lives.call_off(view, now)
             view.fault = fault
         else:
             self._epochs.accuse([fault], now)

@@ -111,7 +111,7 @@ class Drains:
         wanted, rank = drain.wanted, drain.wanted.fault.rank
         may_go = rank in (present.attention if wanted.switch else present.members)
         if may_go and self._is_there(wanted):
-            self._fleet.drain(self._views[rank], False, now)
+            self._fleet.lives.drain(self._views[rank], False, now)
             self._asked.appendleft(wanted)
 
     def _begin(self, wanted: Wanted, now: float) -> None:
@@ -125,7 +125,7 @@ class Drains:
             self._tell(DrainRefused(fault.rank, plan.reason, request_id))
             log.warning("rank %d cannot be drained: %s", fault.rank, plan.reason)
             return
-        self._fleet.drain(view, True, now)
+        self._fleet.lives.drain(view, True, now)
         targets = {m.seq_id: m.to for m in plan.migrations}
         owned = [seq_id for seq_id in self._ledger.owned_by(fault.rank) if seq_id in targets]
         shadows = {self._ledger.warm(seq_id, targets[seq_id]) for seq_id in owned}

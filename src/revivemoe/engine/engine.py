@@ -156,7 +156,7 @@ class Engine:
 
     def on_arrived(self, rank: RankId, incarnation: Incarnation, pid: int, now: float) -> None:
         """A process of a rank has come into being."""
-        self.epochs.fleet.on_arrived(rank, incarnation, pid, now)
+        self.epochs.fleet.lives.on_arrived(rank, incarnation, pid, now)
 
     def on_exit(
         self,

@@ -13,7 +13,7 @@ from revivemoe.engine.drains import Drains
 from revivemoe.engine.returns import Returns
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
-from revivemoe.epochs.fleet import LAUNCH
+from revivemoe.epochs.lives import LAUNCH
 from revivemoe.epochs.rank_life import Condemned, Gone, Leaving
 from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import RankId
@@ -62,19 +62,19 @@ class Maintenance:
         view.taken_out = False
         self.returns.asked(rank)
         if view.dead:
-            self._fleet.replace(rank, now)
+            self._fleet.lives.replace(rank, now)
 
     def call_off(self, rank: RankId, now: float) -> bool:
         """A rank that is no member is not to come back. False if it is out for good already."""
         view = self._fleet.views[rank]
         was_out, view.taken_out = view.taken_out, True
         if isinstance(view.life, Gone | Leaving | Condemned):
-            self._fleet.obligations.met(LAUNCH, rank)
+            self._fleet.lives.obligations.met(LAUNCH, rank)
             return not was_out
         if self._epochs.matters(rank):  # the change under way counts on it
             self._epochs.accuse([Fault(rank, "isolate", "asked by an operator")], now)
         else:
-            self._fleet.call_off(view, now)
+            self._fleet.lives.call_off(view, now)
         return True
 
     def restore(self, request_id: str | None, now: float) -> None:

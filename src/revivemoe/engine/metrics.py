@@ -39,7 +39,7 @@ class EngineCollector:
         yield GaugeMetricFamily(
             "revivemoe_ranks_alive",
             "Ranks that are members and not dead",
-            sum(not v.dead for v in engine.ranks.values()),
+            sum(view.member for view in engine.ranks.values()),
         )
 
     def _load(self) -> Iterable[Metric]:
@@ -89,6 +89,12 @@ class EngineCollector:
         for reason, count in sorted(totals.finished.items()):
             finished.add_metric([reason], count)
         yield finished
+        errors = CounterMetricFamily(
+            "revivemoe_internal_errors", "Exceptions that were contained", labels=["what"]
+        )
+        for what, count in sorted(totals.internal_errors.items()):
+            errors.add_metric([what], count)
+        yield errors
         recoveries = CounterMetricFamily(
             "revivemoe_recoveries", "Recoveries by cause and outcome", labels=["cause", "outcome"]
         )

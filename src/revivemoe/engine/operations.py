@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from revivemoe.engine.engine import Engine
-from revivemoe.epochs.state import FailedState, Paused, Serving, state_name
+from revivemoe.epochs.state import FailedState, Paused, Serving, Starting, state_name
 from revivemoe.ids import RankId
 from revivemoe.messages.commands import Inject
 from revivemoe.messages.events import Applied
@@ -67,7 +67,11 @@ class Operations:
         view = self._engine.ranks[rank]
         if view.member:
             self._take_out([rank], request_id, now)
-        elif not self._engine.maintenance.call_off(rank, now):
+            return
+        self._need_alive()
+        if isinstance(self._engine.state, Starting):
+            raise ValueError("the instance is starting: this can be done once it serves")
+        if not self._engine.maintenance.call_off(rank, now):
             raise ValueError(f"rank {rank} is not a member of the present epoch: it is out already")
 
     def _scale_down(self, params: Document, request_id: str, now: float) -> None:

@@ -22,7 +22,7 @@ def obligations_document(engine: Engine, now: float) -> list[Document]:
     """Everything outstanding, the next to be due first: what, for whom, due in how many seconds
     (below 0: about to be seen to), and what happens if it is not met by then.
     """
-    owed = [(o.what.lower(), o.who, o.due, o.then) for o in engine.epochs.fleet.obligations]
+    owed = [(o.what.lower(), o.who, o.due, o.then) for o in engine.epochs.fleet.lives.obligations]
     stage, drain = engine.epochs.coordinator.state, engine.maintenance.drains.under_way
     if not isinstance(stage, Idle) and not engine.epochs.coordinator.holding:
         name = type(stage).__name__.lower()

@@ -66,13 +66,13 @@ class Returns:
             log.warning("rank %d did not stay %d times in a row: rejoin it by hand", rank, attempt)
             return
         if view.fault is not None and view.fault.kind == "going_home":
-            self._fleet.queue(rank, now, now)  # nothing has failed
+            self._fleet.lives.queue(rank, now, now)  # nothing has failed
             return
         self._attempts[rank] += 1
         longest, first = self._policy.rejoin_at_most_s, self._policy.rejoin_after_s
         jitter = Random(f"{rank} {view.incarnation}").uniform(0.75, 1.25)
         delay_s = min(longest, first * 2.0**attempt) * jitter
-        self._fleet.queue(rank, now + delay_s, now)
+        self._fleet.lives.queue(rank, now + delay_s, now)
         self._tell(RejoinQueued(rank, attempt + 1, delay_s))
 
     def see_to_the_rest(self, now: float) -> None:

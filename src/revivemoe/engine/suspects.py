@@ -190,8 +190,10 @@ class Suspects:
         suspicion = self._suspicions.get(request.arrival)
         if suspicion is None:
             return
-        signature = suspicion.signature
-        self._suspicions = {k: s for k, s in self._suspicions.items() if s.signature != signature}
+        alike = [k for k, s in self._suspicions.items() if s.signature == suspicion.signature]
+        for key in alike:
+            del self._suspicions[key]
+            self._strikes.pop(key, None)
 
 
 def _least(load: Mapping[RankId, int], shut: Set[RankId | None]) -> RankId | None:

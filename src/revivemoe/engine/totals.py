@@ -1,6 +1,6 @@
 """Counters since the start, for the metrics."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from revivemoe.engine.requests import Arrival
@@ -17,6 +17,8 @@ class Totals:
     """Requests ended because they brought ranks down."""
     mended: int = 0
     """Sequences that a serving rank had lost, or that had lost their last token on the way."""
+    internal_errors: Counter[str] = field(default_factory=Counter)
+    """Exceptions that were contained, by what was taken in."""
     step_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
 
     def count_tokens(self, arrival: Arrival, step_s: float) -> None:

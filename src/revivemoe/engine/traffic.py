@@ -170,7 +170,7 @@ class Traffic:
 
     def _owe_turns(self, now: float) -> None:
         """A suspect is tried within a bound, and cleared within another one: from then on."""
-        owed, obligations = self._turns, self._fleet.obligations
+        owed, obligations = self._turns, self._fleet.lives.obligations
         self._turns = {}
         for suspicion in self.ledger.suspects.all():
             request, waits = suspicion.request, suspicion.trial is None

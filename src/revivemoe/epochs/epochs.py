@@ -15,6 +15,7 @@ from revivemoe.epochs.attempts import Attempts
 from revivemoe.epochs.coordinator import Coordinator
 from revivemoe.epochs.fleet import Fleet
 from revivemoe.epochs.loads import Loads
+from revivemoe.epochs.outlook import Outlook
 from revivemoe.epochs.ports import SequenceOwner
 from revivemoe.epochs.rank_life import Ready, Switching
 from revivemoe.epochs.record import RecoveryRecord
@@ -67,9 +68,11 @@ class Epochs:
         """What the instance was started with: ranks come back to their roles."""
         self.state: State = Starting()
         self.fleet = fleet
-        self.loads = Loads(fleet.send, fleet.obligations, policy.reload_timeout_s, tell)
+        self.loads = Loads(fleet.send, fleet.lives.obligations, policy, tell)
         self.coordinator = Coordinator(fleet, self.restart, host, policy, clock, tell)
         self.attempts = Attempts(policy)
+        parts = (fleet, self.loads, self.coordinator, self.attempts)
+        self._outlook = Outlook(self.home, *parts)
         self.stall = StallClock()
         self.records: deque[RecoveryRecord] = deque(maxlen=KEPT_RECORDS)
         self.outcomes: Counter[tuple[str, str]] = Counter()
@@ -80,9 +83,9 @@ class Epochs:
         self.symptoms = Symptoms(policy)
         self.numbers = Numbers(policy.repeat_window_s)
         self.stopping = False
-        fleet.on_late = self._late
+        fleet.lives.on_late = self._late
         fleet.on_launch = self.coordinator.renewed
-        fleet.on_unkillable = self.proceed
+        fleet.lives.on_unkillable = self.proceed
         self._switch: RankId | None = None
         """The rank whose role the planned change under way is to change."""
 
@@ -98,7 +101,7 @@ class Epochs:
             if not view.dead:
                 self.fleet.send(view.rank, Fence(LAST_EPOCH))
                 self.fleet.send(view.rank, Stop())
-        self.fleet.close(self._clock(), in_good_order=True)
+        self.fleet.lives.close(self._clock(), in_good_order=True)
 
     @property
     def over(self) -> bool:
@@ -122,7 +125,7 @@ class Epochs:
         self._enter(FailedState(reason, user_error))
         ended = self._host.failed(reason)
         self._tell(InstanceFailed(reason, ended))
-        self.fleet.close(self._clock())
+        self.fleet.lives.close(self._clock())
 
     # ---- the way to the next epoch -----------------------------------------------------------
 
@@ -141,7 +144,7 @@ class Epochs:
         """
         view = self.fleet.views[fault.rank]
         if view.ready and self.coordinator.active:
-            self.fleet.on_ready(view, now)
+            self.fleet.lives.on_ready(view, now)
         else:
             self.accuse([fault], now)
 
@@ -284,7 +287,7 @@ class Epochs:
         for rank in self.membership.members:
             view = self.fleet.views[rank]
             if rank not in membership.members and view.ready:
-                self.fleet.dismiss(view, self._clock())
+                self.fleet.lives.dismiss(view, self._clock())
                 self.loads.forget(rank)
 
     def _finish(self, finished: Finished, now: float) -> None:
@@ -323,7 +326,7 @@ class Epochs:
             self.fleet.end(view, now)
             self.loads.forget(rank)
             self._host.lost(rank, None)
-        self.fleet.replace(rank, now, delay_s)
+        self.fleet.lives.replace(rank, now, delay_s)
 
     def _restart_delay_s(self, now: float) -> float:
         """The first restart is at once; those after it, that brought nothing, wait ever longer."""
@@ -344,39 +347,7 @@ class Epochs:
 
     def world(self, now: float) -> World:
         """Everything the plan depends on."""
-        fleet, attempts = self.fleet, self.attempts
-        joining = fleet.joining
-        return World(
-            membership=self.membership,
-            sequences=self._host.unfinished(),
-            maskable=all(view.maskable for view in fleet.views.values()),
-            recent_recoveries=attempts.recent(now, self.coordinator.active),
-            recent_restarts=attempts.recent_restarts(now),
-            home=fleet.roles(self.home),
-            gone=tuple(fleet.gone),
-            ready=tuple(view.rank for view in joining),
-            tables={view.rank: view.table for view in (*joining, *fleet.switching)},
-            launching=tuple(fleet.launching),
-            awaited=self._awaited(),
-            relaunchable=tuple(fleet.relaunchable),
-            held=self.coordinator.held,
-            loaded=self.loads.loaded,
-            loading=self.loads.loading,
-            refusing=self.loads.refusing(now),
-            domain_failures=attempts.domain_failures,
-            trials=self._host.trials,
-            can_load=attempts.can_load(now),
-            home_placement=fleet.home,
-            switched=dict(fleet.switched),
-            switch=self._switch,
-        )
-
-    def _awaited(self) -> frozenset[RankId]:
-        """Expert ranks of the start that are being started anew for the change under way."""
-        if not self.coordinator.active:
-            return frozenset()
-        started = {*self.coordinator.record.restarted} & {*self.fleet.launching}
-        return frozenset(started & {*self.home.experts})
+        return self._outlook.world(self.membership, self._host, self._switch, now)
 
     def _enter(self, state: State) -> None:
         assert not isinstance(self.state, FailedState), "a failed instance stays so"

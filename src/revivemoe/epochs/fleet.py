@@ -2,39 +2,16 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 
-from revivemoe.epochs import rank_life as life
-from revivemoe.epochs.obligations import Obligation, Obligations
+from revivemoe.epochs.lives import LAUNCH, Lives
 from revivemoe.epochs.ports import Cluster
-from revivemoe.epochs.rank_life import (
-    AT_DEADLINE,
-    WAITS_FOR,
-    Condemned,
-    Event,
-    Gone,
-    Leaving,
-    Queued,
-    Ready,
-    Switching,
-    deadline,
-    later,
-    transition,
-)
+from revivemoe.epochs.rank_life import Condemned, Ready, Switching
 from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import Epoch, Incarnation, RankId
 from revivemoe.membership.placement import EMPTY, ExpertPlacement
 from revivemoe.membership.topology import Topology, switched
-from revivemoe.messages.commands import Command, DomainSpec, Stop, Wake
-from revivemoe.messages.events import (
-    Accused,
-    FoundSlow,
-    Launched,
-    LifeChanged,
-    RoleSwitched,
-    Tell,
-    Unkillable,
-)
+from revivemoe.messages.commands import Command, DomainSpec, Wake
+from revivemoe.messages.events import Accused, FoundSlow, RoleSwitched, Tell
 from revivemoe.messages.reports import Heartbeat, RankStats, Report
 from revivemoe.recovery.detector import Detector
 from revivemoe.recovery.faults import Fault
@@ -46,8 +23,6 @@ log = logging.getLogger("revivemoe.epochs.fleet")
 
 BAD_DEVICE = ("device_fault", "non_finite", "slow", "isolate")
 """Kinds of fault after which a new process is started there only if nothing else helps."""
-LAUNCH = "launch"
-"""An obligation: a new process as soon as the present one is gone."""
 
 
 class Fleet:
@@ -65,67 +40,21 @@ class Fleet:
         self.views = {rank: RankView(rank, device) for rank, device in devices.items()}
         self.detector = Detector(policy)
         self.slowness = Slowness(policy)
-        self.obligations = Obligations()
+        self.lives = Lives(cluster, self.views, policy, tell)
+        self.lives.on_launch = self._renew
         self.home = home
         self.switched: dict[RankId, RankId | None] = {}
         """Processes that have become expert ranks, or are about to, and whose place they take."""
         self.wakes = 0
         """Counts the times that ranks were told of work."""
-        self.on_late: Callable[[Fault, float], None] = lambda fault, now: None
-        """A process has missed a deadline of its life: it is to be accused."""
         self.on_launch: Callable[[RankId], None] = lambda rank: None
         """A new process of a rank is asked for."""
-        self.on_unkillable: Callable[[float], None] = lambda now: None
-        """Nobody waits any longer for a process to be gone: plans may depend on it."""
-        self._closed = False
-        """Nothing is launched any more."""
-        self._cluster, self._policy, self._tell = cluster, policy, tell
+        self._cluster, self._tell = cluster, tell
 
     # ---- processes ---------------------------------------------------------------------------
 
-    def launch(self, rank: RankId, now: float) -> None:
-        """Start a (new) process for a rank, with the experts it had at the start."""
-        view = self.views[rank]
-        if self._closed:
-            return
-        self.obligations.met(LAUNCH, rank)
-        spawning = self._move(view, life.Spawn(now + self._policy.spawn_timeout_s), now)
-        assert spawning, f"two processes of rank {rank}: {view.life}"
-        incarnation = view.renew()
-        view.table = self.home.slots.get(rank, ())
-        self.switched.pop(rank, None)
-        self.slowness.forget(rank)
-        self.detector.launched(rank, incarnation, now)
-        self.on_launch(rank)
-        self._cluster.launch(rank, incarnation, view.table)
-        if incarnation > 1:
-            self._tell(Launched(rank, incarnation))
-
-    def queue(self, rank: RankId, at: float, now: float) -> None:
-        """Start a new process for a rank without one, later."""
-        self._move(self.views[rank], life.Queue(at), now)
-
-    def replace(self, rank: RankId, now: float, delay_s: float = 0.0) -> None:
-        """Start a new process for a rank that is out, once the present one is gone. `delay_s`:
-        not before, if it is gone already.
-        """
-        view = self.views[rank]
-        assert view.dead, f"rank {rank} is replaced, and not out: {view.life}"
-        here = not isinstance(view.life, Gone | Queued)
-        if not here and not delay_s:
-            self.launch(rank, now)
-            return
-        patience_s = self._policy.corpse_timeout_s + delay_s
-        then = "no new process is started, and the plan is made without one"
-        lapse = partial(self._give_up_waiting, rank)
-        self.obligations.owe(Obligation(LAUNCH, rank, now, now + patience_s, then, lapse))
-        if here:
-            self._doom(view, now)
-        else:
-            self._move(view, life.Queue(now + delay_s), now)
-
     def condemn(self, fault: Fault, now: float) -> None:
-        """The rank is out. Whoever calls sees to its process."""
+        """The rank is out, and its process is killed."""
         view = self.views[fault.rank]
         told = (fault.rank, fault.kind, fault.level, fault.detail, fault.detect_s)
         self._tell(Accused(*told))
@@ -134,117 +63,24 @@ class Fleet:
         self.end(view, now)
 
     def end(self, view: RankView, now: float) -> None:
-        """It is out, and told nothing any more: it is killed."""
-        if not isinstance(view.life, Condemned):
-            self._doom(view, now)
+        """It is out without a fault of its own, and told nothing any more."""
+        self.lives.end(view, now)
         self.slowness.forget(view.rank)
-
-    def dismiss(self, view: RankView, now: float) -> None:
-        """It has been told to stop: its exit is no fault."""
-        self._move(view, self._dismissed(now), now)
-
-    def _dismissed(self, now: float) -> life.Dismissed:
-        return life.Dismissed(now + self._policy.leave_timeout_s)
-
-    def _doom(self, view: RankView, now: float, late: bool = False) -> None:
-        """Condemned, for the first time or once more; and killed, if it is there by now."""
-        if self._move(view, life.Accused(now + self._policy.corpse_timeout_s, late), now):
-            self._cluster.kill(view.rank)
-
-    def _give_up_waiting(self, rank: RankId, now: float) -> None:
-        """A process that does not die cannot be replaced: its memory may still be written to."""
-        self._doom(self.views[rank], now, late=True)
-        self._tell(Unkillable(rank, self.views[rank].pid))
-        self.on_unkillable(now)
-
-    # ---- what becomes of them ----------------------------------------------------------------
-
-    def on_arrived(self, rank: RankId, incarnation: Incarnation, pid: int, now: float) -> None:
-        """The process has come into being: for one that is condemned, that is the end."""
-        view = self.views[rank]
-        if incarnation != view.incarnation:
-            return
-        view.pid = pid
-        self._move(view, life.Arrived(now + self._policy.spawn_timeout_s), now)
-        if isinstance(view.life, Condemned):
-            self._cluster.kill(rank)
-
-    def on_hello(self, view: RankView, pid: int, host: str, now: float) -> None:
-        """Its first words."""
-        view.pid, view.host = pid, host
-        self._move(view, life.Spoke(now + self._policy.restart_timeout_s), now)
-
-    def on_ready(self, view: RankView, now: float) -> None:
-        """It has loaded."""
-        self._move(view, life.Loaded(now + self._policy.join_timeout_s), now)
-
-    def on_exit(self, view: RankView, now: float) -> None:
-        """Its process is gone. If another one is owed, it is started."""
-        self._move(view, life.Exited(), now)
-        if self.obligations.met(LAUNCH, view.rank):
-            self.launch(view.rank, now)
-
-    def close(self, now: float, in_good_order: bool = False) -> None:
-        """The end: nothing is launched any more, and what is left is killed. `in_good_order`: only
-        what cannot be told to stop, for the rest has been.
-        """
-        self._closed = True
-        for view in self.views.values():
-            self.obligations.met(LAUNCH, view.rank)
-            told = in_good_order and self._move(view, self._dismissed(now), now)
-            if not told and not (in_good_order and isinstance(view.life, Leaving)):
-                self.end(view, now)
-
-    def call_off(self, view: RankView, now: float) -> None:
-        """An operator takes out a rank that is on its way back."""
-        self.obligations.met(LAUNCH, view.rank)
-        if not self._move(view, self._dismissed(now), now):
-            self.end(view, now)
-        elif isinstance(view.life, Leaving):
-            self._cluster.send(view.rank, Stop())
-
-    def drain(self, view: RankView, on: bool, now: float) -> None:
-        """Nothing new goes there; or, not `on`, again."""
-        self._move(view, life.Drain(on), now)
-
-    def _move(self, view: RankView, event: Event, now: float) -> bool:
-        """Let the event happen to the rank's life. False if it is refused."""
-        after = transition(view.life, event, now)
-        if after is None:
-            return False
-        was, name, until = type(view.life).__name__, type(after).__name__, deadline(after)
-        self.obligations.met(was, view.rank)
-        view.life = after
-        if until is not None:
-            lapse = partial(self._lapsed, view)
-            owed = Obligation(name, view.rank, after.since, until, AT_DEADLINE[name], lapse)
-            self.obligations.owe(owed)
-        if name != was:
-            due_s = None if until is None else until - now
-            told = (was.lower(), name.lower(), WAITS_FOR[name], due_s)
-            self._tell(LifeChanged(view.rank, view.incarnation, *told))
-        return True
-
-    def _lapsed(self, view: RankView, now: float) -> None:
-        """The deadline of its state has passed."""
-        match view.life:
-            case Queued():
-                self.launch(view.rank, now)
-            case Leaving():
-                self._doom(view, now)
-            case Condemned():
-                self._doom(view, now, late=True)
-            case _:
-                since = now - view.life.since
-                detail = f"waited for {since:.0f} s for {WAITS_FOR[type(view.life).__name__]}"
-                self.on_late(Fault(view.rank, "start_timeout", detail), now)
 
     def postpone(self, seconds: float) -> None:
         """The host itself stood still for so long: nobody else is late by that."""
         self.detector.postpone(seconds)
-        self.obligations.postpone(seconds)
-        for view in self.views.values():
-            view.life = later(view.life, seconds)
+        self.lives.postpone(seconds)
+
+    def _renew(self, view: RankView, now: float) -> None:
+        """A new process is on its way, with the experts and the role of the start. What was known
+        of the last one is over.
+        """
+        view.table = self.home.slots.get(view.rank, ())
+        self.switched.pop(view.rank, None)
+        self.slowness.forget(view.rank)
+        self.detector.launched(view.rank, view.incarnation, now)
+        self.on_launch(view.rank)
 
     def send(self, rank: RankId, command: Command) -> None:
         self._cluster.send(rank, command)
@@ -303,9 +139,7 @@ class Fleet:
         no member in its old role any more. `aside`: it says when it is ready for the new one.
         """
         view = self.views[switch.rank]
-        patience_s = self._policy.restart_timeout_s if aside else self._policy.join_timeout_s
-        switches = self._move(view, life.Switch(now + patience_s, aside), now)
-        assert switches, f"rank {switch.rank} switches its role: {view.life}"
+        self.lives.switch(view, aside, now)
         self.switched[switch.rank] = switch.replaces
         view.table, view.stats = switch.table, RankStats()
         self._tell(RoleSwitched(switch.rank, switch.replaces, aside))
@@ -326,8 +160,7 @@ class Fleet:
     def enter_epoch(self, epoch: Epoch, members: Iterable[RankId], now: float) -> None:
         """The present processes of these ranks are members from now on."""
         for rank in members:
-            taken = self._move(self.views[rank], life.TakenIn(epoch), now)
-            assert taken, f"rank {rank} is no member: {self.views[rank].life}"
+            self.lives.take_in(self.views[rank], epoch, now)
 
     def replaceable(self, view: RankView) -> bool:
         """Whether its process is gone, or may still be expected to go."""
@@ -346,7 +179,7 @@ class Fleet:
     @property
     def launching(self) -> list[RankId]:
         """With a new process under way."""
-        owed = self.obligations.owed
+        owed = self.lives.obligations.owed
         return [v.rank for v in self.views.values() if v.loading or owed(LAUNCH, v.rank)]
 
     @property

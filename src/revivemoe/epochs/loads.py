@@ -13,6 +13,7 @@ from revivemoe.messages.commands import Command, LoadExperts, SlotLoad
 from revivemoe.messages.events import LoadedBeside, Tell
 from revivemoe.messages.reports import ExpertsLoaded
 from revivemoe.recovery.plan import Continue
+from revivemoe.recovery.policy import Policy
 from revivemoe.recovery.repair import assign_reloads, assign_replicas
 
 log = logging.getLogger("revivemoe.epochs")
@@ -20,10 +21,6 @@ log = logging.getLogger("revivemoe.epochs")
 
 LOAD = "load"
 """An obligation: experts loaded beside the steps."""
-
-
-REFUSES_S = 60.0
-"""For so long a rank that could not load is not asked again."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,11 @@ class Loads:
         self,
         send: Callable[[RankId, Command], None],
         obligations: Obligations,
-        timeout_s: float,
+        policy: Policy,
         tell: Tell,
     ) -> None:
-        """`timeout_s`: for a load to be answered."""
         self._send, self._tell = send, tell
-        self._obligations, self._timeout_s = obligations, timeout_s
+        self._obligations, self._policy = obligations, policy
         self._under_way: dict[int, Loading] = {}
         self._refused: dict[RankId, float] = {}
         """Whose process could not load, or does not answer, since when: not asked again soon."""
@@ -85,19 +81,21 @@ class Loads:
 
     def refusing(self, now: float) -> frozenset[RankId]:
         """Ranks that are not to be asked for loads now."""
-        return frozenset(r for r, at in self._refused.items() if now < at + REFUSES_S)
+        since = now - self._policy.repeat_window_s
+        return frozenset(rank for rank, at in self._refused.items() if at > since)
 
     def _owe(self, request: int, rank: RankId, now: float) -> None:
-        then = f"rank {rank} is not asked again, and others may be"
+        then = f"rank {rank} is not asked for a while, and others may be"
         lapse = partial(self._give_up, request)
-        due = now + self._timeout_s
+        due = now + self._policy.reload_timeout_s
         self._obligations.owe(Obligation(LOAD, request, now, due, then, lapse))
 
     def _give_up(self, request: int, now: float) -> None:
         """A load was never answered: its slots hold nobody knows what, and no map names them."""
         loading = self._under_way[request]
-        error = f"no answer within {self._timeout_s:.0f} s"
-        unanswered = (loading.rank, Incarnation(0), request, self._timeout_s, 0)
+        patience_s = self._policy.reload_timeout_s
+        error = f"no answer within {patience_s:.0f} s"
+        unanswered = (loading.rank, Incarnation(0), request, patience_s, 0)
         self.on_loaded(ExpertsLoaded(*unanswered, error=error), now)
 
     def restore(self, present: Membership, now: float) -> None:

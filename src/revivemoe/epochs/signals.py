@@ -59,8 +59,8 @@ class Signals:
     def _judge(self, now: float) -> bool:
         if isinstance(self._epochs.state, Recovering) and not self._epochs.coordinator.active:
             self._epochs.redo("internal", now)  # an exception has left it without a stage
-        for _ in range(len(self._fleet.obligations)):
-            if not self._fleet.obligations.see_to_one(now):
+        for _ in range(len(self._fleet.lives.obligations)):
+            if not self._fleet.lives.obligations.see_to_one(now):
                 break
             if isinstance(self._epochs.state, FailedState):
                 return False
@@ -123,7 +123,7 @@ class Signals:
         view = self._fleet.views[report.rank]
         match report:
             case reports.Hello():
-                self._fleet.on_hello(view, report.pid, report.host, now)
+                self._fleet.lives.on_hello(view, report.pid, report.host, now)
             case reports.Ready():
                 self._on_ready(report, now)
             case reports.Heartbeat():
@@ -158,7 +158,7 @@ class Signals:
         view = self._fleet.views[rank]
         starting = isinstance(self._epochs.state, Starting)
         if view.dead or self._epochs.over or starting:
-            self._fleet.on_exit(view, now)
+            self._fleet.lives.on_exit(view, now)
             if starting and not self._epochs.stopping:
                 self._start_up.exit_of(view, fault, now)
                 self._look_at_start(now)
@@ -167,7 +167,7 @@ class Signals:
                 said = view.last_words or detail
                 fault = replace(fault, detail=said, signature="process_exit")
             self._epochs.accuse([fault], now)  # first, for what it was when it went matters
-            self._fleet.on_exit(view, now)
+            self._fleet.lives.on_exit(view, now)
 
     def on_forkserver_gone(self) -> None:
         """Its ranks live on. Only ranks that are still to start need it."""
@@ -181,7 +181,7 @@ class Signals:
             ready.rank, ready.device, ready.kv_blocks_total, ready.load_s,
         )  # fmt: skip
         view = self._fleet.views[ready.rank]
-        self._fleet.on_ready(view, now)
+        self._fleet.lives.on_ready(view, now)
         view.maskable = ready.maskable
         view.stats = reports.RankStats(kv_blocks_total=ready.kv_blocks_total)
         if ready.load_sources:

@@ -28,7 +28,7 @@ class StartUp:
         assert self._deadline == float("inf"), "started twice"
         self._deadline = now + self._timeout_s
         for rank in sorted(self._unmet):
-            self._fleet.launch(rank, now)
+            self._fleet.lives.launch(rank, now)
 
     @property
     def loaded(self) -> bool:

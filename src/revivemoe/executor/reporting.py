@@ -33,9 +33,12 @@ class ReportSocket:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._socket.close()
+        with self._lock:
+            self._socket.close()
         self._context.term()
 
     def send(self, report: Report) -> None:
+        """Once it is closed nothing is sent: a thread may end a little later than the rank."""
         with self._lock:
-            self._socket.send(self._encoder.encode(report))
+            if not self._socket.closed:
+                self._socket.send(self._encoder.encode(report))

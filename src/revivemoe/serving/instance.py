@@ -67,7 +67,7 @@ class Instance:
                 lambda rank, inc, how, alone: self._intake.exited(
                     rank, inc, how, alone, time.monotonic()
                 ),
-                lambda: self._intake.forkserver_gone(),
+                lambda: self._intake.forkserver_gone(time.monotonic()),
             ),
             host_cache_spec(config, info) if config.expert_host_cache else None,
             config.num_microbatches or 1,

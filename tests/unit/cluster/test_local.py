@@ -29,13 +29,12 @@ def spec_for(rank: RankId, incarnation: Incarnation, slots: object) -> RankSpec:
 
 
 class Host:
-    """Takes reports; what it is told of processes, it fails at."""
+    """Takes what it is told."""
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
         self.exits: list[tuple[object, ...]] = []
         self.calls: list[str] = []
-        self.fails_at: Callable[[Report], bool] = lambda report: False
         self.cluster = LocalCluster(
             spec_for,
             None,
@@ -45,20 +44,15 @@ class Host:
 
     def on_report(self, report: Report) -> None:
         self.reports.append(report)
-        if self.fails_at(report):
-            raise RuntimeError("an error of the engine's")
 
     def on_arrived(self, *told: object) -> None:
         self.calls.append("arrived")
-        raise RuntimeError("an error of the engine's")
 
     def on_exit(self, *told: object) -> None:
         self.exits.append(told)
-        raise RuntimeError("an error of the engine's")
 
     def on_forkserver_gone(self) -> None:
         self.calls.append("gone")
-        raise RuntimeError("an error of the engine's")
 
 
 Scene = Callable[[Host, "zmq.Socket[bytes]"], Coroutine[None, None, None]]
@@ -93,27 +87,7 @@ def test_garbage_is_dropped_and_what_is_behind_it_is_taken(
     assert line.message.startswith("messages of ranks that cannot be decoded: 1, the last: ")
 
 
-def test_one_drain_takes_all_though_the_engine_fails_at_some(
-    played: PlayedForkServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def scene(host: Host, rank: "zmq.Socket[bytes]") -> None:
-        asyncio.get_running_loop().remove_reader(host.cluster._inbox_fd)
-        host.fails_at = lambda report: report != hello(9)
-        for k in range(10):
-            rank.send(msgspec.msgpack.encode(hello(k)))
-        await until(lambda: host.cluster.drain() or host.reports)
-        await asyncio.sleep(0.05)
-        host.cluster.drain()
-
-    host = play(scene)
-    assert host.reports == [hello(k) for k in range(10)]
-    assert host.cluster.garbled == 0
-    (line,) = [r for r in caplog.records if "exceptions of the engine" in r.message]
-    assert line.levelno == logging.ERROR
-    assert line.exc_info is not None
-
-
-def test_an_engine_that_fails_at_one_thing_is_told_the_next(played: PlayedForkServer) -> None:
+def test_every_launch_is_told_of_until_its_exit(played: PlayedForkServer) -> None:
     async def scene(host: Host, rank: "zmq.Socket[bytes]") -> None:
         cluster = host.cluster
         for incarnation in (1, 2, 3):

@@ -270,6 +270,24 @@ def test_a_fork_server_that_does_not_answer_is_replaced(
     play(played, scene)
 
 
+def test_a_fork_server_that_does_not_get_warm_is_replaced_and_a_warm_one_is_not(
+    played: PlayedForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WARM_WITHIN_S", 0.1)
+
+    async def scene(host: Host, played: PlayedForkServer) -> None:
+        host.launch()
+        await until(lambda: host.exits)
+        assert host.told == [GONE, ("exit", KEY, LOST, False)]
+        host.launch(OTHER)
+        played.warm()
+        await asyncio.to_thread(played.receive)
+        await asyncio.sleep(0.3)
+        assert host.told.count(GONE) == 1, "neither by its own clock nor by that of the last one"
+
+    play(played, scene)
+
+
 # ---- how they end -----------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Processes that come late, go late, or not at all; and what repeats."""
 
+import pytest
 from unit.control_plane import Instance
 from unit.engine.test_engine_recovery import assert_whole, loaded, members, serving
 
@@ -163,3 +164,31 @@ def test_nothing_is_launched_by_the_end() -> None:
     instance.engine.on_exit(RankId(2), Incarnation(1), "killed", instance.now)
     instance.wait(30)
     assert not instance.named("launch")
+
+
+def test_nobody_is_taken_out_before_the_first_epoch() -> None:
+    instance = Instance(4, 24)
+    instance.engine.start(instance.now)
+    with pytest.raises(ValueError, match="starting"):
+        Operations(instance.engine).apply("isolate", {"id": 1}, "r", instance.now)
+    instance.deliver()
+    assert isinstance(instance.engine.state, Serving)
+
+
+def test_a_joiner_that_the_change_under_way_counts_on_can_be_taken_out() -> None:
+    """It left in good order once, under a change that went on to take it in."""
+    instance = serving(redundant=24, auto_rejoin=True)
+    sinks = loaded(instance, 30)
+    instance.step(2)
+    instance.die(1)
+    instance.cluster.hold_resumed = True
+    instance.wait(3)
+    assert isinstance(instance.engine.state, Recovering)
+    instance.cluster.hold_resumed = False
+    Operations(instance.engine).apply("isolate", {"id": 1}, "r", instance.now)
+    instance.deliver()
+    instance.wait(1)
+    assert isinstance(instance.engine.state, Serving)
+    assert members(instance) == (0, 2, 3)
+    instance.step(40)
+    assert_whole(sinks, 30)

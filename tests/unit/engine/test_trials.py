@@ -88,7 +88,7 @@ def test_a_suspect_gets_its_turn_under_saturation() -> None:
         instance.wait(0.05)
     assert suspect.token_ids() == answer((1, 2), 4)
     assert all(sink.failure is None for sink in later)
-    assert not list(instance.engine.epochs.fleet.obligations)
+    assert not list(instance.engine.epochs.fleet.lives.obligations)
 
 
 def test_a_suspect_that_runs_for_long_without_harm_is_cleared() -> None:

@@ -45,3 +45,11 @@ def receive(inbox: "zmq.Socket[bytes]", count: int) -> Iterator[Report]:
     for _ in range(count):
         assert inbox.poll(5000)
         yield decoder.decode(inbox.recv())
+
+
+def test_a_thread_that_ends_a_little_later_than_the_socket_says_nothing() -> None:
+    """A heartbeat into a closed socket ended a clean stop with an exit status once."""
+    socket = ReportSocket(f"ipc://@test-{secrets.token_hex(4)}")
+    with socket:
+        pass
+    socket.send(Heartbeat(*ME, 0, RankStats()))
