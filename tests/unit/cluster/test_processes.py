@@ -288,6 +288,22 @@ def test_a_fork_server_that_does_not_get_warm_is_replaced_and_a_warm_one_is_not(
     play(played, scene)
 
 
+def test_the_clock_of_a_fork_server_that_has_gone_is_not_that_of_the_next(
+    played: PlayedForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WARM_WITHIN_S", 0.4)
+
+    async def scene(host: Host, played: PlayedForkServer) -> None:
+        await asyncio.sleep(0.3)
+        played.die()
+        await until(lambda: host.told == [GONE])
+        host.launch()
+        await asyncio.sleep(0.25)
+        assert host.told == [GONE]
+
+    play(played, scene)
+
+
 # ---- how they end -----------------------------------------------------------------------------
 
 

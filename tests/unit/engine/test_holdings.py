@@ -8,7 +8,7 @@ from unit.control_plane import Instance, Sink, answer
 
 from revivemoe.engine.holdings import ANSWER_S, DIFFERS_S, MAX_QUESTIONS, Holdings
 from revivemoe.ids import Incarnation, RankId, SeqId
-from revivemoe.messages.commands import Abort, Add, Command, Fence, TellHoldings
+from revivemoe.messages.commands import Abort, Add, Command, Fence, TellHoldings, Wake
 from revivemoe.messages.reports import Heartbeat, RankStats, Tokens
 from revivemoe.messages.reports import Holdings as Told
 from revivemoe.messages.tally import Tally
@@ -241,3 +241,20 @@ def test_an_answer_of_an_epoch_that_is_over_is_dropped() -> None:
     told = Told(fake.rank, fake.incarnation, question.request, {})
     instance.engine.on_report(told, instance.now)
     assert len(instance.cluster.commands(Add)) == added
+
+
+def test_whoever_is_given_a_sequence_again_is_woken() -> None:
+    """It may have parked: its other sequences ended with the step whose tokens were lost."""
+    instance = Instance(2, redundant=8).start()
+    sink = instance.submit((1, 2), max_tokens=6)
+    (rank,) = (r for r, fake in instance.cluster.ranks.items() if fake.live)
+    instance.cluster.ranks[rank].run_step()
+    instance.cluster.reports.clear()
+    instance.cluster.ranks[rank].run_step()
+    instance.cluster.sent.clear()
+    instance.deliver()
+    kinds = [type(command) for _, command in instance.cluster.sent]
+    assert Add in kinds
+    assert Wake in kinds[kinds.index(Add) :]
+    instance.step(8)
+    assert sink.token_ids() == answer((1, 2), 6)

@@ -192,3 +192,39 @@ def test_a_joiner_that_the_change_under_way_counts_on_can_be_taken_out() -> None
     assert members(instance) == (0, 2, 3)
     instance.step(40)
     assert_whole(sinks, 30)
+
+
+def test_a_recovery_that_the_end_comes_into_launches_nothing_later() -> None:
+    instance = serving(redundant=0, auto_rejoin=False)
+    instance.cluster.ranks[RankId(2)].stubborn = True
+    instance.die(1)
+    assert isinstance(instance.engine.state, Recovering), "one has not answered the fence"
+    instance.engine.stop()
+    instance.wait(60)
+    assert not instance.named("launch")
+
+
+def test_one_code_taken_back_leaves_what_another_says() -> None:
+    instance = serving(redundant=24, auto_rejoin=True)
+    for code in ("xid79", "xid48"):
+        report = DeviceReport(RankId(1), 6, code, "broken", "test")
+        instance.engine.on_health(report, instance.now)
+        instance.deliver()
+    instance.engine.on_exit(RankId(1), Incarnation(1), "killed", instance.now)
+    instance.engine.on_health(DeviceReport(RankId(1), 0, "xid79", "", "test"), instance.now)
+    instance.wait(60)
+    assert members(instance) == (0, 2, 3)
+    instance.engine.on_health(DeviceReport(RankId(1), 0, "xid48", "", "test"), instance.now)
+    instance.wait(10)
+    assert members(instance) == (0, 1, 2, 3)
+
+
+def test_a_rank_that_dies_while_its_device_drains_it_is_not_started_there() -> None:
+    instance = serving(redundant=24, auto_rejoin=True)
+    loaded(instance, 40)
+    instance.step(2)
+    instance.engine.on_health(DeviceReport(RankId(1), 4, "ecc", "errors", "test"), instance.now)
+    instance.die(1)
+    instance.wait(60)
+    assert members(instance) == (0, 2, 3)
+    assert not instance.named("launch")

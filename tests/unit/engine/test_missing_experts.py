@@ -103,3 +103,35 @@ def test_a_slot_that_was_given_to_a_later_load_is_no_refusal() -> None:
     request = next(k for k, load in loads._under_way.items() if load.rank == rank)
     loads.on_loaded(ExpertsLoaded(*me, request, 0.0, 0, "taken", True), instance.now)
     assert rank not in loads.refusing(instance.now)
+
+
+def test_what_failed_once_is_tried_again_in_the_same_epoch() -> None:
+    instance = masking()
+    instance.die(1)
+    epoch = instance.engine.membership.epoch
+    instance.wait(1)
+    asked = [(r, c) for r, c in instance.cluster.sent if isinstance(c, LoadExperts)]
+    instance.cluster.sent.clear()
+    for rank, command in asked:
+        me = (rank, instance.engine.ranks[rank].incarnation)
+        failed = ExpertsLoaded(*me, command.request, 1.0, 0, "EIO")
+        instance.engine.on_report(failed, instance.now)
+    assert instance.engine.membership.epoch == epoch
+    instance.wait(Policy().repeat_window_s + 1)
+    settle(instance)
+    assert missing(instance) == 0
+
+
+def test_nothing_but_missing_experts_is_loaded_while_there_are_any() -> None:
+    """With two ranks lost some experts are missing, and others have fewer replicas than before."""
+    instance = masking(redundant=4)
+    instance.die(1)
+    settle(instance, 3)
+    instance.die(2)
+    lost = set(instance.engine.membership.missing)
+    assert lost
+    instance.wait(1)
+    commands = [c for _, c in instance.cluster.sent if isinstance(c, LoadExperts)]
+    wanted = {(load.layer, load.expert) for command in commands for load in command.loads}
+    assert wanted
+    assert wanted <= lost

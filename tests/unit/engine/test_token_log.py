@@ -267,3 +267,12 @@ def test_prompt_logprobs_are_given_once_complete():
     assert gap.value.expected == 3
     assert log.append_prompt_logprobs(2, entries(2, 3, 4)) == tuple(entries(1, 2, 3, 4))
     assert log.append_prompt_logprobs(2, entries(2, 3, 4)) is None
+
+
+def test_no_token_comes_before_the_prompt_is_scored() -> None:
+    """What was lost with a report is missed at the next token, not at the end of the stream."""
+    log = make_log(prompt_logprobs=1)
+    with pytest.raises(TokenGap):
+        log.append(0, 7)
+    log.append_prompt_logprobs(1, [LOGPROBS] * 2)
+    assert log.append(0, 7) is not None

@@ -2,7 +2,9 @@
 
 from unit.control_plane import Instance, Sink, answer
 
-from revivemoe.ids import RankId
+from revivemoe.engine.requests import LiveRequest
+from revivemoe.engine.suspects import Victim
+from revivemoe.ids import RankId, SeqId
 from revivemoe.recovery.policy import Policy
 
 
@@ -157,3 +159,35 @@ def test_new_requests_get_ranks_while_many_suspects_are_tried() -> None:
     new = instance.submit((5, 5), max_tokens=4, request_id="new")
     instance.step(4)
     assert new.token_ids() == answer((5, 5), 4)
+
+
+def test_a_death_before_a_request_could_run_does_not_count() -> None:
+    """All ranks killed one after another, in one recovery: what was moved on never ran there."""
+    instance = serving()
+    instance.submit((1, 2), max_tokens=20, request_id="moved")
+    instance.cluster.hold_resumed = True
+    for _ in range(3):
+        assert kill_home(instance, "moved")
+    assert not instance.engine.traffic.ledger.suspects
+
+
+def test_with_the_culprit_found_the_others_have_no_strike_left() -> None:
+    instance = serving()
+    for name in ("poison", "innocent"):
+        instance.submit((len(name), 2), max_tokens=60, request_id=name)
+    suspects = instance.engine.traffic.ledger.suspects
+    found = {r.submission.request_id: r for r in requests_of(instance)}
+    both = [Victim(request, proven=False) for request in found.values()]
+    suspects.lost(RankId(0), both, "crash")
+    suspects.convicted(found["poison"])
+    assert not suspects
+    alone = [Victim(found["innocent"], proven=False)]
+    for rank in (1, 2):
+        assert suspects.lost(RankId(rank), alone, f"hang {rank}") is None
+        target = suspects.target(found["innocent"], {RankId(rank + 1): 0}, set(), {SeqId(1)})
+        assert target == rank + 1
+
+
+def requests_of(instance: Instance) -> list[LiveRequest]:
+    sequences = instance.engine.traffic.ledger._sequences.values()
+    return [sequence.request for sequence in sequences]

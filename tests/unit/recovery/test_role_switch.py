@@ -698,3 +698,24 @@ def test_nobody_switches_while_the_expert_rank_itself_is_being_started() -> None
     assert isinstance(plan, Restart)
     assert plan.ranks == ()
     assert "waiting for ranks 3" in plan.reason
+
+
+def test_a_donor_that_was_fenced_before_it_got_to_its_new_role_has_empty_slots() -> None:
+    """It says that it has none; what it was to hold is planned again, as loads."""
+    donor = RankId(1)
+    fenced = world(
+        of_roles(4, (0, 2), (4, 5)),
+        placed({4: TABLES[4], 5: TABLES[5]}),
+        home=switched(HOME, donor, RankId(3)),
+        switched={donor: RankId(3)},
+        ready=(donor,),
+        tables={donor: LOST_WITH_3},
+        held={donor: ()},
+    )
+    plan = go_on(plan_recovery(fenced, [], Policy()))
+    assert plan.membership.missing == ()
+    assert {(x.rank, x.layer, x.expert) for x in plan.reloads} == {
+        (donor, layer, expert)
+        for layer, row in zip(LAYERS, LOST_WITH_3, strict=True)
+        for expert in row
+    }
