@@ -50,16 +50,24 @@ class Attempts:
         within = sum(t >= now - self._policy.window_s for t in self._starts)
         return max(0, within - int(under_way))  # one under way may have begun before the window
 
-    def restarted(self, epoch: Epoch, now: float) -> None:
-        """Ranks are started anew on the way to this epoch: what was in vain before is settled."""
+    def restarted(self, epoch: Epoch, now: float) -> float:
+        """Ranks are started anew on the way to this epoch: what was in vain before is settled.
+
+        Returns how long that is to wait, seconds: the first is at once; those after it, as the ones
+        before have brought nothing, wait ever longer.
+        """
         self._restarts.setdefault(epoch, now)
         self._starts.clear()
         self.domain_failures = 0
+        before = self.recent_restarts(now) - 1
+        assert before >= 0, "a restart that has not been counted"
+        first_s, longest_s = self._policy.rejoin_after_s, self._policy.rejoin_at_most_s
+        return min(longest_s, first_s * 2.0 ** (before - 1)) if before else 0.0
 
-    def recent_restarts(self, now: float, without: Epoch | None = None) -> int:
-        """Restarts in a row that brought no step forward; `without` those for that epoch."""
+    def recent_restarts(self, now: float) -> int:
+        """Restarts in a row that brought no step forward."""
         since = now - self._policy.window_s
-        return sum(at >= since and epoch != without for epoch, at in self._restarts.items())
+        return sum(at >= since for at in self._restarts.values())
 
     def load_failed(self, now: float) -> None:
         """A rank could not load experts before a resume."""

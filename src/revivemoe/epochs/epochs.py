@@ -143,6 +143,7 @@ class Epochs:
         stages have deadlines of their own: whoever is ready waits for that.
         """
         view = self.fleet.views[fault.rank]
+        assert not view.member, f"rank {fault.rank} is a member, and owes nothing"
         if view.ready and self.coordinator.active:
             self.fleet.lives.on_ready(view, now)
         else:
@@ -320,19 +321,12 @@ class Epochs:
         """A new process for a rank, once the present one is gone."""
         now, view = self._clock(), self.fleet.views[rank]
         assert self.coordinator.active, f"rank {rank} is restarted outside of a recovery"
-        delay_s = self._restart_delay_s(now)
-        self.attempts.restarted(self.coordinator.record.epoch, now)
+        delay_s = self.attempts.restarted(self.coordinator.record.epoch, now)
         if not view.dead:
             self.fleet.end(view, now)
             self.loads.forget(rank)
             self._host.lost(rank, None)
         self.fleet.lives.replace(rank, now, delay_s)
-
-    def _restart_delay_s(self, now: float) -> float:
-        """The first restart is at once; those after it, that brought nothing, wait ever longer."""
-        before = self.attempts.recent_restarts(now, self.coordinator.record.epoch)
-        first, longest = self.policy.rejoin_after_s, self.policy.rejoin_at_most_s
-        return min(longest, first * 2.0 ** (before - 1)) if before else 0.0
 
     # ---- what would be done ------------------------------------------------------------------
 

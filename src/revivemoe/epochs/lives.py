@@ -119,6 +119,7 @@ class Lives:
         view = self._views[rank]
         if incarnation != view.incarnation:
             return
+        assert pid > 0, f"process {pid} of rank {rank}"
         view.pid = pid
         self._move(view, life.Arrived(now + self._policy.spawn_timeout_s), now)
         if isinstance(view.life, Condemned):
@@ -193,6 +194,7 @@ class Lives:
 
     def _lapsed(self, view: RankView, now: float) -> None:
         """The deadline of its state has passed."""
+        assert deadline(view.life) is not None, f"rank {view.rank} owes nothing: {view.life}"
         match view.life:
             case Queued():
                 self.launch(view.rank, now)

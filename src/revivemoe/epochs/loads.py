@@ -92,6 +92,7 @@ class Loads:
 
     def _give_up(self, request: int, now: float) -> None:
         """A load was never answered: its slots hold nobody knows what, and no map names them."""
+        assert request in self._under_way, f"load {request} is answered, and still owed"
         loading = self._under_way[request]
         patience_s = self._policy.reload_timeout_s
         error = f"no answer within {patience_s:.0f} s"

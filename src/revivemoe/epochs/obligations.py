@@ -24,6 +24,8 @@ class Obligation:
 
     def __post_init__(self) -> None:
         assert self.due < float("inf"), f"{self.what} of {self.who} is owed for ever"
+        assert self.due >= self.since, f"{self.what} of {self.who} was due before it was owed"
+        assert self.then, f"nobody says what happens without {self.what} of {self.who}"
 
 
 class Obligations:

@@ -57,5 +57,6 @@ class Outlook:
         """Expert ranks of the start that are being started anew for the change under way."""
         if not self.coordinator.active:
             return frozenset()
+        assert self.home.experts, "an instance without expert ranks"
         started = {*self.coordinator.record.restarted} & {*self.fleet.launching}
         return frozenset(started & {*self.home.experts})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from revivemoe.epochs.rank_life import BEFORE_EPOCH, OUT, Gone, Life, Member, Ready
+from revivemoe.epochs.rank_life import BEFORE_EPOCH, OUT, Gone, Life, Member, Ready, Spawning
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.placement import Table
 from revivemoe.messages.reports import RankStats
@@ -61,6 +61,7 @@ class RankView:
 
     def renew(self) -> Incarnation:
         """Turn to a new process."""
+        assert isinstance(self.life, Spawning), f"rank {self.rank} has no new one: {self.life}"
         self.incarnation = Incarnation(self.incarnation + 1)
         self.pid, self.fault, self.slow, self.last_words = None, None, None, ""
         self.stats = RankStats()

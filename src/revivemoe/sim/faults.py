@@ -85,3 +85,16 @@ class FaultSpec:
     """Of a device report."""
     seconds: float = 3.0
     """Of a stall or a pause, or until a zombie goes on."""
+
+    def is_at(self, rank: int, step: int, phase: str, layer: int) -> bool:
+        """Whether it waits for this place. Later steps match too: a step that the rank did not take
+        part in disarms nothing.
+        """
+        when = self.when
+        return (
+            isinstance(when, AtPoint)
+            and self.rank == rank
+            and step >= when.step
+            and phase == when.phase
+            and layer in (when.layer, -1)
+        )

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from revivemoe.sim.run import Result, run_seed
-from revivemoe.sim.strikes import coverage
 
 
 @dataclass
@@ -22,7 +21,7 @@ class Tally:
     def add(self, result: Result) -> None:
         self.seeds += 1
         self.outcomes[result.outcome] += 1
-        self.coverage += coverage(result.struck)
+        self.coverage.update((fault.kind, stage) for fault, stage in result.struck)
         self.steps += result.num_steps
         self.preemptions += result.preemptions
         self.virtual_s += result.virtual_s

@@ -13,7 +13,7 @@ from revivemoe.recovery.faults import DeviceReport
 from revivemoe.sim.answers import POISON
 from revivemoe.sim.clock import Clock
 from revivemoe.sim.cluster import SimCluster
-from revivemoe.sim.faults import POISONS, AtPoint, AtTime, FaultSpec, InStage
+from revivemoe.sim.faults import POISONS, AtTime, FaultSpec, InStage
 from revivemoe.sim.host import EngineHost, stage_of
 from revivemoe.sim.links import Links
 from revivemoe.sim.mishaps import Mishaps
@@ -85,7 +85,7 @@ class Strikes(Mishaps):
     def reach(self, process: Process, phase: str, layer: int, meets: bool) -> float:
         """A step loop is at this place: strike what waits for it. Returns its slowness."""
         for fault in self._waiting:
-            if _is_at(fault, process, phase, layer):
+            if fault.is_at(process.rank, process.step, phase, layer):
                 self._waiting.remove(fault)
                 self._strike(fault)
                 break
@@ -342,20 +342,3 @@ class Strikes(Mishaps):
         request_id = f"{instruction} {self._clock.num_actions}"
         with contextlib.suppress(ValueError):
             self._operations.apply(instruction, params, request_id, self._clock.now)
-
-
-def _is_at(fault: FaultSpec, process: Process, phase: str, layer: int) -> bool:
-    """Later steps match too: a step that the rank did not take part in disarms nothing."""
-    when = fault.when
-    return (
-        isinstance(when, AtPoint)
-        and fault.rank == process.rank
-        and process.step >= when.step
-        and phase == when.phase
-        and layer in (when.layer, -1)
-    )
-
-
-def coverage(struck: Struck) -> Counter[tuple[str, str]]:
-    """(kind, stage) of the faults that struck."""
-    return Counter((fault.kind, stage) for fault, stage in struck)
