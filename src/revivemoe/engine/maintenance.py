@@ -60,6 +60,7 @@ class Maintenance:
             raise ValueError(f"rank {rank} is not out: it is a member")
         self._joins[rank] = request_id
         view.taken_out = False
+        view.device_faults.clear()  # the operator vouches for it, until it is told of anew
         self.returns.asked(rank)
         if view.dead:
             self._fleet.lives.replace(rank, now)

@@ -228,3 +228,22 @@ def test_a_rank_that_dies_while_its_device_drains_it_is_not_started_there() -> N
     instance.wait(60)
     assert members(instance) == (0, 2, 3)
     assert not instance.named("launch")
+
+
+@pytest.mark.parametrize("level", [4, 6])
+def test_an_operators_rejoin_overrules_what_the_device_said_before(level: int) -> None:
+    """A soak: a rank asked back after a device fault was not started again at its next death."""
+    instance = serving(redundant=24, auto_rejoin=True)
+    report = DeviceReport(RankId(1), level, "ecc", "errors", "test")
+    instance.engine.on_health(report, instance.now)
+    instance.deliver()
+    instance.engine.on_exit(RankId(1), Incarnation(1), "killed", instance.now)
+    instance.wait(30)
+    assert members(instance) == (0, 2, 3)
+    Operations(instance.engine).apply("rejoin", {"id": 1}, "mended", instance.now)
+    instance.deliver()
+    instance.wait(1)
+    assert members(instance) == (0, 1, 2, 3)
+    instance.die(1)
+    instance.wait(10)
+    assert members(instance) == (0, 1, 2, 3)
