@@ -1,28 +1,36 @@
-"""Token ids to text, one token at a time, equal to decoding all of them at once.
+"""Token ids to text, one token at a time: what a token adds, in characters and in bytes.
 
-Byte-level tokenizers (Qwen, DeepSeek, GLM, gpt-oss ...) map each token to fixed bytes, so the bytes
-go through an incremental UTF-8 decoder. Every other tokenizer is decoded over a sliding window,
-as in Hugging Face's text-generation-inference.
+Every tokenizer that serves language models spells a token as fixed bytes: byte-level ones by
+GPT-2's alphabet, sentencepiece ones by their pieces and a token for each byte. So a text is the
+bytes of its tokens through an incremental UTF-8 decoder: bounded work per token, and the same text
+however it is cut. What is no UTF-8 reads U+FFFD.
 """
 
 import codecs
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
+
+from revivemoe.streams import Piece
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
 REPLACEMENT = "\ufffd"
-_CONTEXT_TOKENS = 6
-"""Prompt tokens that a window starts with, so that a leading space of the output survives."""
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Decoder(Protocol):
+    """What is used of a `tokenizers` decoder."""
+
+    def decode(self, tokens: list[str]) -> str: ...
 
 
 class Backend(Protocol):
     """What is used of a `tokenizers.Tokenizer`."""
 
-    decoder: object
+    decoder: Decoder | None
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
     def id_to_token(self, id: int) -> str | None: ...
     def get_added_tokens_decoder(self) -> "Mapping[int, AddedToken]": ...
 
@@ -32,122 +40,138 @@ class Tokenizer(Protocol):
 
     @property
     def backend_tokenizer(self) -> Backend: ...
-    @property
-    def chat_template(self) -> object: ...
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def get_chat_template(self) -> str: ...
     def apply_chat_template(
-        self, conversation: list[dict[str, object]], **options: bool
+        self, conversation: list[dict[str, object]], **options: object
     ) -> object: ...
 
 
 class Detokenizer(Protocol):
     """The text of one choice. Never returns part of a character."""
 
-    def push(self, token_id: int) -> str:
-        """Text that this token completes; may be empty."""
+    def push(self, token_id: int) -> Piece:
+        """What this token adds."""
 
     def flush(self) -> str:
         """What is still held back, broken characters replaced by U+FFFD. Once, at the end."""
 
 
 class Vocabulary:
-    """What the detokenizers of one tokenizer share: the bytes of each token, decoded once.
+    """What the detokenizers of one tokenizer share. Ids unknown to the tokenizer have no text."""
 
-    Special tokens and ids unknown to the tokenizer have no text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
                 f"{type(tokenizer).__name__} has no `tokenizers` backend; "
                 "the checkpoint needs a tokenizer.json"
             )
+        added = backend.get_added_tokens_decoder()
+        self.specials: Mapping[int, str] = {i: t.content for i, t in added.items() if t.special}
+        """Text of each special token."""
         self._backend = backend
-        self.skip_special_tokens = skip_special_tokens
-        added = self._backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        byte_level = type(self._backend.decoder).__name__ == "ByteLevel"
-        self._byte_of_char = _byte_of_char() if byte_level else {}
+        self._spelling = _Spelling(backend.decoder)
         self._bytes_of_id: dict[int, bytes] = {}
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> Detokenizer:
         """A fresh detokenizer for output that follows `prompt_ids`."""
-        if self._byte_of_char:
-            return _ByteDetokenizer(self)
-        return _WindowDetokenizer(self, prompt_ids)
+        hidden: Iterable[int] = self.specials if skip_special_tokens else ()
+        at_start = all(i in hidden for i in prompt_ids)
+        return _Pieces(self, frozenset(hidden), at_start)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._backend.decode(list(token_ids), skip_special_tokens=self.skip_special_tokens)
+    def pieces(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> list[Piece]:
+        """Those of a whole text, whose `text`s join to it."""
+        detokenizer = self.detokenizer((), skip_special_tokens)
+        pieces = [detokenizer.push(i) for i in token_ids]
+        if pieces and (rest := detokenizer.flush()):
+            pieces[-1] = Piece(pieces[-1].text + rest, pieces[-1].raw)
+        return pieces
 
-    def skips(self, token_id: int) -> bool:
-        return self.skip_special_tokens and token_id in self._special_ids
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The whole text."""
+        return "".join(piece.text for piece in self.pieces(token_ids, skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Exact bytes of a token, special or not; it may be half a character."""
+        """Exact bytes of a token within a text, special or not; it may be half a character."""
         found = self._bytes_of_id.get(token_id)
         if found is None:
-            found = self._bytes_of_id[token_id] = self._compute_bytes(token_id)
+            token = self.token(token_id)
+            found = b"" if token is None else self._spelling.raw(token)
+            self._bytes_of_id[token_id] = found
         return found
 
+    def first_bytes(self, token_id: int) -> bytes:
+        """Exact bytes of a token that a text begins with: some lose their space there."""
+        token = self.token(token_id)
+        return b"" if token is None else self._spelling.first(token)
+
+    def token(self, token_id: int) -> str | None:
+        """As the tokenizer's files spell it; None if there is none of that id."""
+        return self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+
     def token_text(self, token_id: int) -> str:
-        """A token by itself, for log-probabilities; broken characters are U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", errors="replace")
-
-    def _compute_bytes(self, token_id: int) -> bytes:
-        if not self._byte_of_char:
-            return self._backend.decode([token_id], skip_special_tokens=False).encode()
-        token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
+        """A token by itself. One that is no text reads `bytes:\\xe2\\x82`, as in OpenAI's API."""
+        raw = self.token_bytes(token_id)
         try:
-            return bytes(self._byte_of_char[char] for char in token)
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class _Spelling:
+    """How a tokenizer's tokens stand for bytes, found out by asking its decoder."""
+
+    def __init__(self, decoder: Decoder | None) -> None:
+        self._decode: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
+        self._alphabet = _byte_of_char() if self._decode(["\u0120"]) == " " else {}
+        self._has_bytes = self._decode(["<0x41>"]) == "A"
+        self._anchor = self._decode(["a"])
+        self._strips = self._decode(["\u2581a"]) == "a" and self.raw("\u2581a") == b" a"
+
+    def raw(self, token: str) -> bytes:
+        """Bytes of a token that follows another one."""
+        if (byte := self._byte(token)) is not None:
+            return byte
+        if self._alphabet:
+            return self._by_alphabet(token)
+        return self._decode(["a", token])[len(self._anchor) :].encode()
+
+    def first(self, token: str) -> bytes:
+        """Bytes of a token that a text begins with."""
+        if (byte := self._byte(token)) is not None:
+            return b"" if self._strips and byte == b" " else byte
+        return self._by_alphabet(token) if self._alphabet else self._decode([token]).encode()
+
+    def _byte(self, token: str) -> bytes | None:
+        found = _BYTE.fullmatch(token) if self._has_bytes else None
+        return None if found is None else bytes([int(found[1], 16)])
+
+    def _by_alphabet(self, token: str) -> bytes:
+        try:
+            return bytes(self._alphabet[char] for char in token)
         except KeyError:  # an added token, spelled as it is
-            return bytes(token.encode())
+            return token.encode()
 
 
-class _ByteDetokenizer:
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
+class _Pieces:
+    def __init__(self, vocabulary: Vocabulary, hidden: frozenset[int], at_start: bool) -> None:
+        self._vocabulary, self._hidden, self._at_start = vocabulary, hidden, at_start
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token_id: int) -> str:
-        if self._vocabulary.skips(token_id):
-            return ""
-        return self._utf8.decode(self._vocabulary.token_bytes(token_id))
+    def push(self, token_id: int) -> Piece:
+        if token_id in self._hidden:
+            return Piece("", b"")
+        spell = self._vocabulary.first_bytes if self._at_start else self._vocabulary.token_bytes
+        raw = spell(token_id)
+        if self._at_start and self._vocabulary.token(token_id) is not None:
+            self._at_start = False
+        return Piece(self._utf8.decode(raw), raw)
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
-
-
-class _WindowDetokenizer:
-    """Decodes `ids[start:]` and returns what is new; the window moves when its text is whole."""
-
-    def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> None:
-        self._vocabulary = vocabulary
-        self._window = [i for i in prompt_ids[-_CONTEXT_TOKENS:] if not vocabulary.skips(i)]
-        self._read = len(self._window)
-        """Tokens of the window whose text has been returned."""
-        self._read_text = vocabulary.decode(self._window)
-
-    def push(self, token_id: int) -> str:
-        if self._vocabulary.skips(token_id):
-            return ""
-        self._window.append(token_id)
-        text = self._vocabulary.decode(self._window)
-        if text.endswith(REPLACEMENT) or len(text) <= len(self._read_text):
-            return ""
-        return self._advance(text)
-
-    def flush(self) -> str:
-        return self._advance(self._vocabulary.decode(self._window))
-
-    def _advance(self, text: str) -> str:
-        new_text = text[len(self._read_text) :]
-        self._window = self._window[self._read :]
-        self._read = len(self._window)
-        self._read_text = self._vocabulary.decode(self._window)
-        return new_text
 
 
 def _byte_of_char() -> dict[str, int]:

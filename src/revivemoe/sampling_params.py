@@ -1,6 +1,7 @@
 """What a request asks of the sampler, and when a sequence is finished. Values only."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -28,6 +29,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit), before penalties."""
     max_tokens: int = 16
     min_tokens: int = 0
     """Below this many output tokens, end-of-sequence and stop tokens cannot be drawn."""
@@ -38,6 +41,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Alternatives to report beside each drawn token; None: no log-probabilities."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens (`echo` with `logprobs`)."""
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """For what a request does not say; `SamplingParams` says what each means."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    """None: the endpoint's own."""
 
 
 def finish_reason(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from revivemoe.messages.tokens import TokenLogprobs
-from revivemoe.sampling_params import FinishReason, SamplingParams
+from revivemoe.sampling_params import FinishReason, SamplingDefaults, SamplingParams
 
 Document = dict[str, object]
 """A JSON object."""
@@ -29,16 +29,34 @@ class Submission:
     params: SamplingParams
     """`choice` is filled in per sequence by the engine; `seed` is already set."""
     stop: StopStrings = field(default_factory=StopStrings)
+    skip_special_tokens: bool = True
+    """Special tokens have no text."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to a text."""
+
+    text: str
+    """Empty while a character is not whole, and for a token that is not shown."""
+    raw: bytes
+    """Its own bytes; they may be part of a character. Those of a text's pieces join to the text."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New output of one choice. Token ids stream at commit even while text is held back."""
+    """New output of one choice. Token ids come at commit even while text is held back; with
+    log-probabilities, once it is known what is shown of each.
+    """
 
     index: int
     """prompt index * n + choice."""
     token_ids: tuple[int, ...]
     text: str
+    pieces: tuple[Piece, ...] = ()
+    """One per token id: over a whole choice they join to the text, if log-probabilities were asked
+    for.
+    """
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token id when log-probabilities were asked for."""
     finish_reason: FinishReason | None = None
@@ -88,6 +106,7 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 class EngineUnavailable(Exception):

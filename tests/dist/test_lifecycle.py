@@ -140,6 +140,7 @@ def launched(model_dir: Path, *flags: str, warm: bool = False) -> Iterator[Serve
     folder = Path(tempfile.mkdtemp(prefix="lifecycle-"))
     (folder / "tmp").mkdir()
     command = ["serve", str(model_dir), "--port", "0", "--device", "cpu", "--max-model-len", "512"]
+    command += ["--shutdown-timeout", "2"]
     with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
         start = start_warm if warm else start_cold
         process = start([*command, *flags], str(folder / "tmp"), out.fileno(), err.fileno())

@@ -15,12 +15,15 @@ import httpx
 
 from revivemoe.bench.documents import Status
 
+BRIEF = ("--shutdown-timeout", "2")
+"""Nobody waits for the streams of a measurement that is over."""
+
 
 class ServerProcess:
     """Owns one server and, through it, its ranks. A context manager."""
 
     def __init__(self, model_dir: Path, flags: Sequence[str], start_timeout_s: float = 120.0):
-        self._arguments = ["serve", str(model_dir), "--port", "0", *flags]
+        self._arguments = ["serve", str(model_dir), "--port", "0", *BRIEF, *flags]
         self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.NamedTemporaryFile(prefix="revivemoe-serve-", suffix=".log")  # noqa: SIM115

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from revivemoe.cli.at_once import end_at_once
+
 
 @contextmanager
 def cleaned_up() -> Iterator[None]:
@@ -17,7 +19,7 @@ def cleaned_up() -> Iterator[None]:
     try:
         yield
     finally:
-        _handle(signal.SIG_DFL)
+        end_at_once()
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:

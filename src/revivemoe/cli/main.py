@@ -1,6 +1,6 @@
 """Entry point of `revivemoe`. It imports next to nothing, so that Ctrl-C has a meaning at once."""
 
-import signal
+from revivemoe.cli.at_once import end_at_once
 
 
 def main() -> None:
@@ -9,7 +9,7 @@ def main() -> None:
     Loading libraries takes seconds. Until a command has something to clean up, Ctrl-C ends the
     process as it ends any other; as an exception it would come out of whatever is being imported.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_once()
     from revivemoe.cli.app import run
 
     run()

@@ -1,5 +1,6 @@
 """`revivemoe serve`: its flags."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,6 +89,27 @@ def serve(
         bool, typer.Option("--enable-fault-injection", help="Allow fault_tolerance/inject.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of whatever the server draws itself.")] = 0,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with a Jinja template; default: the checkpoint's.")
+    ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            help="Sampling defaults: auto (the checkpoint's generation_config.json), vllm (none), "
+            "or a directory with such a file."
+        ),
+    ] = "auto",
+    allowed_origins: Annotated[
+        str,
+        typer.Option(help="JSON list of the origins whose web pages may use the API."),
+    ] = '["*"]',
+    timeout_keep_alive: Annotated[
+        float, typer.Option(help="Seconds until an idle connection is closed.")
+    ] = 75.0,
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds for open streams to end after SIGTERM or Ctrl-C; then: error."),
+    ] = 30.0,
 ) -> None:
     """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""
     del enforce_eager
@@ -121,8 +143,36 @@ def serve(
         device_health=device_health,
         policy=policy_of(recovery_policy, max_missing_fraction),
     )
-    status = run(config, Listen(host, port, api_key, admin_api_key))
+    listen = Listen(
+        host=host,
+        port=port,
+        api_key=api_key,
+        admin_api_key=admin_api_key,
+        chat_template=chat_template,
+        generation_config=generation_config,
+        allowed_origins=origins_of(allowed_origins),
+        keep_alive_timeout_s=_seconds("--timeout-keep-alive", timeout_keep_alive, 1.0),
+        shutdown_timeout_s=_seconds("--shutdown-timeout", shutdown_timeout, 0.0),
+    )
+    status = run(config, listen)
     raise typer.Exit(status)
+
+
+def origins_of(given: str) -> tuple[str, ...]:
+    """A JSON list, as vLLM takes it, or one origin. Raises ValueError."""
+    try:
+        found = json.loads(given)
+    except ValueError:
+        found = given.split(",")
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"--allowed-origins {given!r} is no JSON list of origins")
+    return tuple(one.strip() for one in found)
+
+
+def _seconds(flag: str, value: float, least: float) -> float:
+    if not least <= value <= 86400:
+        raise ValueError(f"{flag} {value:g} is out of range: {least:g} to 86400 seconds")
+    return value
 
 
 def policy_of(path: Path | None, max_missing_fraction: float | None) -> "Policy":

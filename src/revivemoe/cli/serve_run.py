@@ -12,26 +12,32 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
+from revivemoe.cli.at_once import end_at_once
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from revivemoe.serving.instance import Instance
 
 log = logging.getLogger("revivemoe.serve")
 
-SHUTDOWN_TIMEOUT_S = 2.0
-"""For open streams to come to their own end after a signal; then they get an error event."""
-
 
 @dataclass(frozen=True)
 class Listen:
-    """Where the API is, and who may use it."""
+    """Where the API is, who may use it, and how it behaves."""
 
     host: str
     port: int
-    api_key: str | None
-    admin_api_key: str | None
+    api_key: str | None = None
+    admin_api_key: str | None = None
+    chat_template: Path | None = None
+    generation_config: str = "auto"
+    allowed_origins: tuple[str, ...] = ("*",)
+    keep_alive_timeout_s: float = 75.0
+    shutdown_timeout_s: float = 30.0
+    """For open streams to come to their own end after a signal; then they get an error event."""
 
 
 def run(config: EngineConfig, listen: Listen) -> int:
@@ -76,17 +82,33 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
 
 async def _serve(config: EngineConfig, info: CheckpointInfo, listen: Listen) -> int:
+    from revivemoe.checkpoint.generation import sampling_defaults
     from revivemoe.epochs.state import FailedState
+    from revivemoe.server.app import create_app
     from revivemoe.server.run import bind
+    from revivemoe.server.template import read_template
     from revivemoe.serving.instance import Instance
 
     with bind(listen.host, listen.port):  # whether it can be had is known before loading
         pass
     tokenizer = load_tokenizer(info.model_dir)
-    stop = asyncio.Event()
-    with _stop_on_signals(stop):
-        async with Instance(config, info, tokenizer) as instance:
-            await _serve_http(instance, tokenizer, listen, stop)
+    defaults = sampling_defaults(listen.generation_config, info.model_dir)
+    template = None if listen.chat_template is None else read_template(str(listen.chat_template))
+    stop, cut = asyncio.Event(), asyncio.Event()
+    with _stop_on_signals(stop, cut):
+        async with Instance(config, info, tokenizer, defaults) as instance:
+            log.info("sampling defaults (%s): %s", listen.generation_config, defaults)
+            app = create_app(
+                instance,
+                tokenizer,
+                api_key=listen.api_key,
+                admin_api_key=listen.admin_api_key,
+                enable_fault_injection=config.enable_fault_injection,
+                chat_template=template,
+                allowed_origins=listen.allowed_origins,
+                cut=cut,
+            )
+            await _serve_http(instance, app, listen, stop)
             state = instance.engine.state
     if isinstance(state, FailedState) and state.user_error:
         raise ValueError(state.reason)
@@ -94,19 +116,11 @@ async def _serve(config: EngineConfig, info: CheckpointInfo, listen: Listen) -> 
 
 
 async def _serve_http(
-    instance: "Instance", tokenizer: Tokenizer, listen: Listen, stop: asyncio.Event
+    instance: "Instance", app: "FastAPI", listen: Listen, stop: asyncio.Event
 ) -> None:
     """Until `stop` is set, by a signal or because the instance cannot start."""
-    from revivemoe.server.app import create_app
     from revivemoe.server.run import serve_app
 
-    app = create_app(
-        instance,
-        tokenizer,
-        api_key=listen.api_key,
-        admin_api_key=listen.admin_api_key,
-        enable_fault_injection=instance.config.enable_fault_injection,
-    )
     watch = asyncio.create_task(_watch_start(instance, stop))
     try:
         await serve_app(
@@ -115,7 +129,8 @@ async def _serve_http(
             listen.port,
             stop=stop,
             on_started=_say_where,
-            shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+            shutdown_timeout_s=listen.shutdown_timeout_s,
+            keep_alive_timeout_s=listen.keep_alive_timeout_s,
         )
     finally:
         stop.set()
@@ -139,8 +154,9 @@ def _say_where(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for an orderly end; after it they end the process at once.
+def _stop_on_signals(stop: asyncio.Event, cut: asyncio.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for an orderly end, the second time for one without further waiting
+    (`cut`); after it they end the process at once.
 
     Not by the loop's own handlers: it would give SIGINT back to Python, whose exception would
     come out of whatever the interpreter does while it ends.
@@ -148,12 +164,11 @@ def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(stop.set)
+        loop.call_soon_threadsafe(cut.set if stop.is_set() else stop.set)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
     try:
         yield
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        end_at_once()

@@ -341,8 +341,9 @@ class Rank:
         """The engine refuses such sequences beforehand: no order of steps could finish them."""
         max_output = sequence.params.max_tokens
         longest = min(len(sequence.prompt_ids) + max_output, self.limits.max_model_len)
-        # The last token's KV is never needed: nothing is drawn after it.
-        needed = self.limits.blocks_for(longest - 1)
+        # The last token's KV is never needed: nothing is drawn after it. A prompt may be as long as
+        # the context; the one token drawn after it is not fed to the model.
+        needed = self.limits.blocks_for(max(longest - 1, len(sequence.prompt_ids)))
         assert sequence.history, "a sequence needs at least one token to start from"
         assert sequence.finished(self.limits.max_model_len) is None, "finished before it began"
         assert needed <= self.limits.num_blocks, f"{needed} blocks of {self.limits.num_blocks}"

@@ -90,9 +90,10 @@ class Ledger:
             prompt_ids,
             params,
             submission.stop,
-            self._vocabulary.detokenizer(prompt_ids),
+            self._vocabulary.detokenizer(prompt_ids, submission.skip_special_tokens),
             self._max_model_len,
             degraded,
+            self._vocabulary.specials if submission.skip_special_tokens else None,
         )
         seq_id = SeqId(self._next_seq_id)
         self._next_seq_id += 1

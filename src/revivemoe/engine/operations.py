@@ -17,6 +17,8 @@ from revivemoe.recovery.plan import Continue, RecoveryPlan, describe_plan
 from revivemoe.streams import Document
 
 KEPT_IDS = 1000
+RANKS_OF_SCALE_DOWN = ("exclude_dp_ranks", "ranks", "ids")
+"""Names of its one parameter: two of vLLM's versions, and ours."""
 Handler = Callable[[Document, str, float], Document | None]
 
 
@@ -75,10 +77,17 @@ class Operations:
             raise ValueError(f"rank {rank} is not a member of the present epoch: it is out already")
 
     def _scale_down(self, params: Document, request_id: str, now: float) -> None:
-        """vLLM's: go on without these ranks (`ids`, or its own `exclude_dp_ranks`)."""
-        _only(params, "ids", "exclude_dp_ranks")
-        key = "exclude_dp_ranks" if "exclude_dp_ranks" in params else "ids"
-        self._take_out(self._members(params, key), request_id, now)
+        """vLLM's: go on without these ranks; those that are gone already are not to come back."""
+        _only(params, *RANKS_OF_SCALE_DOWN, "timeout")
+        _check_timeout(params)
+        key = next((name for name in RANKS_OF_SCALE_DOWN if name in params), "ids")
+        self._need_serving()
+        ranks = self._ranks(params, key)
+        present = [rank for rank in ranks if self._engine.ranks[rank].member]
+        if present:
+            self._take_out(present, request_id, now)
+        for rank in set(ranks) - set(present):
+            self._engine.maintenance.call_off(rank, now)
 
     def _take_out(self, ranks: list[RankId], request_id: str, now: float) -> None:
         self._need_serving()
@@ -115,6 +124,8 @@ class Operations:
 
     def _retry(self, params: Document, request_id: str, now: float) -> None:
         """vLLM's: the same ranks, a new domain, the interrupted step again."""
+        _only(params, "timeout")
+        _check_timeout(params)
         self._need_serving()
         self._engine.epochs.redo("retry", now, asked=True)
 
@@ -176,11 +187,14 @@ class Operations:
             raise ValueError(f"rank {rank} is not a member of the present epoch")
         return rank
 
-    def _members(self, params: Document, key: str) -> list[RankId]:
+    def _ranks(self, params: Document, key: str) -> list[RankId]:
         ids = params.get(key)
         if not isinstance(ids, list) or not ids:
             raise ValueError(f"{key!r} must be a list of rank ids")
-        return [self._member({key: one}, key) for one in ids]
+        return list(dict.fromkeys(self._rank({key: one}, key) for one in ids))
+
+    def _members(self, params: Document, key: str) -> list[RankId]:
+        return [self._member({key: rank}, key) for rank in self._ranks(params, key)]
 
 
 def _only(params: Document, *known: str) -> None:
@@ -189,6 +203,13 @@ def _only(params: Document, *known: str) -> None:
         raise ValueError(
             f"unknown parameter {unknown[0]!r}: this instruction takes {', '.join(known) or 'none'}"
         )
+
+
+def _check_timeout(params: Document) -> None:
+    """vLLM's, in seconds. It has no effect here: the policy's deadlines hold."""
+    value = params.get("timeout", 1)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError("'timeout' must be a positive number of seconds")
 
 
 def _int(document: Document, key: str) -> int:

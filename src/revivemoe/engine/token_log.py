@@ -4,13 +4,15 @@ It is what makes request traffic idempotent: a token is appended if and only if 
 the length of the log and the log is open. Pure: no I/O, no clock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from revivemoe.detokenizer import Detokenizer
-from revivemoe.engine.stop_strings import Released, StopMatcher
+from revivemoe.engine.shown import Shown, Token
+from revivemoe.engine.stop_strings import Released, StopMatcher, unmarked
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.sampling_params import FinishReason, SamplingParams, finish_reason
-from revivemoe.streams import Delta, StopStrings
+from revivemoe.streams import Delta, Piece, StopStrings
 
 
 class TokenGap(Exception):
@@ -34,7 +36,9 @@ class TokenLog:
         detokenizer: Detokenizer,
         max_model_len: int,
         degraded: bool = False,
+        hidden: Mapping[int, str] | None = None,
     ) -> None:
+        """`hidden`: text of each special token, where `detokenizer` does not show them."""
         self.index = index
         """`Delta.index`: prompt index * n + choice."""
         self.prompt_ids = tuple(prompt_ids)
@@ -49,9 +53,13 @@ class TokenLog:
         self.degraded = degraded
         self.sealed = False
         """Whatever arrives is dropped: finished, aborted or failed."""
+        self._text = ""
+        """What the last token has released."""
         self._include_stop = stop.include_in_output
         self._detokenizer = detokenizer
-        self._matcher = StopMatcher(stop)
+        self._hidden = hidden or {}
+        self._matcher = StopMatcher(stop, self._hidden)
+        self._shown = Shown()
         self._max_model_len = max_model_len
 
     def append(
@@ -70,13 +78,20 @@ class TokenLog:
             raise TokenGap("output token", len(self.output_ids), position)
         assert logprobs is not None or self.params.logprobs is None, "log-probabilities missing"
         self.output_ids.append(token_id)
-        kept_logprobs = self._keep(logprobs)
-        text = self._end_or_go_on(token_id)
+        if self.params.logprobs is None:
+            logprobs = None
+        elif logprobs is not None:
+            self.logprobs.append(logprobs)
+        return self._delta(self._end_or_go_on(token_id, logprobs))
+
+    def _delta(self, tokens: list[Token]) -> Delta:
+        """`tokens` are settled now; the text may be ahead of them by a part of one."""
         return Delta(
             index=self.index,
-            token_ids=(token_id,),
-            text=text,
-            logprobs=kept_logprobs,
+            token_ids=tuple(token.token_id for token in tokens),
+            text=self._text,
+            pieces=tuple(token.piece for token in tokens),
+            logprobs=tuple(t.logprobs for t in tokens if t.logprobs is not None),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             degraded=self.degraded,
@@ -118,31 +133,43 @@ class TokenLog:
         """Take nothing more: the request was aborted or failed."""
         self.sealed = True
 
-    def _keep(self, logprobs: TokenLogprobs | None) -> tuple[TokenLogprobs, ...]:
-        if logprobs is None or self.params.logprobs is None:
-            return ()
-        self.logprobs.append(logprobs)
-        return (logprobs,)
-
-    def _end_or_go_on(self, token_id: int) -> str:
-        """Decide whether the sequence is over, and return the text that may be sent now."""
+    def _end_or_go_on(self, token_id: int, logprobs: TokenLogprobs | None) -> list[Token]:
+        """Decide whether the sequence is over, and what may be sent now."""
         reason = finish_reason(
             self.params, len(self.prompt_ids), self.output_ids, self._max_model_len
         )
-        released = self._release(token_id, reason)
+        piece = self._piece(token_id, reason)
+        self._shown.push(Token(token_id, logprobs, piece))
+        released = self._release(piece.text, reason)
         if released.stop is not None:
             self._finish("stop", released.stop)
         elif reason is not None:
             stopped_by_id = reason == "stop" and token_id not in self.params.eos_token_ids
             self._finish(reason, token_id if stopped_by_id else None)
-        return released.text
+        self._text = unmarked(released.text)
+        logged = self.params.logprobs is not None
+        if self.finish_reason is None and self._matcher.active and logged:
+            return self._shown.release(len(released.text))
+        tokens = self._shown.release_all(len(released.text), released.stop is not None)
+        if released.stop is not None and self._include_stop and self._matcher.marks.of(token_id):
+            tokens[-1] = self._spelled_out(tokens[-1])
+        return tokens
 
-    def _release(self, token_id: int, reason: FinishReason | None) -> Released:
+    def _piece(self, token_id: int, reason: FinishReason | None) -> Piece:
+        """What a token adds, with a mark for what is hidden and may be part of a stop string."""
         # A token that ends the sequence is not part of its text, unless stop strings are included.
         hidden = reason == "stop" and not self._include_stop
-        text = "" if hidden else self._detokenizer.push(token_id)
-        if reason is not None:
-            text += self._detokenizer.flush()
+        piece = Piece("", b"") if hidden else self._detokenizer.push(token_id)
+        rest = self._detokenizer.flush() if reason is not None else ""
+        return Piece(piece.text + rest + self._matcher.marks.of(token_id), piece.raw)
+
+    def _spelled_out(self, token: Token) -> Token:
+        """A hidden token that has completed a stop string which is to be shown."""
+        text = self._hidden[token.token_id]
+        self._text += text
+        return replace(token, piece=Piece(token.piece.text + text, text.encode()))
+
+    def _release(self, text: str, reason: FinishReason | None) -> Released:
         armed = len(self.output_ids) > self.params.min_tokens
         released = self._matcher.push(text, armed)
         if reason is None or released.stop is not None:

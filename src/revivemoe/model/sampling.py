@@ -1,10 +1,10 @@
 """The next token, as a pure function of logits, parameters and history.
 
-Order of operations (vLLM's): min_tokens, penalties, [greedy: argmax], temperature, min_p, top_k,
-top_p, draw. The draw inverts the cumulative distribution *in vocabulary order* at one uniform
-number that depends on (seed, choice, position) alone. So whichever rank continues a sequence, in
-whatever batch, draws what the first would have drawn. Probabilities are float64: what remains of
-rounding is far below the differences that another batch shape makes to the logits themselves.
+Order of operations (vLLM's): logit_bias, penalties, min_tokens, [greedy: argmax], temperature,
+min_p, top_k, top_p, draw. The draw inverts the cumulative distribution *in vocabulary order* at one
+uniform number that depends on (seed, choice, position) alone. So whichever rank continues a
+sequence, in whatever batch, draws what the first would have drawn. Probabilities are float64: what
+remains of rounding is far below the differences that another batch shape makes to the logits.
 
 Legend: B rows (sequences), V vocabulary, T prompt positions.
 """
@@ -42,7 +42,7 @@ class SamplingRow:
     def edits_logits(self) -> bool:
         p = self.params
         penalised = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
-        return penalised or len(self.output_ids) < p.min_tokens
+        return penalised or bool(p.logit_bias) or len(self.output_ids) < p.min_tokens
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,18 @@ def _edited(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         return logits_BV
     edited_BV = logits_BV.clone()
     for i in indices:
-        edited_BV[i] = _suppress_ends(_penalise(logits_BV[i], rows[i]), rows[i])
+        biased_V = _bias(logits_BV[i], rows[i].params.logit_bias)
+        edited_BV[i] = _suppress_ends(_penalise(biased_V, rows[i]), rows[i])
     return edited_BV
+
+
+def _bias(logits_V: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:
+    if not bias:
+        return logits_V
+    ids, values = zip(*bias, strict=True)
+    like = {"device": logits_V.device}
+    added = torch.tensor(values, dtype=logits_V.dtype, **like)
+    return logits_V.index_add(0, torch.tensor(ids, dtype=torch.long, **like), added)
 
 
 def _penalise(logits_V: Tensor, row: SamplingRow) -> Tensor:

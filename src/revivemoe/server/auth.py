@@ -14,6 +14,8 @@ class Keys:
 
     api_key: str | None = None
     admin_api_key: str | None = None
+    origins: tuple[str, ...] = ()
+    """Web pages of these may ask; `*`: all, but not for what an administrator does."""
 
     async def require_user(self, request: Request) -> None:
         """The model's key, for everything under /v1 that changes nothing."""
@@ -26,7 +28,16 @@ class Keys:
             await self.require_user(request)
 
     async def require_admin(self, request: Request) -> None:
-        """The admin key. Open only where the operator has set no key at all."""
+        """The admin key. Open only where the operator has set no key at all, and not to a web
+        page, which any user of a browser may have open, unless its origin is named.
+        """
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in self.origins:
+            raise ApiError(
+                "web pages may not use this endpoint unless --allowed-origins names their origin",
+                403,
+                code="origin_not_allowed",
+            )
         if self.admin_api_key is not None:
             if not _matches(request, self.admin_api_key):
                 raise _unauthorized("the admin API key")

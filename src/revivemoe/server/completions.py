@@ -1,13 +1,13 @@
 """How `/v1/completions` writes a choice."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.messages.tokens import TokenLogprobs
-from revivemoe.server.logprobs import CompletionLogprobs
-from revivemoe.server.prompts import TokenIds
+from revivemoe.server.logprobs import CompletionLogprobs, TokenNames
+from revivemoe.server.prompts import TokenIds, prompt_items
 from revivemoe.server.schema import CompletionRequest
-from revivemoe.streams import Delta, PromptLogprobsReady, Submission
+from revivemoe.streams import Delta, Piece, PromptLogprobsReady, Submission
 
 
 class CompletionShape:
@@ -18,16 +18,16 @@ class CompletionShape:
         self,
         form: CompletionRequest,
         submission: Submission,
-        echoes: Sequence[str],
         vocabulary: Vocabulary,
     ) -> None:
-        """`echoes`: the text of each prompt, used with `echo`."""
         self._form = form
         self._submission = submission
-        self._echoes = echoes
+        self._vocabulary = vocabulary
+        self._prompt_pieces: dict[int, list[Piece]] = {}
         self._prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         total = len(submission.prompts) * submission.n
-        self._logprobs = [CompletionLogprobs(vocabulary) for _ in range(total)]
+        names = TokenNames(vocabulary, form.return_tokens_as_token_ids)
+        self._logprobs = [CompletionLogprobs(names) for _ in range(total)]
 
     def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None:
         self._prompt_logprobs[ready.prompt_index] = ready.entries
@@ -40,13 +40,12 @@ class CompletionShape:
 
     def chunks(self, delta: Delta, first: bool) -> Iterable[dict[str, object]]:
         written = self._written(delta, first)
-        shown = self._form.return_token_ids or delta.logprobs or delta.finish_reason
-        if written["text"] or shown:
+        ids = self._form.return_token_ids and delta.token_ids
+        if written["text"] or written["logprobs"] or ids or delta.finish_reason:
             yield written
 
     def _written(self, delta: Delta, first: bool) -> dict[str, object]:
-        echoes = first and self._form.echo
-        echo = self._echoes[delta.index // self._submission.n] if echoes else ""
+        echo = self._echo(delta.index) if first and self._form.echo else ""
         written: dict[str, object] = {
             "index": delta.index,
             "text": echo + delta.text,
@@ -64,12 +63,34 @@ class CompletionShape:
         if self._form.logprobs is None:
             return None
         token_ids: tuple[int, ...] = delta.token_ids
+        pieces = list(delta.pieces)
         entries: tuple[TokenLogprobs | None, ...] = delta.logprobs
         if first and self._form.echo:
             token_ids = self._prompt(delta.index) + token_ids
             known = self._prompt_logprobs.get(delta.index // self._submission.n, ())
             entries = (None, *known, *entries)
-        return self._logprobs[delta.index].render(token_ids, entries)
+            pieces = [*self._pieces_of(delta.index), *pieces]
+        if not token_ids:
+            return None
+        return self._logprobs[delta.index].render(token_ids, pieces, entries)
+
+    def _echo(self, index: int) -> str:
+        """The prompt as it was sent; with log-probabilities, as its tokens say it (a tokenizer may
+        change a text): then they join to it.
+        """
+        given = prompt_items(self._form.prompt)[index // self._submission.n]
+        cut = self._form.truncate_prompt_tokens is not None
+        if isinstance(given, str) and self._form.logprobs is None and not cut:
+            return given
+        return "".join(piece.text for piece in self._pieces_of(index))
+
+    def _pieces_of(self, index: int) -> list[Piece]:
+        """Those of the prompt of a choice."""
+        prompt = index // self._submission.n
+        if prompt not in self._prompt_pieces:
+            ids, skip = self._submission.prompts[prompt], self._form.skip_special_tokens
+            self._prompt_pieces[prompt] = self._vocabulary.pieces(ids, skip)
+        return self._prompt_pieces[prompt]
 
     def _prompt(self, index: int) -> TokenIds:
         return self._submission.prompts[index // self._submission.n]

@@ -1,12 +1,13 @@
 """Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`."""
 
+import json
 import logging
 import math
 from dataclasses import KW_ONLY, dataclass
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from revivemoe.streams import EngineUnavailable
@@ -21,6 +22,21 @@ _TYPE_OF_STATUS = {
     404: "not_found_error",
     503: "service_unavailable_error",
 }
+
+
+def dumps(document: object) -> str:
+    """Compact and ASCII: whatever a string holds can be sent, and U+2028 ends no line of events."""
+    return json.dumps(document, separators=(",", ":"))
+
+
+class Json(Response):
+    """A JSON document."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """As `dumps` writes it."""
+        return dumps(content).encode()
 
 
 @dataclass(eq=False)
@@ -47,13 +63,13 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Json:
         headers = {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status == 503:
             headers["Retry-After"] = retry_after(self.retry_after_s)
-        return JSONResponse(self.document(), self.status, headers)
+        return Json(self.document(), self.status, headers)
 
 
 def retry_after(seconds: float | None) -> str:
@@ -112,18 +128,18 @@ def _error_type(status: int) -> str:
     return "invalid_request_error" if status < 500 else "server_error"
 
 
-async def _on_api_error(request: Request, error: Exception) -> JSONResponse:
+async def _on_api_error(request: Request, error: Exception) -> Json:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-async def _on_unavailable(request: Request, error: Exception) -> JSONResponse:
+async def _on_unavailable(request: Request, error: Exception) -> Json:
     assert isinstance(error, EngineUnavailable)
     told = ApiError(str(error), 503, code="engine_unavailable", retry_after_s=error.retry_after_s)
     return told.response()
 
 
-async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+async def _on_http_exception(request: Request, error: Exception) -> Json:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     response = ApiError(message, error.status_code).response()

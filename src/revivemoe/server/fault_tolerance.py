@@ -5,19 +5,15 @@ import uuid
 from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
 from pydantic import Field
 from starlette.responses import Response
 
 from revivemoe.server.auth import Keys
-from revivemoe.server.errors import ApiError
+from revivemoe.server.errors import ApiError, Json
 from revivemoe.server.lifetime import Lifetime, cancel_all
 from revivemoe.server.schema import Strict, read_json, validate
-from revivemoe.server.sse import EventStream, event
+from revivemoe.server.sse import KEEP_ALIVE, EventStream, event
 from revivemoe.streams import ServingEngine
-
-KEEP_ALIVE_S = 15.0
-KEEP_ALIVE = ": keep-alive\n\n"
 
 
 class ApplyRequest(Strict):
@@ -36,15 +32,17 @@ def fault_tolerance_routes(
     @router.get("/v1/fault_tolerance/status", dependencies=reader)
     @router.get("/fault_tolerance/status", dependencies=reader)
     async def status() -> Response:
-        return JSONResponse(engine.status())
+        return Json(engine.status())
 
     @router.get("/v1/fault_tolerance/events", dependencies=reader)
+    @router.get("/fault_tolerance/events", dependencies=reader)
     async def events() -> Response:
         return EventStream(_events(engine, lifetime), lifetime, last="")
 
     @router.post("/v1/fault_tolerance/apply", dependencies=admin)
+    @router.post("/fault_tolerance/apply", dependencies=admin)
     async def apply(request: Request) -> Response:
-        return await _apply(engine, validate(ApplyRequest, await read_json(request)))
+        return await _apply(engine, validate(ApplyRequest, _renamed(await read_json(request))))
 
     @router.post("/v1/fault_tolerance/inject", dependencies=admin)
     async def inject(request: Request) -> Response:
@@ -55,6 +53,15 @@ def fault_tolerance_routes(
     return router
 
 
+def _renamed(document: dict[str, object]) -> dict[str, object]:
+    """An earlier vLLM's names for the same."""
+    renamed = {k.removeprefix("fault_tolerance_"): v for k, v in document.items() if v is not None}
+    timeout, params = renamed.pop("timeout", None), renamed.get("params", {})
+    if timeout is not None and isinstance(params, dict):
+        renamed["params"] = {**params, "timeout": timeout}
+    return renamed
+
+
 async def _apply(engine: ServingEngine, form: ApplyRequest) -> Response:
     request_id = form.request_id or f"ft-{uuid.uuid4().hex}"
     try:
@@ -62,8 +69,8 @@ async def _apply(engine: ServingEngine, form: ApplyRequest) -> Response:
     except ValueError as error:
         raise ApiError(str(error)) from error
     if document is not None:
-        return JSONResponse(document)
-    return JSONResponse({"request_id": request_id}, 202)
+        return Json(document)
+    return Json({"request_id": request_id}, 202)
 
 
 async def _inject(engine: ServingEngine, fault: dict[str, object]) -> Response:
@@ -73,7 +80,7 @@ async def _inject(engine: ServingEngine, fault: dict[str, object]) -> Response:
         raise ApiError(str(error)) from error
     except PermissionError as error:
         raise _no_injection(str(error)) from error
-    return JSONResponse({"injection_id": injection_id}, 202)
+    return Json({"injection_id": injection_id}, 202)
 
 
 def _no_injection(message: str) -> ApiError:
@@ -81,19 +88,16 @@ def _no_injection(message: str) -> ApiError:
 
 
 async def _events(engine: ServingEngine, lifetime: Lifetime) -> AsyncGenerator[str, None]:
-    """What the engine tells, with a comment now and then so that proxies keep the line open."""
+    """What the engine tells, until the server stops."""
     yield KEEP_ALIVE
     draining = asyncio.ensure_future(lifetime.draining.wait())
     source = engine.events()
     following = asyncio.ensure_future(anext(source))
     try:
         while not draining.done():
-            await asyncio.wait(
-                {following, draining}, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({following, draining}, return_when=asyncio.FIRST_COMPLETED)
             if not following.done():
-                yield KEEP_ALIVE
-                continue
+                return
             try:
                 document = following.result()
             except StopAsyncIteration:

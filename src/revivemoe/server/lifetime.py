@@ -16,11 +16,37 @@ class ClientGone(Exception):
 
 
 class Lifetime:
-    """`draining`: endless streams end. `cut`: every open response ends now, with an error."""
+    """`draining`: no new work, and endless streams end. `cut`: every open response ends now, by an
+    error.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, cut: asyncio.Event | None = None) -> None:
         self.draining = asyncio.Event()
-        self.cut = asyncio.Event()
+        self.cut = cut or asyncio.Event()
+        self._open = 0
+        self._all_done = asyncio.Event()
+        self._all_done.set()
+
+    @property
+    def num_open(self) -> int:
+        """Responses under way."""
+        return self._open
+
+    def check_open(self) -> None:
+        """Raises ApiError once the server has been asked to stop."""
+        if self.draining.is_set():
+            raise ApiError("the server is shutting down", 503, code="shutting_down")
+
+    async def wait_done(self, within_s: float) -> None:
+        """Until no response is under way, for so long at most, or until all are cut."""
+        done, cut = (
+            asyncio.ensure_future(self._all_done.wait()),
+            asyncio.ensure_future(self.cut.wait()),
+        )
+        try:
+            await asyncio.wait({done, cut}, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel_all(done, cut)
 
     async def run(self, receive: Receive, work: Awaitable[T]) -> T:
         """`work`'s result. It is cancelled, and its cleaning up awaited, when nobody waits for it.
@@ -30,6 +56,7 @@ class Lifetime:
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         cut = asyncio.ensure_future(self.cut.wait())
+        self._count(1)
         try:
             await asyncio.wait({task, gone, cut}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -39,6 +66,14 @@ class Lifetime:
             raise ApiError("the server is shutting down", 503, code="shutting_down")
         finally:
             await cancel_all(task, gone, cut)
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self._open += change
+        if self._open:
+            self._all_done.clear()
+        else:
+            self._all_done.set()
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

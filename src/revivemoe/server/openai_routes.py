@@ -6,15 +6,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from revivemoe.detokenizer import Vocabulary
+from revivemoe.server.admission import HEADERS_WITHIN_S, Admission
 from revivemoe.server.chat import ChatShape
 from revivemoe.server.completions import CompletionShape
-from revivemoe.server.errors import ApiError
+from revivemoe.server.errors import ApiError, Json
 from revivemoe.server.lifetime import Lifetime
-from revivemoe.server.prompts import PromptEncoder, prompt_items
+from revivemoe.server.prompts import PromptEncoder
 from revivemoe.server.reply import Reply, Shape
 from revivemoe.server.sampling import chat_submission, completion_submission
 from revivemoe.server.schema import (
@@ -23,7 +23,7 @@ from revivemoe.server.schema import (
     GenerationRequest,
     read_generation,
 )
-from revivemoe.server.sse import EventStream
+from revivemoe.server.sse import DONE, EventStream
 from revivemoe.streams import ServingEngine, Submission
 
 
@@ -35,20 +35,25 @@ class Generation:
     lifetime: Lifetime
 
     async def complete(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        self.lifetime.check_open()
         form = await read_generation(request, CompletionRequest)
         self.check_model(form.model)
-        prompts = await self.encoder.completion(form.prompt, form.add_special_tokens)
-        submission = completion_submission(_new_id("cmpl"), form, prompts, self.engine.model)
-        items, decode = prompt_items(form.prompt) if form.echo else [], self.vocabulary.decode
-        echoes = [item if isinstance(item, str) else decode(item) for item in items]
-        shape = CompletionShape(form, submission, echoes, self.vocabulary)
-        return await self._answer(request, form, submission, shape, form.max_tokens == 0)
+        prompts = await self.encoder.completion(form)
+        name = _request_id("cmpl", form, request)
+        submission = completion_submission(name, form, prompts, self.engine.model)
+        shape = CompletionShape(form, submission, self.vocabulary)
+        wanted = form.max_completion_tokens if form.max_tokens is None else form.max_tokens
+        return await self._answer(request, form, submission, shape, wanted == 0)
 
     async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        self.lifetime.check_open()
         form = await read_generation(request, ChatRequest)
         self.check_model(form.model)
-        prompt = await self.encoder.chat(form.messages, form.add_special_tokens)
-        submission = chat_submission(_new_id("chatcmpl"), form, prompt, self.engine.model)
+        prompt = await self.encoder.chat(form)
+        name = _request_id("chatcmpl", form, request)
+        submission = chat_submission(name, form, prompt, self.engine.model)
         shape = ChatShape(form, submission, self.vocabulary)
         return await self._answer(request, form, submission, shape)
 
@@ -74,16 +79,27 @@ class Generation:
 
         async def submit() -> Reply:
             stream, name = await self.engine.submit(submission), self.engine.model.name
-            return Reply(submission, stream, shape, name, form.include_usage, discard_output)
+            usage = (form.include_usage, form.continuous_usage)
+            return Reply(submission, stream, shape, name, *usage, discard_output)
 
         async def answer() -> Response:
             reply = await submit()
-            return JSONResponse(await reply.body(), headers=reply.headers)
+            return Json(await reply.body(), headers=reply.headers)
 
         if not form.stream:
             return await self.lifetime.run(request.receive, answer())
-        reply = await self.lifetime.run(request.receive, submit())
-        return EventStream(reply.events(), self.lifetime, reply.close, reply.headers)
+        return await self._stream(request, Admission(submit))
+
+    async def _stream(self, request: Request, admission: "Admission") -> Response:
+        """Its headers go out at once, also while the instance recovers."""
+        try:
+            await self.lifetime.run(request.receive, admission.settle(HEADERS_WITHIN_S))
+        except BaseException:
+            admission.close()
+            raise
+        return EventStream(
+            admission.events(), self.lifetime, admission.close, admission.headers, last=DONE
+        )
 
 
 def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[None]]) -> APIRouter:
@@ -113,5 +129,9 @@ def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[N
     return router
 
 
-def _new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+def _request_id(prefix: str, form: GenerationRequest, request: Request) -> str:
+    """The caller's own, from the header or the field (as in vLLM), or a new one."""
+    given = request.headers.get("x-request-id", "")
+    if not (0 < len(given) <= 256 and given.isascii() and given.isprintable()):
+        given = form.request_id or uuid.uuid4().hex
+    return f"{prefix}-{given}"

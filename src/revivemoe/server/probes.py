@@ -1,26 +1,34 @@
 """Health, readiness and metrics: open to everybody, for orchestrators."""
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from revivemoe.server.errors import retry_after
+from revivemoe import __version__
+from revivemoe.server.errors import Json, retry_after
+from revivemoe.server.lifetime import Lifetime
 from revivemoe.streams import ServingEngine
 
 
-def operations_routes(engine: ServingEngine) -> APIRouter:
+def operations_routes(engine: ServingEngine, lifetime: Lifetime) -> APIRouter:
     router = APIRouter(tags=["operations"])
 
     @router.get("/health")
+    @router.get("/ping")
     async def health() -> Response:
         """200 while the engine has not failed; 503 asks an orchestrator to restart it."""
-        return _state(engine, engine.alive)
+        return _answer(engine.state_name, engine.alive)
 
     @router.get("/ready")
     async def ready() -> Response:
-        """200 while serving."""
-        return _state(engine, engine.ready)
+        """200 while serving; 503 from the moment the server is asked to stop."""
+        if lifetime.draining.is_set():
+            return _answer("stopping", False)
+        return _answer(engine.state_name, engine.ready)
+
+    @router.get("/version")
+    async def version() -> Response:
+        return Json({"version": __version__})
 
     @router.get("/metrics")
     async def metrics() -> Response:
@@ -29,8 +37,7 @@ def operations_routes(engine: ServingEngine) -> APIRouter:
     return router
 
 
-def _state(engine: ServingEngine, good: bool) -> Response:
-    document = {"status": engine.state_name}
+def _answer(state: str, good: bool) -> Response:
     if good:
-        return JSONResponse(document)
-    return JSONResponse(document, 503, {"Retry-After": retry_after(None)})
+        return Json({"status": state})
+    return Json({"status": state}, 503, {"Retry-After": retry_after(None)})

@@ -4,6 +4,7 @@ What a choice looks like is the endpoint's (`Shape`); the rest is the same for b
 """
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         deltas[-1],
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         text="".join(delta.text for delta in deltas),
+        pieces=tuple(piece for delta in deltas for piece in delta.pieces),
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
     )
 
@@ -53,10 +55,13 @@ class Reply:
     _shape: Shape
     _model: str
     _include_usage: bool = False
+    _continuous_usage: bool = False
     _discard_output: bool = False
     _created: int = field(default_factory=lambda: int(time.time()))
     _degraded: bool = False
     _num_output: int = 0
+    _output_of: Counter[int] = field(default_factory=Counter)
+    """Tokens of each choice."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -85,7 +90,7 @@ class Reply:
                 first = delta.index not in started
                 started.add(delta.index)
                 for k, choice in enumerate(self._shape.chunks(delta, first)):
-                    yield self._chunk(choice, first and k == 0)
+                    yield self._chunk(choice, delta.index, first and k == 0)
         if self._include_usage:
             head = self._head(self._shape.chunk_kind)
             yield event({**head, "choices": [], "usage": self._usage(), **self._quality()})
@@ -122,15 +127,22 @@ class Reply:
         if self._discard_output:
             end = delta.finish_reason and "length"
             return replace(
-                delta, token_ids=(), text="", logprobs=(), finish_reason=end, stop_reason=None
+                delta,
+                token_ids=(),
+                text="",
+                pieces=(),
+                logprobs=(),
+                finish_reason=end,
+                stop_reason=None,
             )
         self._num_output += len(delta.token_ids)
+        self._output_of[delta.index] += len(delta.token_ids)
         return delta
 
-    def _chunk(self, choice: dict[str, object], first: bool) -> str:
+    def _chunk(self, choice: dict[str, object], index: int, first: bool) -> str:
         chunk = {**self._head(self._shape.chunk_kind), "choices": [choice]}
         if self._include_usage:
-            chunk["usage"] = None
+            chunk["usage"] = self._usage_of(index) if self._continuous_usage else None
         if first:
             chunk.update(self._shape.body_extra())
         if choice["finish_reason"] is not None:
@@ -146,13 +158,23 @@ class Reply:
         }
 
     def _usage(self) -> dict[str, int]:
+        """Of the whole request."""
         num_prompt = sum(len(prompt) for prompt in self._submission.prompts)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": self._num_output,
-            "total_tokens": num_prompt + self._num_output,
-        }
+        return _usage(num_prompt, self._num_output)
+
+    def _usage_of(self, index: int) -> dict[str, int]:
+        """Of one choice so far."""
+        num_prompt = len(self._submission.prompts[index // self._submission.n])
+        return _usage(num_prompt, self._output_of[index])
 
     def _quality(self) -> dict[str, str]:
         degraded = self._degraded or self._stream.degraded_from_start
         return {"quality": DEGRADED} if degraded else {}
+
+
+def _usage(num_prompt: int, num_output: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+    }

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import math
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -47,15 +49,18 @@ async def serve_app(
     *,
     stop: asyncio.Event,
     on_started: Callable[[str, int], None] = lambda host, port: None,
-    shutdown_timeout_s: float = 3.0,
+    shutdown_timeout_s: float = 30.0,
+    keep_alive_timeout_s: float = 75.0,
 ) -> None:
     """Serve until `stop` is set; returns at most `shutdown_timeout_s` + 2 s after that.
 
-    `on_started` gets the host and the port in use once requests are accepted. Streams still open
-    when the time is over end with an error event. Raises OSError when it cannot listen.
+    From then on `/ready` and new requests get 503, and streams go on to their end; those still open
+    when the time is over, or once `app.state.lifetime.cut` is set, end with an error event.
+    `keep_alive_timeout_s`: for idle connections. `on_started` gets the host and the port in use
+    once requests are accepted. Raises OSError when it cannot listen.
     """
     with bind(host, port) as listener:
-        server = _Server(_config(app, shutdown_timeout_s))
+        server = _Server(_config(app, shutdown_timeout_s, keep_alive_timeout_s))
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
         try:
             await _until_started(server, serving)
@@ -67,7 +72,7 @@ async def serve_app(
             serving.result()
 
 
-def _config(app: FastAPI, shutdown_timeout_s: float) -> uvicorn.Config:
+def _config(app: FastAPI, shutdown_timeout_s: float, keep_alive_timeout_s: float) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="off",
@@ -75,7 +80,8 @@ def _config(app: FastAPI, shutdown_timeout_s: float) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         backlog=_BACKLOG,
-        timeout_graceful_shutdown=round(shutdown_timeout_s + _LAST_WORDS_S),
+        timeout_graceful_shutdown=math.ceil(shutdown_timeout_s + _LAST_WORDS_S),
+        timeout_keep_alive=math.ceil(keep_alive_timeout_s),
     )
 
 
@@ -97,9 +103,16 @@ async def _first_of(serving: asyncio.Task[None], stop: asyncio.Event) -> None:
 async def _shut_down(
     server: uvicorn.Server, serving: asyncio.Task[None], lifetime: Lifetime, timeout_s: float
 ) -> None:
-    server.should_exit = True
     lifetime.draining.set()
-    _, open_still = await asyncio.wait({serving}, timeout=timeout_s)
+    until = time.monotonic() + timeout_s
+    if not serving.done():
+        await lifetime.wait_done(timeout_s)
+    server.should_exit = True
+    left_s = max(0.0, until - time.monotonic())
+    cut = asyncio.ensure_future(lifetime.cut.wait())
+    await asyncio.wait({serving, cut}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+    cut.cancel()
+    open_still = not serving.done()
     lifetime.cut.set()
     if open_still:
         await asyncio.wait({serving}, timeout=2 * _LAST_WORDS_S)

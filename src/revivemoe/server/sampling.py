@@ -9,18 +9,20 @@ from revivemoe.server.schema import ChatRequest, CompletionRequest, GenerationRe
 from revivemoe.streams import ModelInfo, StopStrings, Submission
 
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_BIAS = 100.0
+"""Beyond it a bias decides alone anyway (as in OpenAI's API; vLLM cuts there, too)."""
 
 
 def completion_submission(
     request_id: str, form: CompletionRequest, prompts: tuple[TokenIds, ...], model: ModelInfo
 ) -> Submission:
     """Raises ApiError. `echo` with `max_tokens` 0 generates one token, which nobody sees."""
-    if form.max_tokens == 0 and not form.echo:
+    wanted = form.max_tokens if form.max_tokens is not None else form.max_completion_tokens
+    if wanted == 0 and not form.echo:
         raise ApiError("`max_tokens` must be at least 1 without `echo`, got 0", param="max_tokens")
-    wanted = None if form.max_tokens is None else max(1, form.max_tokens)
-    max_tokens = _max_tokens("max_tokens", wanted, DEFAULT_COMPLETION_TOKENS, prompts, model)
+    default = model.defaults.max_tokens or DEFAULT_COMPLETION_TOKENS
     prompt_logprobs = form.logprobs if form.echo else None
-    params = _params(form, model, max_tokens, form.logprobs, prompt_logprobs)
+    params = _params(form, model, prompts, wanted, default, form.logprobs, prompt_logprobs)
     return _submission(request_id, form, prompts, params)
 
 
@@ -30,63 +32,70 @@ def chat_submission(
     """Raises ApiError."""
     if form.top_logprobs and not form.logprobs:
         raise ApiError("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
-    field, wanted = "max_completion_tokens", form.max_completion_tokens
-    if wanted is None:
-        field, wanted = "max_tokens", form.max_tokens
-    max_tokens = _max_tokens(field, wanted, model.max_model_len, (prompt,), model)
+    wanted = form.max_completion_tokens
+    if wanted == 0:
+        raise ApiError("`max_completion_tokens` must be at least 1", param="max_completion_tokens")
+    wanted = form.max_tokens if wanted is None else wanted
     logprobs = form.top_logprobs if form.logprobs else None
-    return _submission(
-        request_id, form, (prompt,), _params(form, model, max_tokens, logprobs, None)
-    )
-
-
-def _max_tokens(
-    field: str, wanted: int | None, default: int, prompts: tuple[TokenIds, ...], model: ModelInfo
-) -> int:
-    longest = max(len(prompt) for prompt in prompts)
-    left = model.max_model_len - longest
-    if wanted is None:
-        return min(default, left)
-    if wanted > left:
-        raise ApiError(
-            f"`{field}` {wanted} is more than the {left} tokens left: the prompt has {longest} "
-            f"tokens and this model's context is {model.max_model_len}",
-            param=field,
-            code="context_length_exceeded",
-        )
-    return wanted
+    default = model.defaults.max_tokens or model.max_model_len
+    params = _params(form, model, (prompt,), wanted, default, logprobs, None)
+    return _submission(request_id, form, (prompt,), params)
 
 
 def _params(
     form: GenerationRequest,
     model: ModelInfo,
-    max_tokens: int,
+    prompts: tuple[TokenIds, ...],
+    wanted: int | None,
+    default: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
+    """`wanted` is an upper bound: each choice ends where the context does."""
     check_vocabulary(form.stop_token_ids, model.vocab_size, "stop_token_ids")
-    if form.min_tokens > max_tokens:
+    check_vocabulary(list(form.logit_bias), model.vocab_size, "logit_bias")
+    if not form.spaces_between_special_tokens and not form.skip_special_tokens:
         raise ApiError(
-            f"`min_tokens` must be at most the {max_tokens} tokens to generate, "
-            f"got {form.min_tokens}",
+            "`spaces_between_special_tokens` is not supported as false where special tokens are "
+            "shown: leave it out",
+            param="spaces_between_special_tokens",
+            code="unsupported_parameter",
+        )
+    asked = default if wanted is None else max(1, wanted)
+    if form.min_tokens > asked:
+        raise ApiError(
+            f"`min_tokens` must be at most the {asked} tokens to generate, got {form.min_tokens}",
             param="min_tokens",
         )
+    max_tokens = min(asked, max(1, model.max_model_len - min(map(len, prompts))))
+    defaults = model.defaults
+    top_k = defaults.top_k if form.top_k is None else form.top_k
     return SamplingParams(
         seed=_seed(form.seed),
-        temperature=form.temperature,
-        top_p=form.top_p,
-        top_k=max(0, form.top_k),
-        min_p=form.min_p,
+        temperature=_or(form.temperature, defaults.temperature),
+        top_p=_or(form.top_p, defaults.top_p),
+        top_k=min(max(0, top_k), model.vocab_size),
+        min_p=_or(form.min_p, defaults.min_p),
         presence_penalty=form.presence_penalty,
         frequency_penalty=form.frequency_penalty,
-        repetition_penalty=form.repetition_penalty,
+        repetition_penalty=_or(form.repetition_penalty, defaults.repetition_penalty),
+        logit_bias=_bias(form.logit_bias),
         max_tokens=max_tokens,
-        min_tokens=form.min_tokens,
+        min_tokens=min(form.min_tokens, max_tokens),
         eos_token_ids=() if form.ignore_eos else model.eos_token_ids,
         stop_token_ids=tuple(form.stop_token_ids),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _or(wanted: float | None, default: float) -> float:
+    return default if wanted is None else wanted
+
+
+def _bias(wanted: dict[int, float]) -> tuple[tuple[int, float], ...]:
+    cut = ((token, min(MAX_BIAS, max(-MAX_BIAS, bias))) for token, bias in wanted.items())
+    return tuple(sorted(cut))
 
 
 def _seed(wanted: int | None) -> int:
@@ -103,4 +112,4 @@ def _submission(
             param="n",
         )
     stop = StopStrings(tuple(form.stop), form.include_stop_str_in_output)
-    return Submission(request_id, prompts, form.n, params, stop)
+    return Submission(request_id, prompts, form.n, params, stop, form.skip_special_tokens)

@@ -1,17 +1,21 @@
 """The bodies of completion requests, checked strictly: no coercion, no unknown field."""
 
 import json
+import re
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from revivemoe.server.errors import ApiError
-from revivemoe.server.fields import acted_upon
+from revivemoe.server.fields import acted_upon, hint
 
 MAX_BODY_BYTES = 32 << 20
 MAX_LOGPROBS = 20
 MAX_N = 128
+MAX_BIASES = 4096
+_DIGITS = re.compile("[0-9]{1,10}")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _INT64 = 1 << 63
 
 M = TypeVar("M", bound=BaseModel)
@@ -27,68 +31,145 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def _integral(value: object) -> object:
+    """2.0 is an integer: some clients know but one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _token_bias(value: object) -> object:
+    """JSON has strings for keys."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        int(k) if isinstance(k, str) and _DIGITS.fullmatch(k) else k: v for k, v in value.items()
+    }
+
+
+Int = Annotated[int, BeforeValidator(_integral)]
+Bias = Annotated[dict[Int, float], BeforeValidator(_token_bias)]
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-    continuous_usage_stats: Literal[False] = False
+    include_obfuscation: bool = False
+    """Accepted without effect: nothing is padded."""
+    continuous_usage_stats: bool = False
 
 
 class GenerationRequest(Strict):
-    """What both endpoints share. Names and defaults as in OpenAI's API, then vLLM's."""
+    """What both endpoints share. Names and defaults as in OpenAI's API, then vLLM's.
+
+    None: the default of the server (`streams.SamplingDefaults`).
+    """
 
     model: str | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=MAX_N)
-    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
-    min_p: float = Field(0.0, ge=0, le=1)
+    n: Int = Field(1, ge=1, le=MAX_N)
+    seed: Int | None = Field(None, ge=-_INT64, lt=_INT64)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: Int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
     stop: Annotated[list[StopString], BeforeValidator(_listed)] = Field([], max_length=16)
-    stop_token_ids: list[int] = Field([], max_length=256)
+    stop_token_ids: list[Int] = Field([], max_length=256)
     include_stop_str_in_output: bool = False
-    min_tokens: int = Field(0, ge=0)
+    max_completion_tokens: Int | None = Field(None, ge=0)
+    min_tokens: Int = Field(0, ge=0)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: Bias = Field({}, max_length=MAX_BIASES)
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    truncate_prompt_tokens: Int | None = Field(None, ge=-1)
+    truncation_side: Literal["left", "right"] = "left"
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
 
     @property
     def include_usage(self) -> bool:
+        """A last chunk tells the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Every chunk does."""
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
 
 
 class CompletionRequest(GenerationRequest):
     prompt: object
     """Text, token ids, or a list of either; see prompts.py."""
-    max_tokens: int | None = Field(None, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    max_tokens: Int | None = Field(None, ge=0)
+    logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     add_special_tokens: bool = True
 
 
-class ChatRequest(GenerationRequest):
+class Conversation(Strict):
+    """How messages become a prompt."""
+
     messages: list[dict[str, object]] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    echo: Literal[False] = False
     add_special_tokens: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, object] = {}
+    documents: list[dict[str, object]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+
+
+class ChatRequest(Conversation, GenerationRequest):
+    max_tokens: Int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: Int = Field(0, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
 
 
 async def read_json(request: Request) -> dict[str, object]:
     """The body as a JSON object. Raises ApiError."""
     body = await _read_body(request)
     try:
-        document = json.loads(body)
+        text = body.decode()
+        document = json.loads(text, object_pairs_hook=_no_duplicates)
+        if _ESCAPED_SURROGATE.search(text):
+            _check_unicode(document)
+    except UnicodeDecodeError as error:
+        raise ApiError(f"the body is not UTF-8: {error.reason}", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(document, dict):
         raise ApiError("the body must be a JSON object")
     return document
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the name {brief(twice)} occurs twice in one object")
+    return found
+
+
+def _check_unicode(value: object) -> None:
+    """Raises ValueError for half of a surrogate pair, anywhere."""
+    match value:
+        case str():
+            if any("\ud800" <= char <= "\udfff" for char in value):
+                raise ValueError("a string holds a lone surrogate, which is not Unicode")
+        case dict():
+            for name, inner in value.items():
+                _check_unicode(name)
+                _check_unicode(inner)
+        case list():
+            for inner in value:
+                _check_unicode(inner)
 
 
 async def read_generation(request: Request, form: type[M]) -> M:
@@ -101,12 +182,13 @@ def validate(form: type[M], document: dict[str, object]) -> M:
         return form.model_validate(document)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False, include_context=False)[0]
-    field = ".".join(str(part) for part in error["loc"])
+    field = shortened(".".join(str(part) for part in error["loc"]))
     if error["type"] == "extra_forbidden":
-        raise ApiError(f"unknown field `{field}`", param=field, code="unknown_parameter")
+        message = f"unknown field `{field}`{hint(field)}"
+        raise ApiError(message, param=field, code="unknown_parameter")
     if error["type"] == "missing":
         raise ApiError(f"`{field}` is required", param=field, code="missing_required_parameter")
-    raise ApiError(f"`{field}`: {error['msg']}, got {_brief(error['input'])}", param=field)
+    raise ApiError(f"`{field}`: {error['msg']}, got {brief(error['input'])}", param=field)
 
 
 async def _read_body(request: Request) -> bytes:
@@ -119,6 +201,10 @@ async def _read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-def _brief(value: object) -> str:
-    text = repr(value)
+def brief(value: object) -> str:
+    """A value as an error message may hold it."""
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."

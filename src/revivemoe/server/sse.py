@@ -1,23 +1,22 @@
 """Server-sent events: a response that ends with its client, and never without a last word."""
 
-import json
+import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from revivemoe.server.errors import ApiError, describe, internal_error
-from revivemoe.server.lifetime import ClientGone, Lifetime
+from revivemoe.server.errors import ApiError, describe, dumps, internal_error
+from revivemoe.server.lifetime import ClientGone, Lifetime, cancel_all
 
 logger = logging.getLogger(__name__)
 
 DONE = "data: [DONE]\n\n"
-
-
-def dumps(document: object) -> str:
-    """Compact and ASCII: U+2028 and the like would end a line for some readers of events."""
-    return json.dumps(document, separators=(",", ":"))
+KEEP_ALIVE_S = 10.0
+"""Proxies cut a connection that is silent for a minute, some sooner."""
+KEEP_ALIVE = ": keep-alive\n\n"
 
 
 def event(document: object) -> str:
@@ -29,7 +28,8 @@ def error_event(error: ApiError) -> str:
 
 
 class EventStream(Response):
-    """Sends the strings of `events` until they end, the client goes away or the server is cut.
+    """Sends the strings of `events` until they end, the client goes away or the server is cut;
+    and a comment whenever there is nothing to send for a while, so that proxies keep the line.
 
     An ApiError raised by `events` becomes an `error` event. `on_close` runs however it ends.
     """
@@ -43,14 +43,19 @@ class EventStream(Response):
         on_close: Callable[[], None] = lambda: None,
         headers: dict[str, str] | None = None,
         last: str = DONE,
+        keep_alive_s: float = KEEP_ALIVE_S,
     ) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", **(headers or {})})
+        fixed = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        self.init_headers({**fixed, **(headers or {})})
+        self._keep_alive_s = keep_alive_s
         self._events = events
         self._lifetime = lifetime
         self._on_close = on_close
         self._last = last
+        self._wrote = 0.0
+        """When something was last sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -74,8 +79,23 @@ class EventStream(Response):
         await _write(send, self._last, more=False)
 
     async def _write_all(self, send: Send) -> None:
-        async for text in self._events:
-            await _write(send, text)
+        self._wrote = time.monotonic()
+        keeping = asyncio.ensure_future(self._keep_alive(send))
+        try:
+            async for text in self._events:
+                self._wrote = time.monotonic()
+                await _write(send, text)
+        finally:
+            await cancel_all(keeping)
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            left_s = self._wrote + self._keep_alive_s - time.monotonic()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+            else:
+                self._wrote = time.monotonic()
+                await _write(send, KEEP_ALIVE)
 
 
 async def _write(send: Send, text: str, more: bool = True) -> None:

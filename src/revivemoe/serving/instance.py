@@ -24,6 +24,7 @@ from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import place
 from revivemoe.messages.events import Event, document
 from revivemoe.recovery.faults import DeviceReport
+from revivemoe.sampling_params import SamplingDefaults
 from revivemoe.serving.injection import Injector
 from revivemoe.serving.specs import host_cache_spec, rank_spec, segment_spec
 from revivemoe.serving.stream import QueueStream
@@ -42,8 +43,17 @@ KEPT_EVENTS = 1000
 class Instance:
     """Everything one `serve` owns. An async context manager; implements `ServingEngine`."""
 
-    def __init__(self, config: EngineConfig, info: CheckpointInfo, tokenizer: Tokenizer) -> None:
-        """`config` is resolved. Raises ValueError for a placement that cannot be."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: CheckpointInfo,
+        tokenizer: Tokenizer,
+        defaults: SamplingDefaults | None = None,
+    ) -> None:
+        """`config` is resolved; `defaults`: of requests that do not say.
+
+        Raises ValueError for a placement that cannot be.
+        """
         assert config.max_model_len is not None
         self.config, self.info = config, info
         self.model = ModelInfo(
@@ -52,6 +62,7 @@ class Instance:
             max_model_len=config.max_model_len,
             vocab_size=info.vocab_size,
             eos_token_ids=info.eos_token_ids,
+            defaults=defaults or SamplingDefaults(),
         )
         topology = config.topology()
         redundant, spare = config.redundant_experts, config.spare_expert_slots

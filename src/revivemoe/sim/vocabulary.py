@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from revivemoe.detokenizer import Detokenizer, Vocabulary
 from revivemoe.sim.answers import letter
+from revivemoe.streams import Piece
 
 
 class Letters:
-    def push(self, token_id: int) -> str:
-        return letter(token_id)
+    def push(self, token_id: int) -> Piece:
+        return Piece(letter(token_id), letter(token_id).encode())
 
     def flush(self) -> str:
         return ""
@@ -18,7 +19,9 @@ class LetterVocabulary(Vocabulary):
     """A vocabulary that needs no tokenizer."""
 
     def __init__(self) -> None:
-        self.skip_special_tokens = True
+        self.specials = {}
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> Detokenizer:
         return Letters()

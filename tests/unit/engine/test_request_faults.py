@@ -53,7 +53,7 @@ def assert_told_once(instance: Instance) -> None:
     assert not any(fake.live for fake in instance.cluster.ranks.values()), "their ranks are free"
 
 
-@pytest.mark.parametrize("of", ["_detokenizer.push", "_matcher.push", "_keep", "_finish"])
+@pytest.mark.parametrize("of", ["_detokenizer.push", "_matcher.push", "_shown.push", "_finish"])
 def test_tokens_behind_one_that_cannot_be_taken_are_taken(
     monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
@@ -129,8 +129,8 @@ def test_a_request_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch, choice
     instance = one_rank()
     original, made = VOCABULARY.detokenizer, list[Any]()
 
-    def detokenizer(prompt_ids: Any) -> Any:
-        made.append(original(prompt_ids))
+    def detokenizer(prompt_ids: Any, skip_special_tokens: bool) -> Any:
+        made.append(original(prompt_ids, skip_special_tokens))
         return oops() if len(made) == choice + 1 else made[-1]
 
     monkeypatch.setattr(VOCABULARY, "detokenizer", detokenizer)

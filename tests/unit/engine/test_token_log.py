@@ -30,6 +30,7 @@ def make_log(stop=(), include=False, prompt_len=3, **params) -> TokenLog:
         stop=StopStrings(tuple(stop), include),
         detokenizer=VOCABULARY.detokenizer(),
         max_model_len=1000,
+        hidden=VOCABULARY.specials,
     )
 
 
@@ -135,6 +136,35 @@ def test_text_that_may_begin_a_stop_string_is_held_while_ids_stream():
     deltas = feed(log, ids_of("abcx"))
     assert [d.text for d in deltas] == ["a", "", "", "bcx"]
     assert all(len(d.token_ids) == 1 for d in deltas)
+
+
+def test_log_probabilities_are_held_with_the_text_they_belong_to():
+    log = make_log(stop=["bcd"], logprobs=0)
+    deltas = feed(log, ids_of("abcx"), LOGPROBS)
+    assert [len(d.logprobs) for d in deltas] == [1, 0, 0, 3]
+    assert [len(d.token_ids) for d in deltas] == [1, 0, 0, 3]
+
+
+def test_a_stop_string_that_is_a_special_token_stops():
+    start = TOKENIZER.convert_tokens_to_ids("<|im_start|>")
+    log = make_log(stop=["b<|im_start|>"], logprobs=0)
+    deltas = feed(log, [*ids_of("ab"), start], LOGPROBS)
+    assert text_of(deltas) == "a"
+    assert deltas[-1].stop_reason == "b<|im_start|>"
+    assert [piece.text for d in deltas for piece in d.pieces] == ["a", "", ""]
+
+
+def test_a_hidden_special_token_completes_no_other_stop_string():
+    start = TOKENIZER.convert_tokens_to_ids("<|im_start|>")
+    log = make_log(stop=["<", "<|im_end|>"])
+    assert text_of(feed(log, [*ids_of("a"), start, *ids_of("b")])) == "ab"
+    assert not log.sealed
+
+
+def test_a_special_token_is_shown_where_its_stop_string_is_included():
+    start = TOKENIZER.convert_tokens_to_ids("<|im_start|>")
+    log = make_log(stop=["<|im_start|>"], include=True)
+    assert text_of(feed(log, [*ids_of("a"), start])) == "a<|im_start|>"
 
 
 def test_a_stop_string_across_tokens_ends_the_choice():

@@ -59,9 +59,10 @@ class FakeStream:
                 submission.prompts[p],
                 replace_choice(submission, c),
                 submission.stop,
-                vocabulary.detokenizer(submission.prompts[p]),
+                vocabulary.detokenizer(submission.prompts[p], submission.skip_special_tokens),
                 engine.model.max_model_len,
                 engine.degraded_from_start,
+                vocabulary.specials if submission.skip_special_tokens else None,
             )
             for k, (p, c) in enumerate(choice_indices(submission.prompts, submission.n))
         ]
@@ -103,6 +104,7 @@ class FakeEngine:
         self.degraded_from_start = False
         self.unavailable: EngineUnavailable | None = None
         self.hold_submit = False
+        self.refuse_held: EngineUnavailable | None = None
         self.submit_cancelled = False
         self.broken = False
         self.state = "serving"
@@ -131,6 +133,8 @@ class FakeEngine:
         try:
             while self.hold_submit:
                 await asyncio.sleep(0.01)
+                if self.refuse_held is not None:
+                    raise self.refuse_held
         except asyncio.CancelledError:
             self.submit_cancelled = True
             raise

@@ -20,13 +20,20 @@ def refused(http, status=400, path="/v1/completions", **body):
         ("temperature", -0.1, "greater than or equal to 0"),
         ("temperature", 2.5, "less than or equal to 2"),
         ("temperature", "hot", "valid number"),
-        ("top_p", 0, "greater than 0"),
+        ("top_p", -0.1, "greater than or equal to 0"),
+        ("top_p", True, "valid number"),
+        ("max_tokens", 2.5, "valid integer"),
+        ("logit_bias", {"999999": 1}, "outside the vocabulary"),
+        ("user", 5, "must be a string"),
+        ("store", "yes", "must be a boolean"),
+        ("priority", True, "must be an integer"),
+        ("truncate_prompt_tokens", -2, "greater than or equal to -1"),
         ("top_p", 1.1, "less than or equal to 1"),
         ("top_k", -2, "greater than or equal to -1"),
         ("top_k", 1.5, "valid integer"),
         ("min_p", 2, "less than or equal to 1"),
         ("presence_penalty", 3, "less than or equal to 2"),
-        ("repetition_penalty", 0, "greater than 0"),
+        ("repetition_penalty", 0, "greater than or equal to 0.01"),
         ("seed", 1 << 64, "less than"),
         ("seed", "7", "valid integer"),
         ("max_tokens", -1, "greater than or equal to 0"),
@@ -66,14 +73,16 @@ def test_wrong_values_are_named_with_their_range(http, engine, field, value, sai
         ("response_format", {"type": "json_object"}),
         ("guided_json", {}),
         ("structured_outputs", {"json": {}}),
-        ("logit_bias", {"5": 1}),
+        ("prompt_logprobs", 1),
+        ("allowed_token_ids", [1]),
+        ("best_of", 2.5),
+        ("use_beam_search", 1),
+        ("tool_choice", "required"),
         ("best_of", 2),
         ("use_beam_search", True),
         ("suffix", "x"),
         ("audio", {}),
         ("modalities", ["audio"]),
-        ("store", True),
-        ("service_tier", "flex"),
     ],
 )
 def test_what_is_not_supported_is_refused(http, field, value):
@@ -81,6 +90,11 @@ def test_what_is_not_supported_is_refused(http, field, value):
     assert error["code"] == "unsupported_parameter"
     assert error["param"] == field
     assert f"`{field}` is not supported" in error["message"]
+
+
+@pytest.mark.parametrize("bias", [{"x": 1}, {"5": "much"}, {"5": None}, {"-1": 1}, [5]])
+def test_a_bias_that_is_none_is_refused(http, bias):
+    assert refused(http, logit_bias=bias)["param"].startswith("logit_bias")
 
 
 def test_an_empty_stop_string_is_refused(http):
@@ -118,11 +132,12 @@ def test_a_prompt_too_long_names_both_lengths(http):
     assert refused(http, prompt="ab " * 5000)["code"] == "context_length_exceeded"
 
 
-def test_max_tokens_beyond_what_is_left_names_the_lengths(http):
-    error = refused(http, prompt=[5] * 250, max_tokens=7)
-    assert error["code"] == "context_length_exceeded"
-    assert all(part in error["message"] for part in ("250", "7", "6", "256"))
-    assert http.post("/v1/completions", json={"prompt": [5] * 250, "max_tokens": 6}).is_success
+def test_max_tokens_is_an_upper_bound(http, engine):
+    for wanted in (6, 7, 10**6, 8192.0):
+        assert http.post(
+            "/v1/completions", json={"prompt": [5] * 250, "max_tokens": wanted}
+        ).is_success
+    assert [s.params.max_tokens for s in engine.submissions] == [6, 6, 6, 6]
     assert http.post("/v1/completions", json={"prompt": [5] * 250}).is_success
 
 
@@ -142,7 +157,7 @@ def test_chat_names_its_own_fields(http):
     assert refused(http, **chat)["param"] == "prompt"
     response = http.post(chat["path"], json={"messages": chat["messages"], "top_logprobs": 2})
     assert response.json()["error"]["param"] == "top_logprobs"
-    body = {"messages": chat["messages"], "max_completion_tokens": 1000}
+    body = {"messages": chat["messages"], "max_completion_tokens": 0}
     error = http.post(chat["path"], json=body).json()["error"]
     assert error["param"] == "max_completion_tokens"
 

@@ -1,0 +1,137 @@
+"""Every request field of OpenAI's API and vLLM's: acted on, accepted without effect, or refused."""
+
+import pytest
+
+from revivemoe.server.fields import ACCEPTED, REFUSED
+from revivemoe.server.schema import ChatRequest, CompletionRequest
+
+PATHS = {
+    "/v1/completions": {"prompt": "hello"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
+}
+SAMPLES = {bool: True, dict: {"a": "b"}, str: "x", int: 3, float: 0.5}
+WRONG = {bool: "x", dict: [], str: 5, int: "x", float: "x"}
+ACTED_ON = {
+    "logit_bias": {"5": -100},
+    "chat_template_kwargs": {"enable_thinking": False},
+    "documents": [{"title": "a", "text": "b"}],
+    "reasoning_effort": "low",
+    "max_completion_tokens": 4.0,
+    "top_p": 0,
+    "top_k": -1,
+    "n": 2.0,
+    "seed": 1.0,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "truncate_prompt_tokens": 2,
+    "return_tokens_as_token_ids": True,
+    "request_id": "mine",
+    "stop": ["x", "y"],
+    "echo": True,
+    "add_generation_prompt": False,
+}
+
+
+def asked(http, path, **fields):
+    return http.post(path, json={**PATHS[path], **fields})
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", sorted(ACCEPTED))
+def test_what_changes_nothing_is_accepted(http, engine, path, name):
+    kinds = ACCEPTED[name].kinds
+    plain = asked(http, path, seed=1).json()
+    given = asked(http, path, seed=1, **{name: SAMPLES[kinds[0]]})
+    assert given.status_code == 200, given.text
+    assert given.json()["choices"] == plain["choices"]
+    assert engine.submissions[0].params == engine.submissions[1].params
+    assert asked(http, path, **{name: None}).is_success
+    refused = asked(http, path, **{name: WRONG[kinds[0]]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_not_there_is_refused_and_asking_for_nothing_is_not(http, engine, path, name):
+    refused = asked(http, path, **{name: {"some": ["thing"]}})
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    assert "\n" not in error["message"]
+    assert not engine.submissions
+    for nothing in (None, *REFUSED[name].nothing):
+        assert asked(http, path, **{name: nothing}).is_success
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(path, name) for name in sorted(ACTED_ON) for path in PATHS
+     if name in (CompletionRequest if "chat" not in path else ChatRequest).model_fields],
+)  # fmt: skip
+def test_what_is_acted_on_is_taken(http, path, name):
+    answer = asked(http, path, **{name: ACTED_ON[name]})
+    assert answer.status_code == 200, answer.text
+
+
+def test_no_field_is_in_two_places():
+    acted = set(CompletionRequest.model_fields) | set(ChatRequest.model_fields)
+    assert not acted & (set(ACCEPTED) | set(REFUSED))
+    assert not set(ACCEPTED) & set(REFUSED)
+
+
+def test_an_unknown_field_is_named_with_what_it_may_have_meant(http):
+    error = asked(http, "/v1/completions", max_new_tokens=5).json()["error"]
+    assert "did you mean `max_tokens`" in error["message"]
+    assert error["code"] == "unknown_parameter"
+
+
+def test_integral_floats_bias_and_bounds_reach_the_engine(http, engine):
+    fields = {"max_tokens": 2.0, "top_k": 10**30, "logit_bias": {"7": 1e9, "5": -3}, "top_p": 0}
+    assert asked(http, "/v1/completions", **fields).is_success
+    params = engine.submissions[0].params
+    assert (params.max_tokens, params.top_p) == (2, 0)
+    assert params.top_k == engine.model.vocab_size
+    assert params.logit_bias == ((5, -3.0), (7, 100.0))
+
+
+def test_max_completion_tokens_on_completions(http, engine):
+    asked(http, "/v1/completions", max_completion_tokens=3)
+    assert engine.submissions[0].params.max_tokens == 3
+
+
+def test_a_request_id_comes_back(http):
+    named = asked(http, "/v1/completions", request_id="abc").json()
+    assert named["id"] == "cmpl-abc"
+    headers = {"X-Request-Id": "from-a-proxy"}
+    body = PATHS["/v1/chat/completions"]
+    answer = http.post("/v1/chat/completions", json=body, headers=headers)
+    assert answer.json()["id"] == "chatcmpl-from-a-proxy"
+
+
+def test_usage_in_every_chunk(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.completions.create(
+            model="tiny", prompt="abc", max_tokens=3, stream=True, stream_options=options
+        )
+    )
+    assert [c.usage.completion_tokens for c in chunks] == [1, 2, 3, 3]
+    assert {c.usage.prompt_tokens for c in chunks} == {3}
+
+
+def test_truncation(http, engine, tokenizer):
+    ids = tokenizer.encode("abcdef")
+    for side, kept in (("left", ids[-2:]), ("right", ids[:2])):
+        fields = {"prompt": ids, "truncate_prompt_tokens": 2, "truncation_side": side}
+        assert asked(http, "/v1/completions", **fields).is_success
+        assert list(engine.submissions[-1].prompts[0]) == kept
+
+
+def test_names_by_token_id(client, tokenizer):
+    done = client.completions.create(
+        model="tiny", prompt="ab", max_tokens=2, logprobs=2,
+        extra_body={"return_tokens_as_token_ids": True},
+    )  # fmt: skip
+    ids = tokenizer.encode("ab")
+    assert done.choices[0].logprobs.tokens == [f"token_id:{i}" for i in ids]
+    assert f"token_id:{ids[0]}" in done.choices[0].logprobs.top_logprobs[0]

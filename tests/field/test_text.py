@@ -1,0 +1,190 @@
+"""Text, tokens, offsets, bytes and stop strings agree, whatever the tokens are."""
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.sentencepiece import sentencepiece_tokenizer
+from unit.server.tiny_tokenizer import tiny_tokenizer
+
+from revivemoe.detokenizer import Vocabulary
+from revivemoe.engine.token_log import TokenGap, TokenLog
+from revivemoe.messages.tokens import TokenLogprobs
+from revivemoe.sampling_params import SamplingParams
+from revivemoe.server.logprobs import CompletionLogprobs, TokenNames, chat_logprobs
+from revivemoe.server.reply import joined
+from revivemoe.streams import StopStrings
+
+KINDS = {"byte-level": tiny_tokenizer(), "sentencepiece": sentencepiece_tokenizer()}
+VOCABULARIES = {kind: Vocabulary(tokenizer) for kind, tokenizer in KINDS.items()}
+STOPS = ("the", " cat", "hello", "é", "€", "<|im_end|>", "a<|im_end|>", "\ufffd", " ", "he")
+PARAMS = SamplingParams(seed=1, max_tokens=40, logprobs=2)
+
+
+def entry(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(-0.5, [(token_id, -0.5), (token_id + 1, -1.5)])
+
+
+@st.composite
+def outputs(draw, kind):
+    """Prompt, output, how the text is shown and where ranks die."""
+    size = len(KINDS[kind]) + 3
+    ids = st.integers(0, size - 1)
+    output = draw(st.lists(ids, min_size=1, max_size=30))
+    return {
+        "prompt": draw(st.lists(ids, min_size=1, max_size=6)),
+        "output": output,
+        "skip": draw(st.booleans()),
+        "stop": StopStrings(
+            tuple(draw(st.lists(st.sampled_from(STOPS), max_size=3))), draw(st.booleans())
+        ),
+        "min_tokens": draw(st.integers(0, 3)),
+        "eos": draw(st.sampled_from([(), (output[-1],)])),
+        "kills": draw(st.lists(st.integers(0, len(output)), max_size=3)),
+    }
+
+
+def run(kind, case, kills=()):
+    """All deltas of a choice. A rank that dies tells some tokens again, or skips what was lost."""
+    vocabulary = VOCABULARIES[kind]
+    log = TokenLog(
+        0,
+        case["prompt"],
+        msgspec.structs.replace(
+            PARAMS,
+            max_tokens=len(case["output"]),
+            min_tokens=case["min_tokens"],
+            eos_token_ids=case["eos"],
+        ),
+        case["stop"],
+        vocabulary.detokenizer(case["prompt"], case["skip"]),
+        1000,
+        hidden=vocabulary.specials if case["skip"] else None,
+    )
+    deltas = []
+    for position, token_id in enumerate(case["output"]):
+        if position in kills:
+            for again in range(max(0, position - 2), position):
+                assert log.append(again, case["output"][again], entry(0)) is None
+            if not log.sealed and position + 1 < len(case["output"]):
+                with pytest.raises(TokenGap):
+                    log.append(position + 1, 0, entry(0))
+        delta = log.append(position, token_id, entry(token_id))
+        if delta is None:
+            break
+        deltas.append(delta)
+    assert log.sealed
+    return deltas
+
+
+def written(kind, deltas):
+    """Logprobs of /v1/completions, chunk after chunk."""
+    renderer = CompletionLogprobs(TokenNames(VOCABULARIES[kind], as_ids=False))
+    chunks = [renderer.render(d.token_ids, d.pieces, d.logprobs) for d in deltas]
+    return {name: [x for chunk in chunks for x in chunk[name]] for name in chunks[0]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_and_tokens_agree(kind):
+    @settings(max_examples=2000, deadline=None)
+    @given(outputs(kind))
+    def holds(case):
+        deltas = run(kind, case)
+        whole = joined(deltas)
+        streamed = written(kind, deltas)
+        assert streamed == written(kind, [whole]), "streaming equals not streaming"
+        assert "".join(streamed["tokens"]) == whole.text
+        for token, offset in zip(streamed["tokens"], streamed["text_offset"], strict=True):
+            assert whole.text[offset : offset + len(token)] == token
+        raw = b"".join(piece.raw for piece in whole.pieces)
+        if "\ufffd" not in whole.text or not isinstance(whole.stop_reason, str):
+            assert raw.decode(errors="replace") == whole.text
+        assert list(whole.token_ids) == case["output"][: len(whole.token_ids)]
+        assert len(whole.token_ids) == len(whole.logprobs) == len(whole.pieces)
+        if whole.stop_reason is None and not case["eos"]:
+            bytes_of = VOCABULARIES[kind].pieces([*case["prompt"], *case["output"]], case["skip"])
+            tail = b"".join(p.raw for p in bytes_of[len(case["prompt"]) :])
+            assert tail == raw, "every byte of every token"
+        elif isinstance(whole.stop_reason, str):
+            assert whole.stop_reason in case["stop"].strings
+        names = TokenNames(VOCABULARIES[kind], as_ids=False)
+        chat = chat_logprobs(names, whole.token_ids, whole.pieces, whole.logprobs)["content"]
+        assert "".join(e["token"] for e in chat) == whole.text
+        assert bytes(b for e in chat for b in e["bytes"]) == raw
+
+        after_kills = run(kind, case, case["kills"])
+        assert after_kills == deltas, "a kill between two tokens changes nothing"
+
+    holds()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_special_token_stops_where_its_text_is_a_stop_string(kind):
+    tokenizer = KINDS[kind]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    letter = tokenizer.convert_tokens_to_ids("a")
+    for skip in (True, False):
+        case = {
+            "prompt": [letter], "output": [letter, letter, end, letter], "skip": skip,
+            "stop": StopStrings(("<|im_end|>",)), "min_tokens": 0, "eos": (),
+        }  # fmt: skip
+        whole = joined(run(kind, case))
+        assert (whole.text, whole.stop_reason) == ("aa", "<|im_end|>")
+        assert whole.token_ids == (letter, letter, end)
+
+
+def test_an_echo_joins_to_its_text(http, engine, tokenizer):
+    """Prompt and output in one: also with special tokens and parts of characters."""
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    prompt = [start, *tokenizer.encode("hello €")[:-1]]
+    engine.script = lambda prompt, choice: tokenizer.encode("€ world")
+    for skip in (True, False):
+        body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 4,
+                "skip_special_tokens": skip}  # fmt: skip
+        choice = http.post("/v1/completions", json=body).json()["choices"][0]
+        logprobs = choice["logprobs"]
+        assert "".join(logprobs["tokens"]) == choice["text"]
+        assert choice["text"].startswith("hello" if skip else "<|im_start|>hello")
+        for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+            assert choice["text"][offset:].startswith(token)
+
+
+def test_alternatives_do_not_collide():
+    """Two tokens that read the same, and two that are parts of characters."""
+    names = TokenNames(VOCABULARIES["sentencepiece"], as_ids=False)
+    vocabulary = VOCABULARIES["sentencepiece"]
+    the, plain = 4, KINDS["sentencepiece"].convert_tokens_to_ids("the")
+    parts = [KINDS["sentencepiece"].convert_tokens_to_ids(f"<0x{b:02X}>") for b in (0xE2, 0xC3)]
+    pieces = vocabulary.pieces([the])
+    assert pieces[0].text == "the", "the first word of a text has no space"
+    tops = [(the, -0.1), (plain, -0.2), *((i, -0.3) for i in parts)]
+    rendered = CompletionLogprobs(names).render([the], pieces, [TokenLogprobs(-0.1, tops)])
+    top = rendered["top_logprobs"][0]
+    assert len(top) == 4, top
+    assert top["the"] == -0.1
+    assert {"bytes:\\xe2", "bytes:\\xc3"} <= set(top)
+
+
+def test_work_per_token_is_bounded():
+    """Bytes that never make a character, a hundred thousand times: no window grows."""
+    import time
+
+    vocabulary = VOCABULARIES["sentencepiece"]
+    byte = KINDS["sentencepiece"].convert_tokens_to_ids("<0xE2>")
+    began = time.perf_counter()
+    assert vocabulary.decode([byte] * 100_000) == "\ufffd" * 100_000
+    assert time.perf_counter() - began < 5
+
+
+def test_a_prompt_as_long_as_the_context_can_be_scored(http, engine):
+    limit = engine.model.max_model_len
+    for max_tokens, num in ((0, limit), (1, limit + 1), (16, limit + 1)):
+        body = {"prompt": [5] * limit, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        choice = answer.json()["choices"][0]
+        assert len(choice["logprobs"]["token_logprobs"]) == num
+        assert choice["finish_reason"] == "length"
+    body = {"prompt": [5] * (limit + 1), "echo": True, "logprobs": 1, "max_tokens": 0}
+    assert http.post("/v1/completions", json=body).status_code == 400
+    assert http.post("/v1/completions", json={"prompt": [5] * limit}).status_code == 400
