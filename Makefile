@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-matrix soak lint type fmt unit figures gpu-check clean
+.PHONY: setup demo test test-matrix soak lint type fmt unit figures api gpu-check clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ unit: setup
 # Sizes, circles and layers of src/revivemoe beside what is aimed at; ARGS=--json for all of it.
 figures: setup
 	@$(BIN)/python tools/figures.py $(ARGS)
+
+# Write the table of request fields into docs/api.md, from the code.
+api: setup
+	@$(BIN)/python tools/api_fields.py
 
 lint: setup
 	$(BIN)/ruff check src tests tools

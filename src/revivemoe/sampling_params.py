@@ -68,6 +68,7 @@ def finish_reason(
         last = output_ids[-1]
         if last in params.eos_token_ids or last in params.stop_token_ids:
             return "stop"
-    if num_output >= params.max_tokens or prompt_len + num_output >= max_model_len:
+    full = num_output and prompt_len + num_output >= max_model_len  # one is drawn in any case
+    if num_output >= params.max_tokens or full:
         return "length"
     return None

@@ -469,12 +469,27 @@ def test_a_request_id_is_taken_once() -> None:
         ("role_switch", {"id": 1}, "--expert-ranks"),
         ("scale_down", {"ids": []}, "list of rank ids"),
         ("scale_down", {"ids": [0, 1, 2, 3]}, "cannot go on without"),
+        ("scale_down", {"ids": [9]}, "not a rank"),
+        ("scale_down", {"ids": [1], "timeout": -1}, "'timeout' must be"),
+        ("retry", {"timeout": "soon"}, "'timeout' must be"),
         ("whatif", {"ids": [7]}, "not a rank"),
     ],
 )
 def test_refusals_say_why(instruction: str, params: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         apply(serving(), instruction, **params)
+
+
+@pytest.mark.parametrize("name", ["ids", "ranks", "exclude_dp_ranks"])
+def test_scale_down_of_ranks_that_are_gone_keeps_them_out(name: str) -> None:
+    """vLLM's orchestrators name all that are lost, and a time."""
+    instance = Instance(4, redundant=24, auto_rejoin=True).start()
+    instance.die(1)
+    instance.wait(0.1)
+    apply(instance, "scale_down", **{name: [1], "timeout": 60})
+    instance.wait(120)
+    assert members(instance) == (0, 2, 3)
+    assert not instance.named("launch")
 
 
 def test_scale_down_takes_ranks_out_one_after_the_other() -> None:

@@ -42,6 +42,7 @@ def softmax(logits: list[float]) -> list[float]:
 def naive_edited(logits: list[float], r: SamplingRow) -> list[float]:
     p, edited = r.params, []
     for token, x in enumerate(logits):
+        x += dict(p.logit_bias).get(token, 0.0)
         count = list(r.output_ids).count(token)
         if count or token in r.prompt_ids:
             x = x / p.repetition_penalty if x > 0 else x * p.repetition_penalty
@@ -82,12 +83,13 @@ params_strategy = st.builds(
     seed=st.integers(-(2**70), 2**70),
     choice=st.integers(0, 8),
     temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0, 2.5]),
-    top_p=st.sampled_from([1.0, 0.05, 0.5, 0.9]),
+    top_p=st.sampled_from([1.0, 0.0, 0.05, 0.5, 0.9]),
     top_k=st.sampled_from([0, 1, 2, 7, 1000]),
     min_p=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
     presence_penalty=st.sampled_from([0.0, 0.7, -1.1]),
     frequency_penalty=st.sampled_from([0.0, 0.4, -0.6]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    logit_bias=st.sampled_from([(), ((3, 100.0),), ((2, -100.0), (7, 1.5))]),
     min_tokens=st.sampled_from([0, 3]),
     eos_token_ids=st.just((2, 4)),
     stop_token_ids=st.sampled_from([(), (5,)]),
