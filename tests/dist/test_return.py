@@ -1,17 +1,22 @@
 """Strength comes back by itself: lost ranks, their experts and their roles, without an operator."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import pytest
 from support.cases import Case, Weights, check_all, plain_cases, requests_of
 from support.client import Load, Request, run_load
 from support.deployment import Deployment, Status, deployed, kill, with_status
+from support.memory_limit import CannotLimit, limited
 
 from revivemoe.sampling_params import SamplingParams
 
 BACK_S = 60.0
-POISONS = ("error", "hang", "kill")
-MOST_LOST = {"error": 2, "hang": 2, "kill": 4}
+MOST_LOST = {"error": 2, "hang": 2, "memory": 2, "kill": 4}
 """How many ranks a request may cost that brings down whoever runs it. Of a SIGKILL nobody knows
-that a request had a part in it, before two ranks have died under the same one."""
+that a request had a part in it, before two ranks have died under the same one; the kernel's
+out-of-memory killer leaves a trace."""
+RANK_MIB = 300
 
 
 def whole(status: Status) -> bool:
@@ -24,16 +29,16 @@ def await_whole(server: Deployment) -> Status:
     return server.await_status(whole, BACK_S)
 
 
-def test_lost_ranks_come_back_and_poison_costs_few(qwen: Weights, mixed: list[Case]) -> None:
+@pytest.fixture(scope="module")
+def four(qwen: Weights) -> Iterator[Deployment]:
     """Every expert on three of four ranks: any two may go at once."""
     flags = "--redundant-experts", "32", "--enable-fault-injection", "--max-model-len", "512"
     with deployed(qwen.dir, 4, *flags, auto_rejoin=True) as server:
-        two_at_once(server, mixed)
-        for kind, poison in zip(POISONS, unused_tokens(mixed), strict=False):
-            poison_costs_few(server, mixed, kind, poison)
+        yield server
 
 
-def two_at_once(server: Deployment, mixed: list[Case]) -> None:
+def test_two_lost_at_once_come_back(four: Deployment, mixed: list[Case]) -> None:
+    server = four
     pids = server.pids()
 
     async def beside(load: Load) -> None:
@@ -52,7 +57,29 @@ def two_at_once(server: Deployment, mixed: list[Case]) -> None:
     assert all(engine["last_step"] > 0 for engine in stats), "requests flow to who came back"
 
 
-def poison_costs_few(server: Deployment, mixed: list[Case], kind: str, poison: int) -> None:
+@pytest.mark.parametrize("kind", MOST_LOST)
+def test_a_poison_request_costs_few_ranks(
+    four: Deployment, mixed: list[Case], kind: str
+) -> None:
+    server, poison = four, unused_tokens(mixed)[list(MOST_LOST).index(kind)]
+    await_whole(server)
+    with ExitStack() as limits:
+        if kind == "memory":
+            limits.enter_context(own_memory(server))
+        strike(server, mixed, kind, poison)
+
+
+@contextmanager
+def own_memory(server: Deployment) -> Iterator[None]:
+    """Every rank's memory limited apart, so that the kernel kills the one that takes too much."""
+    try:
+        with limited({f"revive-{p}": p for p in server.pids().values()}, RANK_MIB):
+            yield
+    except CannotLimit as error:
+        pytest.skip(str(error))
+
+
+def strike(server: Deployment, mixed: list[Case], kind: str, poison: int) -> None:
     for engine in server.status()["engines"]:
         server.inject(engine["id"], kind, {"phase": "experts"}, {"prompt_token": poison})
     before = len(server.status()["recoveries"])
@@ -62,7 +89,9 @@ def poison_costs_few(server: Deployment, mixed: list[Case], kind: str, poison: i
     assert not check_all(mixed, answers), f"{kind}: every other stream goes on"
     status = await_whole(server)
     lost = [f for r in status["recoveries"][before:] for f in r["faults"]]
-    assert len(lost) <= MOST_LOST[kind], f"{kind}: {lost}"
+    assert 1 <= len(lost) <= MOST_LOST[kind], f"{kind}: {lost}"
+    if kind == "memory":
+        assert all("SIGKILL" in str(fault) for fault in lost), "the kernel's, not our bound"
     assert ended.error is not None or kind == "kill", "new ranks are not armed"
 
 

@@ -11,6 +11,11 @@ from revivemoe.comm.sever import sever
 from revivemoe.messages.commands import Inject
 
 
+HOARD_MIB = 1024
+"""What a `memory` fault takes at most if not told: a host without limits shall survive it."""
+CHUNK_MIB = 16
+
+
 class InjectedError(RuntimeError):
     """What an injected `error` raises: the rank's own code has failed."""
 
@@ -70,6 +75,8 @@ class Injections:
                 _hang(str(fault.params.get("how", "loop")))
             case "error":
                 raise InjectedError("injected error")
+            case "memory":
+                _hoard(_mebibytes(fault))
             case "slow":
                 self._slow.append(fault)
             case "nan":
@@ -86,6 +93,18 @@ def _factor(fault: Inject) -> float:
     factor = fault.params.get("factor", 5)
     assert isinstance(factor, int | float), "checked where it was asked for"
     return factor
+
+
+def _mebibytes(fault: Inject) -> int:
+    mebibytes = fault.params.get("mebibytes", HOARD_MIB)
+    assert isinstance(mebibytes, int), "checked where it was asked for"
+    return mebibytes
+
+
+def _hoard(mebibytes: int) -> None:
+    """Take memory, and write to it, until the kernel's killer strikes or so much is held."""
+    held = [b"x" * (CHUNK_MIB << 20) for _ in range(max(1, mebibytes // CHUNK_MIB))]
+    raise InjectedError(f"holds {len(held) * CHUNK_MIB} MiB, and nothing has stopped it")
 
 
 def _matches(fault: Inject, step: int, phase: str, layer: int) -> bool:

@@ -13,7 +13,7 @@ from revivemoe.messages.reports import PRODUCERS, STEP_PHASES
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.streams import Document
 
-INJECTABLE = ("kill", "hang", "error", "slow", "nan", "comm", "device_fault")
+INJECTABLE = ("kill", "hang", "error", "slow", "nan", "comm", "device_fault", "memory")
 
 
 class Injector:
@@ -81,6 +81,9 @@ def parse_injection(fault: Document, injection_id: str) -> Inject:
     factor = inject.params.get("factor", 5)
     if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
         raise ValueError("'factor' must be a number of at least 1")
+    mebibytes = inject.params.get("mebibytes", 1)
+    if not isinstance(mebibytes, int) or isinstance(mebibytes, bool) or mebibytes < 1:
+        raise ValueError("'mebibytes' must be an integer of at least 1")
     if inject.params.get("how", "loop") not in ("loop", "stop", "deadlock"):
         raise ValueError("'how' must be loop, stop or deadlock")
     return inject

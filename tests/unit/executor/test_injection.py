@@ -104,6 +104,11 @@ def test_an_error_is_raised_there() -> None:
         injections.reached(2, "experts", 0, no_tokens)
 
 
+def test_memory_is_taken_up_to_a_bound() -> None:
+    with pytest.raises(InjectedError, match="holds 32 MiB"):
+        Injections().add(Inject("x", "memory", params={"mebibytes": 40}))
+
+
 def test_a_slow_rank_takes_a_multiple_of_its_own_work() -> None:
     injections = Injections()
     assert injections.delay_s("experts", 0.1) == 0.0

@@ -80,6 +80,7 @@ def _in_a_step() -> list[Kind]:
     return [
         Kind("kill in a step", "inject", "lost", "kill", phases=STEP_PHASES),
         Kind("error", "inject", "lost", "error", phases=STEP_PHASES),
+        Kind("memory", "inject", "lost", "memory", {"mebibytes": 256}, STEP_PHASES),
         Kind("loop", "inject", "lost", "hang", {"how": "loop"}, STEP_PHASES),
         Kind("deadlock", "inject", "lost", "hang", {"how": "deadlock"}, STEP_PHASES),
         Kind("stop in a step", "inject", "lost", "hang", {"how": "stop"}, STEP_PHASES),
