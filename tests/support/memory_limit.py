@@ -1,4 +1,4 @@
-"""A memory cgroup of its own for a process: the kernel's killer strikes it alone. v1 or v2; needs root."""
+"""A memory cgroup for a process alone, where the kernel's killer strikes. v1 or v2; needs root."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -10,7 +10,6 @@ import torch
 from revivemoe.comm.sever import sever
 from revivemoe.messages.commands import Inject
 
-
 HOARD_MIB = 1024
 """What a `memory` fault takes at most if not told: a host without limits shall survive it."""
 CHUNK_MIB = 16

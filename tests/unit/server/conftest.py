@@ -22,7 +22,10 @@ class RunningServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
     async def _main(self) -> None:
-        timeout_s = self._options.pop("shutdown_timeout_s", 0.2)
+        timeouts = {
+            name: self._options.pop(name, default_s)
+            for name, default_s in [("shutdown_timeout_s", 0.2), ("keep_alive_timeout_s", 75.0)]
+        }
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         app = create_app(self.engine, self.engine.tokenizer, **self._options)
         await serve_app(
@@ -31,7 +34,7 @@ class RunningServer:
             0,
             stop=self._stop,
             on_started=self._on_started,
-            shutdown_timeout_s=timeout_s,
+            **timeouts,
         )
 
     def _on_started(self, host: str, port: int) -> None:
