@@ -2,7 +2,6 @@
 
 import time
 
-import httpx
 import pytest
 
 PAGE = {"Origin": "https://page.example"}
