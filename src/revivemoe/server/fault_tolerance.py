@@ -9,9 +9,10 @@ from pydantic import Field
 from starlette.responses import Response
 
 from revivemoe.server.auth import Keys
+from revivemoe.server.described import body, errors
 from revivemoe.server.errors import ApiError, Json
 from revivemoe.server.lifetime import Lifetime, cancel_all
-from revivemoe.server.schema import Strict, read_json, validate
+from revivemoe.server.schema import Int, Strict, read_json, validate
 from revivemoe.server.sse import KEEP_ALIVE, EventStream, event
 from revivemoe.streams import ServingEngine
 
@@ -22,10 +23,19 @@ class ApplyRequest(Strict):
     request_id: str | None = Field(None, min_length=1, max_length=256)
 
 
+class InjectRequest(Strict):
+    """What a fault is, whoever brings it about checks further."""
+
+    id: Int
+    kind: str
+    at: dict[str, object] | None = None
+    params: dict[str, object] | None = None
+
+
 def fault_tolerance_routes(
     engine: ServingEngine, keys: Keys, lifetime: Lifetime, enable_fault_injection: bool
 ) -> APIRouter:
-    router = APIRouter(tags=["fault tolerance"])
+    router = APIRouter(tags=["fault tolerance"], responses=errors())
     reader = [Depends(keys.require_reader)]
     admin = [Depends(keys.require_admin)]
 
@@ -34,21 +44,27 @@ def fault_tolerance_routes(
     async def status() -> Response:
         return Json(engine.status())
 
-    @router.get("/v1/fault_tolerance/events", dependencies=reader)
-    @router.get("/fault_tolerance/events", dependencies=reader)
     async def events() -> Response:
         return EventStream(_events(engine, lifetime), lifetime, last="")
 
-    @router.post("/v1/fault_tolerance/apply", dependencies=admin)
-    @router.post("/fault_tolerance/apply", dependencies=admin)
+    for path in ("/v1/fault_tolerance/events", "/fault_tolerance/events"):
+        router.get(path, dependencies=reader, status_code=200, response_class=EventStream)(events)
+
+    form = body(ApplyRequest)
+
+    @router.post("/v1/fault_tolerance/apply", dependencies=admin, openapi_extra=form)
+    @router.post("/fault_tolerance/apply", dependencies=admin, openapi_extra=form)
     async def apply(request: Request) -> Response:
         return await _apply(engine, validate(ApplyRequest, _renamed(await read_json(request))))
 
-    @router.post("/v1/fault_tolerance/inject", dependencies=admin)
+    fault = body(InjectRequest)
+
+    @router.post("/v1/fault_tolerance/inject", dependencies=admin, openapi_extra=fault)
     async def inject(request: Request) -> Response:
         if not enable_fault_injection:
             raise _no_injection("start the server with --enable-fault-injection to inject faults")
-        return await _inject(engine, await read_json(request))
+        form = validate(InjectRequest, await read_json(request))
+        return await _inject(engine, form.model_dump(exclude_none=True))
 
     return router
 

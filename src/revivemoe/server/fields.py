@@ -131,19 +131,23 @@ def hint(name: str) -> str:
 def _accept(name: str, value: object, rule: Accepted) -> None:
     right = isinstance(value, rule.kinds) and (bool in rule.kinds or not isinstance(value, bool))
     if not right:
-        kinds = " or ".join(_JSON_NAMES[kind] for kind in rule.kinds)
+        kinds = " or ".join(_an(JSON_TYPES[kind]) for kind in rule.kinds)
         raise ApiError(f"`{name}` must be {kinds}", param=name)
     if name not in _told:
         _told.add(name)
         logger.debug("`%s` is accepted and has no effect: %s", name, rule.why)
 
 
-_JSON_NAMES: dict[type, str] = {
-    bool: "a boolean",
-    dict: "an object",
-    float: "a number",
-    int: "an integer",
-    str: "a string",
+def _an(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+JSON_TYPES: dict[type, str] = {
+    bool: "boolean",
+    dict: "object",
+    float: "number",
+    int: "integer",
+    str: "string",
 }
 
 

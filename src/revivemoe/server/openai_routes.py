@@ -12,6 +12,7 @@ from revivemoe.detokenizer import Vocabulary
 from revivemoe.server.admission import HEADERS_WITHIN_S, Admission
 from revivemoe.server.chat import ChatShape
 from revivemoe.server.completions import CompletionShape
+from revivemoe.server.described import body, errors
 from revivemoe.server.errors import ApiError, Json
 from revivemoe.server.lifetime import Lifetime
 from revivemoe.server.prompts import PromptEncoder
@@ -103,9 +104,12 @@ class Generation:
 
 
 def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[None]]) -> APIRouter:
-    router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[Depends(guard)])
-    router.post("/completions")(generation.complete)
-    router.post("/chat/completions")(generation.chat)
+    router = APIRouter(
+        prefix="/v1", tags=["openai"], dependencies=[Depends(guard)], responses=errors()
+    )
+    text, chat = (body(form, generation=True) for form in (CompletionRequest, ChatRequest))
+    router.post("/completions", openapi_extra=text)(generation.complete)
+    router.post("/chat/completions", openapi_extra=chat)(generation.chat)
     model_info = generation.engine.model
     card: dict[str, object] = {
         "id": model_info.name,

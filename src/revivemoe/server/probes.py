@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from revivemoe import __version__
 from revivemoe.server.errors import Json, retry_after
@@ -30,7 +30,7 @@ def operations_routes(engine: ServingEngine, lifetime: Lifetime) -> APIRouter:
     async def version() -> Response:
         return Json({"version": __version__})
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(engine.metrics(), headers={"content-type": CONTENT_TYPE_LATEST})
 

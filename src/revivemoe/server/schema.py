@@ -5,7 +5,14 @@ import re
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from revivemoe.server.errors import ApiError
 from revivemoe.server.fields import acted_upon, hint
@@ -45,8 +52,24 @@ def _token_bias(value: object) -> object:
     }
 
 
-Int = Annotated[int, BeforeValidator(_integral)]
+_Integral = BeforeValidator(_integral)
+Int = Annotated[int, _Integral]
+Count = Annotated[int, Field(ge=0), _Integral]
+CountOrAll = Annotated[int, Field(ge=-1), _Integral]
+Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64), _Integral]
 Bias = Annotated[dict[Int, float], BeforeValidator(_token_bias)]
+
+
+_TEXTS_OR_IDS = [
+    {"type": "string"},
+    {"type": "array", "minItems": 1, "items": {"type": "string"}},
+    {"type": "array", "minItems": 1, "items": {"type": "integer"}},
+]
+Prompt = Annotated[
+    object,
+    WithJsonSchema({"anyOf": [*_TEXTS_OR_IDS, {"type": "array", "items": _TEXTS_OR_IDS[2]}]}),
+]
+"""Text, token ids, or a list of either."""
 
 
 class StreamOptions(Strict):
@@ -67,15 +90,15 @@ class GenerationRequest(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Int = Field(1, ge=1, le=MAX_N)
-    seed: Int | None = Field(None, ge=-_INT64, lt=_INT64)
+    seed: Seed | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Int | None = Field(None, ge=-1)
+    top_k: CountOrAll | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     stop: Annotated[list[StopString], BeforeValidator(_listed)] = Field([], max_length=16)
     stop_token_ids: list[Int] = Field([], max_length=256)
     include_stop_str_in_output: bool = False
-    max_completion_tokens: Int | None = Field(None, ge=0)
+    max_completion_tokens: Count | None = None
     min_tokens: Int = Field(0, ge=0)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -84,7 +107,7 @@ class GenerationRequest(Strict):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    truncate_prompt_tokens: Int | None = Field(None, ge=-1)
+    truncate_prompt_tokens: CountOrAll | None = None
     truncation_side: Literal["left", "right"] = "left"
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -102,10 +125,10 @@ class GenerationRequest(Strict):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: object
-    """Text, token ids, or a list of either; see prompts.py."""
-    max_tokens: Int | None = Field(None, ge=0)
-    logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt: Prompt
+    """See `prompts.prompt_items`."""
+    max_tokens: Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Integral] | None = None
     echo: bool = False
     add_special_tokens: bool = True
 
@@ -125,7 +148,7 @@ class Conversation(Strict):
 
 
 class ChatRequest(Conversation, GenerationRequest):
-    max_tokens: Int | None = Field(None, ge=1)
+    max_tokens: Annotated[int, Field(ge=1), _Integral] | None = None
     logprobs: bool = False
     top_logprobs: Int = Field(0, ge=0, le=MAX_LOGPROBS)
     echo: bool = False

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from revivemoe.server.described import body, errors
 from revivemoe.server.errors import ApiError, Json
 from revivemoe.server.openai_routes import Generation
 from revivemoe.server.prompts import check_vocabulary
@@ -32,10 +33,10 @@ class Detokenize(Strict):
 
 def token_routes(generation: Generation, guard: Callable[[Request], Awaitable[None]]) -> APIRouter:
     """What a prompt is in tokens, and tokens in text."""
-    router = APIRouter(tags=["tokens"], dependencies=[Depends(guard)])
+    router = APIRouter(tags=["tokens"], dependencies=[Depends(guard)], responses=errors())
     model, encoder, vocabulary = generation.engine.model, generation.encoder, generation.vocabulary
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", openapi_extra=body(TokenizeText, TokenizeChat))
     async def tokenize(request: Request) -> Response:
         document = {k: v for k, v in (await read_json(request)).items() if v is not None}
         if "messages" in document:
@@ -51,7 +52,7 @@ def token_routes(generation: Generation, guard: Callable[[Request], Awaitable[No
         names = [vocabulary.token(i) or "" for i in ids] if strings else None
         return Json({**answer, "tokens": ids, "token_strs": names})
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", openapi_extra=body(Detokenize))
     async def detokenize(request: Request) -> Response:
         form = validate(Detokenize, await read_json(request))
         generation.check_model(form.model)

@@ -89,7 +89,7 @@ def test_events(http):
 
 COMPLETE = ("POST", "/v1/completions", {"json": {"prompt": "x"}})
 READ = [("GET", path, {}) for path in ("/v1/models", STATUS, "/fault_tolerance/status")]
-ADMIN = [("POST", APPLY, {"json": PAUSE}), ("POST", INJECT, {"json": {"id": 1}})]
+ADMIN = [("POST", APPLY, {"json": PAUSE}), ("POST", INJECT, {"json": {"id": 1, "kind": "kill"}})]
 OPEN = [("GET", path, {}) for path in ("/health", "/ready", "/metrics")]
 
 
