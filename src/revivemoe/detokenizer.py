@@ -8,7 +8,7 @@ however it is cut. What is no UTF-8 reads U+FFFD.
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from revivemoe.streams import Piece
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
 
 REPLACEMENT = "\ufffd"
+_LONGEST = 4
+"""Bytes of a character, at most."""
+_SAMPLED = 1 << 15
+"""Ids that are tried at the start, some of them."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -50,6 +54,10 @@ class Tokenizer(Protocol):
 class Detokenizer(Protocol):
     """The text of one choice. Never returns part of a character."""
 
+    @property
+    def open_bytes(self) -> bytes:
+        """Those of a character that is not whole yet."""
+
     def push(self, token_id: int) -> Piece:
         """What this token adds."""
 
@@ -70,29 +78,56 @@ class Vocabulary:
         added = backend.get_added_tokens_decoder()
         self.specials: Mapping[int, str] = {i: t.content for i, t in added.items() if t.special}
         """Text of each special token."""
+        self._special_ids = frozenset(self.specials)
         self._backend = backend
         self._spelling = _Spelling(backend.decoder)
         self._bytes_of_id: dict[int, bytes] = {}
+        self._check([i for i in range(0, _SAMPLED, _SAMPLED // 512) if i not in added])
 
     def detokenizer(
         self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> Detokenizer:
         """A fresh detokenizer for output that follows `prompt_ids`."""
-        hidden: Iterable[int] = self.specials if skip_special_tokens else ()
-        at_start = all(i in hidden for i in prompt_ids)
-        return _Pieces(self, frozenset(hidden), at_start)
+        hidden: frozenset[int] = self._special_ids if skip_special_tokens else frozenset()
+        at_start = all(i in hidden or self.token(i) is None for i in prompt_ids)
+        return _Pieces(self, hidden, at_start, self.open_bytes(prompt_ids, skip_special_tokens))
 
-    def pieces(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> list[Piece]:
-        """Those of a whole text, whose `text`s join to it."""
+    def open_bytes(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> bytes:
+        """Those of a character that these tokens begin and do not end."""
+        raw, hidden = b"", self._special_ids if skip_special_tokens else frozenset()
+        for token_id in reversed(token_ids):
+            if token_id not in hidden:
+                raw = self.token_bytes(token_id) + raw
+            if len(raw) >= _LONGEST:
+                break
+        return open_end(raw)
+
+    def pieces(
+        self, token_ids: Sequence[int], skip_special_tokens: bool = True, whole: bool = True
+    ) -> list[Piece]:
+        """Those of a text, whose `text`s join to it. Unless it is the `whole` one, what follows
+        may end its last character.
+        """
         detokenizer = self.detokenizer((), skip_special_tokens)
         pieces = [detokenizer.push(i) for i in token_ids]
-        if pieces and (rest := detokenizer.flush()):
+        if pieces and whole and (rest := detokenizer.flush()):
             pieces[-1] = Piece(pieces[-1].text + rest, pieces[-1].raw)
         return pieces
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The whole text."""
         return "".join(piece.text for piece in self.pieces(token_ids, skip_special_tokens))
+
+    def _check(self, token_ids: Sequence[int]) -> None:
+        """Raises ValueError for a decoder that spells a token by what stands around it."""
+        known = [i for i in token_ids if self.token(i) is not None]
+        for few in zip(known, known[1:], known[2:], strict=False):
+            theirs = self._spelling.decode([self.token(i) or "" for i in few])
+            if REPLACEMENT not in theirs and theirs != self.decode(few):
+                raise ValueError(
+                    "the decoder of tokenizer.json spells tokens by their neighbours (as WordPiece "
+                    f"does), which is not supported: {self.decode(few)!r} would be {theirs!r}"
+                )
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exact bytes of a token within a text, special or not; it may be half a character."""
@@ -125,11 +160,10 @@ class _Spelling:
     """How a tokenizer's tokens stand for bytes, found out by asking its decoder."""
 
     def __init__(self, decoder: Decoder | None) -> None:
-        self._decode: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
-        self._alphabet = _byte_of_char() if self._decode(["\u0120"]) == " " else {}
-        self._has_bytes = self._decode(["<0x41>"]) == "A"
-        self._anchor = self._decode(["a"])
-        self._strips = self._decode(["\u2581a"]) == "a" and self.raw("\u2581a") == b" a"
+        self.decode: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
+        self._alphabet = _byte_of_char() if self.decode(["\u0120"]) == " " else {}
+        self._has_bytes = self.decode(["<0x41>"]) == "A"
+        self._anchor = self.decode(["a"])
 
     def raw(self, token: str) -> bytes:
         """Bytes of a token that follows another one."""
@@ -137,13 +171,13 @@ class _Spelling:
             return byte
         if self._alphabet:
             return self._by_alphabet(token)
-        return self._decode(["a", token])[len(self._anchor) :].encode()
+        return self.decode(["a", token])[len(self._anchor) :].encode()
 
     def first(self, token: str) -> bytes:
         """Bytes of a token that a text begins with."""
         if (byte := self._byte(token)) is not None:
-            return b"" if self._strips and byte == b" " else byte
-        return self._by_alphabet(token) if self._alphabet else self._decode([token]).encode()
+            return byte if byte >= b"\x80" else self.decode([token]).encode()
+        return self._by_alphabet(token) if self._alphabet else self.decode([token]).encode()
 
     def _byte(self, token: str) -> bytes | None:
         found = _BYTE.fullmatch(token) if self._has_bytes else None
@@ -157,9 +191,16 @@ class _Spelling:
 
 
 class _Pieces:
-    def __init__(self, vocabulary: Vocabulary, hidden: frozenset[int], at_start: bool) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, hidden: frozenset[int], at_start: bool, open_bytes: bytes
+    ) -> None:
         self._vocabulary, self._hidden, self._at_start = vocabulary, hidden, at_start
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._utf8.decode(open_bytes)
+
+    @property
+    def open_bytes(self) -> bytes:
+        return self._utf8.getstate()[0]
 
     def push(self, token_id: int) -> Piece:
         if token_id in self._hidden:
@@ -172,6 +213,21 @@ class _Pieces:
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
+
+
+def ends_in_a_character(piece: Piece) -> bool:
+    """Whether nothing that follows can add to the last character of a token."""
+    return (bool(piece.text) or not piece.raw) and not open_end(piece.raw)
+
+
+def open_end(raw: bytes) -> bytes:
+    """The bytes at the end that begin a character and do not end it."""
+    for start in range(len(raw) - 1, max(-1, len(raw) - _LONGEST), -1):
+        end = raw[start:]
+        if end[0] >= 0xC0:
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            return end if decoder.decode(end) == "" else b""
+    return b""
 
 
 def _byte_of_char() -> dict[str, int]:

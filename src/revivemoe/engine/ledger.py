@@ -22,6 +22,7 @@ from revivemoe.engine.requests import (
     Sink,
     Taken,
 )
+from revivemoe.engine.stop_strings import Stops
 from revivemoe.engine.suspects import Suspects, Victim
 from revivemoe.engine.token_log import TokenGap, TokenLog
 from revivemoe.ids import Incarnation, RankId, SeqId
@@ -70,14 +71,23 @@ class Ledger:
         self._next_arrival += 1
         indices = choice_indices(submission.prompts, submission.n)
         try:
+            stops = Stops(
+                submission.stop, self._vocabulary.specials, submission.skip_special_tokens
+            )
             for index, (prompt, choice) in enumerate(indices):
-                self._open(request, index, prompt, choice, degraded)
+                self._open(request, stops, index, prompt, choice, degraded)
         except Exception as error:
             self._fail(request, error)
         return request
 
     def _open(
-        self, request: LiveRequest, index: int, prompt: int, choice: int, degraded: bool
+        self,
+        request: LiveRequest,
+        stops: Stops,
+        index: int,
+        prompt: int,
+        choice: int,
+        degraded: bool,
     ) -> None:
         submission = request.submission
         params = submission.params
@@ -89,11 +99,10 @@ class Ledger:
             index,
             prompt_ids,
             params,
-            submission.stop,
+            stops,
             self._vocabulary.detokenizer(prompt_ids, submission.skip_special_tokens),
             self._max_model_len,
             degraded,
-            self._vocabulary.specials if submission.skip_special_tokens else None,
         )
         seq_id = SeqId(self._next_seq_id)
         self._next_seq_id += 1

@@ -4,15 +4,14 @@ It is what makes request traffic idempotent: a token is appended if and only if 
 the length of the log and the log is open. Pure: no I/O, no clock.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from revivemoe.detokenizer import Detokenizer
 from revivemoe.engine.shown import Shown, Token
-from revivemoe.engine.stop_strings import Released, StopMatcher, unmarked
+from revivemoe.engine.stop_strings import Released, StopMatcher, Stops
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.sampling_params import FinishReason, SamplingParams, finish_reason
-from revivemoe.streams import Delta, Piece, StopStrings
+from revivemoe.streams import Delta, Piece
 
 
 class TokenGap(Exception):
@@ -32,13 +31,11 @@ class TokenLog:
         index: int,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        stop: StopStrings,
+        stops: Stops,
         detokenizer: Detokenizer,
         max_model_len: int,
         degraded: bool = False,
-        hidden: Mapping[int, str] | None = None,
     ) -> None:
-        """`hidden`: text of each special token, where `detokenizer` does not show them."""
         self.index = index
         """`Delta.index`: prompt index * n + choice."""
         self.prompt_ids = tuple(prompt_ids)
@@ -55,11 +52,10 @@ class TokenLog:
         """Whatever arrives is dropped: finished, aborted or failed."""
         self._text = ""
         """What the last token has released."""
-        self._include_stop = stop.include_in_output
+        self._stops = stops
         self._detokenizer = detokenizer
-        self._hidden = hidden or {}
-        self._matcher = StopMatcher(stop, self._hidden)
-        self._shown = Shown()
+        self._matcher = StopMatcher(stops)
+        self._shown = Shown(stops, detokenizer.open_bytes)
         self._max_model_len = max_model_len
 
     def append(
@@ -138,40 +134,36 @@ class TokenLog:
         reason = finish_reason(
             self.params, len(self.prompt_ids), self.output_ids, self._max_model_len
         )
-        piece = self._piece(token_id, reason)
-        self._shown.push(Token(token_id, logprobs, piece))
-        released = self._release(piece.text, reason)
+        token = self._token(token_id, logprobs, reason)
+        self._shown.push(token)
+        released = self._release(token, reason)
         if released.stop is not None:
             self._finish("stop", released.stop)
         elif reason is not None:
             stopped_by_id = reason == "stop" and token_id not in self.params.eos_token_ids
             self._finish(reason, token_id if stopped_by_id else None)
-        self._text = unmarked(released.text)
+        self._text = self._shown.text(released)
         logged = self.params.logprobs is not None
         if self.finish_reason is None and self._matcher.active and logged:
-            return self._shown.release(len(released.text))
-        tokens = self._shown.release_all(len(released.text), released.stop is not None)
-        if released.stop is not None and self._include_stop and self._matcher.marks.of(token_id):
-            tokens[-1] = self._spelled_out(tokens[-1])
-        return tokens
+            return self._shown.release(released)
+        return self._shown.release_all(released)
 
-    def _piece(self, token_id: int, reason: FinishReason | None) -> Piece:
-        """What a token adds, with a mark for what is hidden and may be part of a stop string."""
+    def _token(
+        self, token_id: int, logprobs: TokenLogprobs | None, reason: FinishReason | None
+    ) -> Token:
+        """What a token adds to the text."""
         # A token that ends the sequence is not part of its text, unless stop strings are included.
-        hidden = reason == "stop" and not self._include_stop
-        piece = Piece("", b"") if hidden else self._detokenizer.push(token_id)
-        rest = self._detokenizer.flush() if reason is not None else ""
-        return Piece(piece.text + rest + self._matcher.marks.of(token_id), piece.raw)
+        ends = reason == "stop" and not self._stops.include
+        piece = Piece("", b"") if ends else self._detokenizer.push(token_id)
+        mark = self._stops.mark_of.get(token_id, "") if ends or self._stops.hidden else ""
+        # What may be spelled out ends a character, as any token that is shown.
+        last = reason is not None or (mark and self._stops.include)
+        rest = self._detokenizer.flush() if last else ""
+        return Token(token_id, logprobs, Piece(piece.text + rest, piece.raw), mark)
 
-    def _spelled_out(self, token: Token) -> Token:
-        """A hidden token that has completed a stop string which is to be shown."""
-        text = self._hidden[token.token_id]
-        self._text += text
-        return replace(token, piece=Piece(token.piece.text + text, text.encode()))
-
-    def _release(self, text: str, reason: FinishReason | None) -> Released:
+    def _release(self, token: Token, reason: FinishReason | None) -> Released:
         armed = len(self.output_ids) > self.params.min_tokens
-        released = self._matcher.push(text, armed)
+        released = self._matcher.push(token.piece.text, token.mark, armed)
         if reason is None or released.stop is not None:
             return released
         return Released(released.text + self._matcher.flush())

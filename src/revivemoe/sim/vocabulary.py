@@ -8,6 +8,8 @@ from revivemoe.streams import Piece
 
 
 class Letters:
+    open_bytes = b""
+
     def push(self, token_id: int) -> Piece:
         return Piece(letter(token_id), letter(token_id).encode())
 

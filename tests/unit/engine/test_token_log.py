@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from unit.server.tiny_tokenizer import tiny_tokenizer
 
 from revivemoe.detokenizer import Vocabulary
-from revivemoe.engine.stop_strings import StopMatcher
+from revivemoe.engine.stop_strings import StopMatcher, Stops
 from revivemoe.engine.token_log import TokenGap, TokenLog
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.sampling_params import SamplingParams
@@ -27,10 +27,9 @@ def make_log(stop=(), include=False, prompt_len=3, **params) -> TokenLog:
         index=5,
         prompt_ids=list(range(prompt_len)),
         params=msgspec.structs.replace(PARAMS, **params),
-        stop=StopStrings(tuple(stop), include),
+        stops=Stops(StopStrings(tuple(stop), include), VOCABULARY.specials),
         detokenizer=VOCABULARY.detokenizer(),
         max_model_len=1000,
-        hidden=VOCABULARY.specials,
     )
 
 
@@ -206,7 +205,7 @@ def test_a_match_that_ends_beyond_min_tokens_counts():
 
 
 def test_a_match_within_min_tokens_does_not_come_back_later():
-    matcher = StopMatcher(StopStrings(("ab", "xaby")))
+    matcher = StopMatcher(Stops(StopStrings(("ab", "xaby"))))
     assert matcher.push("xab", armed=False).text == ""
     released = matcher.push("z")
     assert (released.text, released.stop) == ("xabz", None)
@@ -232,7 +231,7 @@ stop_lists = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
     st.booleans(),
 )
 def test_the_matcher_equals_a_search_of_the_whole_text(pieces, num_unarmed, stops, include):
-    matcher, got, stop = StopMatcher(StopStrings(tuple(stops), include)), "", None
+    matcher, got, stop = StopMatcher(Stops(StopStrings(tuple(stops), include))), "", None
     for k, piece in enumerate(pieces):
         released = matcher.push(piece, armed=k >= num_unarmed)
         got, stop = got + released.text, released.stop
@@ -256,7 +255,7 @@ def test_a_log_equals_a_search_of_the_whole_text(text, stops, include):
 
 @given(st.text("abc", max_size=20), st.text("abc", min_size=1, max_size=4))
 def test_no_more_is_held_than_a_stop_string_could_need(text, stop):
-    matcher = StopMatcher(StopStrings((stop,)))
+    matcher = StopMatcher(Stops(StopStrings((stop,))))
     sent = "".join(matcher.push(char, armed=False).text for char in text)
     held = text[len(sent) :]
     assert text.startswith(sent)

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from revivemoe.detokenizer import Vocabulary
+from revivemoe.engine.stop_strings import Stops
 from revivemoe.engine.token_log import TokenLog
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.streams import (
@@ -53,16 +54,16 @@ class FakeStream:
     async def _deltas(self) -> AsyncIterator[StreamEvent]:
         engine, submission = self._engine, self._submission
         vocabulary = Vocabulary(engine.tokenizer)
+        stops = Stops(submission.stop, vocabulary.specials, submission.skip_special_tokens)
         logs = [
             TokenLog(
                 k,
                 submission.prompts[p],
                 replace_choice(submission, c),
-                submission.stop,
+                stops,
                 vocabulary.detokenizer(submission.prompts[p], submission.skip_special_tokens),
                 engine.model.max_model_len,
                 engine.degraded_from_start,
-                vocabulary.specials if submission.skip_special_tokens else None,
             )
             for k, (p, c) in enumerate(choice_indices(submission.prompts, submission.n))
         ]

@@ -9,6 +9,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _WORDS = ["he", "ll", "hello", "Ġw", "or", "Ġwor", "ld", "Ġworld"]
+_PARTS = ["Ġâ", "âĤ", "éâ"]
+"""A character and the beginning of one, and two bytes of three."""
 _MERGES = [
     ("h", "e"),
     ("l", "l"),
@@ -23,7 +25,7 @@ _MERGES = [
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *_WORDS, "hell"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *_WORDS, "hell", *_PARTS]
     backend = Tokenizer(
         models.BPE(vocab={token: k for k, token in enumerate(tokens)}, merges=_MERGES)
     )
