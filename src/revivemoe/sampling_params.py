@@ -53,7 +53,9 @@ class SamplingDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_tokens: int | None = None
-    """None: the endpoint's own."""
+    """Of a chat; None: to the end of the context. A completion has OpenAI's own default."""
+    max_tokens_limit: int | None = None
+    """No request generates more, whatever it says."""
 
 
 def finish_reason(

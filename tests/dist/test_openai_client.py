@@ -213,7 +213,7 @@ def test_a_model_that_is_not_served(client: openai.OpenAI) -> None:
 
 def test_a_prompt_that_is_too_long(client: openai.OpenAI) -> None:
     with pytest.raises(
-        openai.BadRequestError, match=f"has 2100 tokens.* {MAX_LEN} tokens"
+        openai.BadRequestError, match=f"length is {MAX_LEN} tokens.* has 2100 input tokens"
     ) as error:
         client.completions.create(model=MODEL, prompt=[7] * 2100)
     assert refused(error)["code"] == "context_length_exceeded"

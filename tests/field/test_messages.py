@@ -59,16 +59,72 @@ def test_parts_of_every_kind_of_text(http, engine, tokenizer):
     assert "a\nb\nc\nd<|im_end|>" in prompt_of(engine, tokenizer)
 
 
+KNOWS_DEVELOPER = (
+    "{% for m in messages %}{% if m.role == 'developer' %}[rule]{{ m.content }}"
+    "{% elif m.role == 'user' %}user:{{ m.content }}{% endif %}{% endfor %}"
+)
+DROPS_DEVELOPER = (
+    "{# Written by a developer. #}{% for m in messages %}"
+    "{% if m.role in ['system', 'user'] %}{{ m.role }}:{{ m.content }};{% endif %}{% endfor %}"
+)
+REFUSES_DEVELOPER = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user'] %}"
+    "{{ raise_exception('no role developer') }}{% endif %}{{ m.role }}:{{ m.content }};{% endfor %}"
+)
+TITLES = (
+    "The developer says: {% for m in messages %}{{ m.role | title }}:{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        (KNOWS_DEVELOPER, "[rule]be brief"),
+        ("{# No developer. #}" + KNOWS_DEVELOPER, "[rule]be brief"),
+        (DROPS_DEVELOPER, "system:be brief"),
+        (REFUSES_DEVELOPER, "system:be brief"),
+        (TEMPLATE_WITH_SWITCH, "system:be brief"),
+        ("{# Not for a developer. #}" + TEMPLATE_WITH_SWITCH, "system:be brief"),
+        (TITLES, "The developer says: System:be brief"),
+    ],
+    ids=["knows", "knows, with a comment", "drops", "refuses", "copies", "copies 2", "copies 3"],
+)
 def test_a_developer_is_the_system_where_the_template_does_not_know_it(
-    http, engine, tokenizer, monkeypatch
+    http, engine, tokenizer, monkeypatch, template, begins
 ):
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE_WITH_SWITCH)
-    chat(http, {"role": "developer", "content": "be brief"})
-    assert prompt_of(engine, tokenizer).startswith("system:be brief")
-    knows = "{% if true %}{# developer #}{% endif %}" + TEMPLATE_WITH_SWITCH
-    monkeypatch.setattr(tokenizer, "chat_template", knows)
-    chat(http, {"role": "developer", "content": "be brief"})
-    assert prompt_of(engine, tokenizer).startswith("developer:be brief")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    told = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert chat(http, *told).is_success
+    assert prompt_of(engine, tokenizer).startswith(begins)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "range(n)",
+        "n // 0",
+        "n % 0",
+        "10.0 ** n",
+        "'%d' % messages",
+        "n.no_such()",
+        "messages[9].content",
+        "messages | sum",
+        "raise_exception(messages[0].content * 1000)",
+        "raise_exception('')",
+    ],
+)
+def test_what_a_template_raises_refuses_the_messages(
+    http, engine, tokenizer, monkeypatch, expression
+):
+    source = "{% for x in [1] %}{{ " + expression + " }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", source)
+    answer = chat(http, {"role": "user", "content": "h\ni"}, chat_template_kwargs={"n": 10**9})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "messages")
+    assert error["message"].startswith("the chat template refused the messages: ")
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 400
+    assert not engine.submissions
 
 
 def test_the_template_is_told_what_the_request_says(http, engine, tokenizer, monkeypatch):

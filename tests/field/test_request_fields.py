@@ -94,9 +94,27 @@ def test_integral_floats_bias_and_bounds_reach_the_engine(http, engine):
     assert params.logit_bias == ((5, -3.0), (7, 100.0))
 
 
-def test_max_completion_tokens_on_completions(http, engine):
-    asked(http, "/v1/completions", max_completion_tokens=3)
-    assert engine.submissions[0].params.max_tokens == 3
+@pytest.mark.parametrize("path", PATHS)
+def test_the_newer_name_of_max_tokens_is_the_one_that_counts(http, engine, path):
+    asked(http, path, max_completion_tokens=3)
+    asked(http, path, max_completion_tokens=3, max_tokens=7)
+    asked(http, path, max_completion_tokens=None, max_tokens=7)
+    assert [s.params.max_tokens for s in engine.submissions] == [3, 3, 7]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_no_tokens_are_refused_by_either_name(http, engine, path, name):
+    error = asked(http, path, **{name: 0}).json()["error"]
+    assert error["param"] == name
+    assert f"`{name}`" in error["message"]
+    assert not engine.submissions
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_an_echo_of_no_tokens_by_either_name(http, name):
+    answer = asked(http, "/v1/completions", echo=True, **{name: 0})
+    assert answer.json()["choices"][0]["text"] == "hello"
 
 
 def test_a_request_id_comes_back(http):

@@ -8,8 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from revivemoe.checkpoint.generation import AUTO, end_token_ids
+
 _DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight")
 _EXPERT = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(?:(\d+)\.)?")
+
+_UNREADABLE = (
+    OSError,
+    struct.error,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
+"""What comes of a file whose content is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +44,9 @@ class CheckpointInfo:
     """Inner width of these; 0 if there are none."""
 
 
-def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
-    """Read `config.json` and the safetensors headers.
+def inspect_checkpoint(model_dir: Path, generation_config: str = AUTO) -> CheckpointInfo:
+    """Read `config.json`, the safetensors headers, and which tokens end a text
+    (`generation_config`: see `generation.end_token_ids`).
 
     Raises ValueError, one line that says what is wrong and how to mend it, for a directory that is
     no checkpoint, a quantised or incomplete one, or a model without routed experts.
@@ -61,11 +75,12 @@ def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
             f"{model_dir} ({architecture}) has no routed experts: only Mixture-of-Experts "
             "checkpoints can be served"
         )
+    vocab_size = _size(config, "vocab_size")
     return CheckpointInfo(
         model_dir=model_dir,
         architecture=architecture,
         dtype=_dtype(config),
-        vocab_size=_size(config, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=_size(config, "hidden_size"),
         max_positions=_size(config, "max_position_embeddings", 4096),
         top_k=_top_k(config, model_dir),
@@ -73,7 +88,7 @@ def inspect_checkpoint(model_dir: Path) -> CheckpointInfo:
         moe_layers=layers,
         dense_layers=tuple(sorted(dense)),
         dense_width=min(dense.values(), default=0),
-        eos_token_ids=_eos_ids(model_dir, config),
+        eos_token_ids=end_token_ids(generation_config, model_dir, config, vocab_size),
     )
 
 
@@ -88,7 +103,7 @@ def _config(model_dir: Path) -> dict[str, object]:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{model_dir} has no config.json: not a Hugging Face checkpoint") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object: not a Hugging Face checkpoint")
@@ -119,7 +134,7 @@ def _tensor_shapes(model_dir: Path) -> dict[str, list[int]]:
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
             files = [model_dir / name for name in sorted(names)]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{index} cannot be read: {error}") from None
     if not files:
         raise ValueError(
@@ -148,7 +163,7 @@ def _header(file: Path) -> dict[str, list[int]]:
         return {name: entry["shape"] for name, entry in entries.items() if name != "__metadata__"}
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the checkpoint is incomplete") from None
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
 
 
@@ -180,18 +195,3 @@ def _top_k(config: dict[str, object], model_dir: Path) -> int:
 def _dtype(config: dict[str, object]) -> str:
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return "float32" if name == "float32" else "bfloat16"
-
-
-def _eos_ids(model_dir: Path, config: dict[str, object]) -> tuple[int, ...]:
-    eos, source = config.get("eos_token_id"), model_dir / "config.json"
-    generation = model_dir / "generation_config.json"
-    if generation.exists():
-        try:
-            fields = json.loads(generation.read_text())
-            eos, source = fields.get("eos_token_id", eos), generation
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"{generation} cannot be read: {error}") from None
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(_is_int(i) for i in ids):
-        raise ValueError(f"{source}: eos_token_id must be a token id or a list of them, not {eos}")
-    return tuple(ids)

@@ -90,13 +90,15 @@ def serve(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of whatever the server draws itself.")] = 0,
     chat_template: Annotated[
-        Path | None, typer.Option(help="File with a Jinja template; default: the checkpoint's.")
+        str | None,
+        typer.Option(help="Jinja template, or a file with one; default: the checkpoint's."),
     ] = None,
     generation_config: Annotated[
         str,
         typer.Option(
             help="Sampling defaults: auto (the checkpoint's generation_config.json), vllm (none), "
-            "or a directory with such a file."
+            "or a directory with such a file, whose eos_token_id and limit max_new_tokens count, "
+            "too."
         ),
     ] = "auto",
     allowed_origins: Annotated[
@@ -108,7 +110,11 @@ def serve(
     ] = 75.0,
     shutdown_timeout: Annotated[
         float,
-        typer.Option(help="Seconds for open streams to end after SIGTERM or Ctrl-C; then: error."),
+        typer.Option(
+            help="Seconds for open streams to end after SIGTERM or Ctrl-C; then: error. Whoever "
+            "stops the server must wait 10 s longer (terminationGracePeriodSeconds, docker stop "
+            "-t)."
+        ),
     ] = 30.0,
 ) -> None:
     """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""

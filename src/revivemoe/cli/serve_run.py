@@ -32,7 +32,8 @@ class Listen:
     port: int
     api_key: str | None = None
     admin_api_key: str | None = None
-    chat_template: Path | None = None
+    chat_template: str | None = None
+    """A file, or the template itself."""
     generation_config: str = "auto"
     allowed_origins: tuple[str, ...] = ("*",)
     keep_alive_timeout_s: float = 75.0
@@ -45,9 +46,9 @@ def run(config: EngineConfig, listen: Listen) -> int:
 
     Raises ValueError and OSError for what is wrong with flags, checkpoint or address.
     """
-    info = inspect_checkpoint(config.model_dir)
-    config = resolve(config, info)
     configure_logging()
+    info = inspect_checkpoint(config.model_dir, listen.generation_config)
+    config = resolve(config, info)
     return asyncio.run(_serve(config, info, listen))
 
 
@@ -93,11 +94,12 @@ async def _serve(config: EngineConfig, info: CheckpointInfo, listen: Listen) -> 
         pass
     tokenizer = load_tokenizer(info.model_dir)
     defaults = sampling_defaults(listen.generation_config, info.model_dir)
-    template = None if listen.chat_template is None else read_template(str(listen.chat_template))
+    template = None if listen.chat_template is None else read_template(listen.chat_template)
     stop, cut = asyncio.Event(), asyncio.Event()
     with _stop_on_signals(stop, cut):
         async with Instance(config, info, tokenizer, defaults) as instance:
-            log.info("sampling defaults (%s): %s", listen.generation_config, defaults)
+            said = "sampling defaults (%s): %s; tokens that end a text: %s"
+            log.info(said, listen.generation_config, defaults, list(info.eos_token_ids))
             app = create_app(
                 instance,
                 tokenizer,

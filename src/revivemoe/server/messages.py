@@ -14,7 +14,7 @@ Message = dict[str, object]
 def plain_messages(messages: list[Message], knows_developer: bool) -> list[Message]:
     """Each with its content as one string. Raises ApiError naming what is not supported.
 
-    `knows_developer`: the template has that role; else it means `system`.
+    `knows_developer`: the template does something of its own with that role; else it is `system`.
     """
     plain = [_plain(k, message) for k, message in enumerate(messages)]
     for message in plain:

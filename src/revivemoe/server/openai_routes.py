@@ -17,7 +17,7 @@ from revivemoe.server.errors import ApiError, Json
 from revivemoe.server.lifetime import Lifetime
 from revivemoe.server.prompts import PromptEncoder
 from revivemoe.server.reply import Reply, Shape
-from revivemoe.server.sampling import chat_submission, completion_submission
+from revivemoe.server.sampling import chat_submission, completion_submission, wanted_tokens
 from revivemoe.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -44,8 +44,8 @@ class Generation:
         name = _request_id("cmpl", form, request)
         submission = completion_submission(name, form, prompts, self.engine.model)
         shape = CompletionShape(form, submission, self.vocabulary)
-        wanted = form.max_completion_tokens if form.max_tokens is None else form.max_tokens
-        return await self._answer(request, form, submission, shape, wanted == 0)
+        nothing = wanted_tokens(form) == 0
+        return await self._answer(request, form, submission, shape, discard_output=nothing)
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""

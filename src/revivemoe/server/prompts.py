@@ -1,7 +1,8 @@
 """From what a request says to token ids: tokenising, chat template, limits."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from revivemoe.detokenizer import Tokenizer
 from revivemoe.server.errors import ApiError
@@ -12,14 +13,17 @@ from revivemoe.server.schema import (
     GenerationRequest,
     brief,
 )
-from revivemoe.server.template import ChatTemplate
+from revivemoe.server.template import ChatTemplate, weight
 from revivemoe.streams import ModelInfo
 
 MAX_CHOICES = 1024
 """Prompts times n of one request."""
 _INLINE_CHARS = 4096
-"""Longer text is tokenised in a thread, so that it does not hold up everybody's streams."""
+"""Of a request; what is longer is rendered and tokenised in a thread."""
+_CHARS_PER_TOKEN = 16
+"""More than text has: the first part of a text that is far too long is enough to know it."""
 TokenIds = tuple[int, ...]
+T = TypeVar("T")
 
 
 class PromptEncoder:
@@ -35,55 +39,107 @@ class PromptEncoder:
 
         One that is only looked at (`echo`) may be as long as the context.
         """
-        encoded = [
-            await self.encode(item, form.add_special_tokens) if isinstance(item, str) else item
-            for item in prompt_items(form.prompt)
-        ]
-        room = 0 if form.echo else 1
-        return tuple(self._checked(self._cut(ids, form), "prompt", room) for ids in encoded)
+        items, room = prompt_items(form.prompt), 0 if form.echo else 1
+
+        def encoded() -> tuple[TokenIds, ...]:
+            special = form.add_special_tokens
+            return tuple(self._prompt(item, special, form, "prompt", room) for item in items)
+
+        return await _aside(encoded, sum(map(len, items)))
 
     async def chat(self, form: ChatRequest) -> TokenIds:
         """Token ids of a conversation up to where the assistant's turn begins. Raises ApiError."""
-        return self._checked(self._cut(await self.conversation(form), form), "messages", 1)
+
+        def encoded() -> TokenIds:
+            text = self._template.render(form)
+            return self._prompt(text, form.add_special_tokens, form, "messages", 1)
+
+        return await _aside(encoded, weight(form, _INLINE_CHARS))
 
     async def conversation(self, form: Conversation) -> list[int]:
         """Token ids of a conversation, however many. Raises ApiError."""
-        return await self.encode(self._template.render(form), form.add_special_tokens)
+
+        def encoded() -> list[int]:
+            return self._encode_now(self._template.render(form), form.add_special_tokens)
+
+        return await _aside(encoded, weight(form, _INLINE_CHARS))
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, however many."""
-        if len(text) <= _INLINE_CHARS:
-            return self._encode_now(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode_now, text, add_special_tokens)
+        return await _aside(lambda: self._encode_now(text, add_special_tokens), len(text))
 
     def _encode_now(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    def _cut(self, ids: Sequence[int], form: GenerationRequest) -> Sequence[int]:
+    def _prompt(
+        self,
+        item: str | list[int],
+        add_special_tokens: bool,
+        form: GenerationRequest,
+        field: str,
+        room: int,
+    ) -> TokenIds:
+        """Token ids of a prompt, cut as `form` says. `room`: tokens that must be left in the
+        context. Raises ApiError.
+        """
+        keep = self._kept(form)
+        from_end = keep is not None and form.truncation_side == "left"
+        ids, whole = item, True
+        if isinstance(ids, str):
+            most = self._model.max_model_len if keep is None else keep
+            ids, whole = self._bounded(ids, add_special_tokens, most, from_end)
+        if keep is not None and len(ids) > keep:
+            return self._checked(ids[len(ids) - keep :] if from_end else ids[:keep], field, room)
+        if not whole:
+            raise self._too_long(f"at least {len(ids) // 2}", field)
+        return self._checked(ids, field, room)
+
+    def _kept(self, form: GenerationRequest) -> int | None:
         """`truncate_prompt_tokens`: the last so many (or first); -1: as many as fit."""
-        most = form.truncate_prompt_tokens
-        if most is None:
-            return ids
-        if most < 0:
-            most = self._model.max_model_len - 1
-        if len(ids) <= most:
-            return ids
-        return ids[:most] if form.truncation_side == "right" else ids[len(ids) - most :]
+        keep = form.truncate_prompt_tokens
+        return self._model.max_model_len - 1 if keep is not None and keep < 0 else keep
+
+    def _bounded(
+        self, text: str, add_special_tokens: bool, most: int, from_end: bool
+    ) -> tuple[list[int], bool]:
+        """Token ids of a text, and whether of all of it: of one that is far too long a part does.
+
+        No number of characters bounds a token: tokenizers drop, merge and eat them. But a part has
+        the tokens that the text has there, except for a few where it is cut. So what makes more
+        than twice `most` tokens says enough.
+        """
+        chars = _INLINE_CHARS + _CHARS_PER_TOKEN * most
+        while chars < len(text):
+            part = text[-chars:] if from_end else text[:chars]
+            ids = self._encode_now(part, add_special_tokens)
+            if len(ids) > 2 * most + 1:
+                return ids, False
+            chars *= 4
+        return self._encode_now(text, add_special_tokens), True
 
     def _checked(self, ids: Sequence[int], field: str, room: int) -> TokenIds:
-        """`room`: tokens that must be left in the context."""
         if not ids:
             raise ApiError("the prompt is empty: it needs at least one token", param=field)
-        limit = self._model.max_model_len
-        if len(ids) + room > limit:
-            raise ApiError(
-                f"the prompt has {len(ids)} tokens, but this model's context is {limit} tokens "
-                "for prompt and output together",
-                param=field,
-                code="context_length_exceeded",
-            )
+        if len(ids) + room > self._model.max_model_len:
+            raise self._too_long(f"{len(ids)}", field)
         check_vocabulary(ids, self._model.vocab_size, field)
         return tuple(ids)
+
+    def _too_long(self, count: str, field: str) -> ApiError:
+        """In the words of OpenAI and vLLM, which clients look for to shorten what they send."""
+        limit = self._model.max_model_len
+        no_room = " and leaves no room for output" if count == str(limit) else ""
+        return ApiError(
+            f"This model's maximum context length is {limit} tokens. However, your request has "
+            f"{count} input tokens{no_room}. Please reduce the length of the input {field}.",
+            param=field,
+            code="context_length_exceeded",
+        )
+
+
+async def _aside(work: Callable[[], T], size: float) -> T:
+    """In a thread, if it is long enough to hold up everybody's streams."""
+    return work() if size <= _INLINE_CHARS else await asyncio.to_thread(work)
 
 
 def check_vocabulary(ids: Sequence[int], vocab_size: int, field: str) -> None:
@@ -102,21 +158,30 @@ def prompt_items(prompt: object) -> list[str | list[int]]:
     if isinstance(prompt, list):
         if not prompt:
             raise ApiError("`prompt` is an empty list", param="prompt")
-        if _is_ids(prompt):
-            return [prompt]
+        if (ids := _ids(prompt)) is not None:
+            return [ids]
         if len(prompt) > MAX_CHOICES:
             raise ApiError(
                 f"`prompt`: at most {MAX_CHOICES} prompts, got {len(prompt)}", param="prompt"
             )
         if all(isinstance(item, str) for item in prompt):
             return prompt
-        if all(isinstance(item, list) and _is_ids(item) for item in prompt):
-            return prompt
+        lists = [_ids(item) for item in prompt]
+        if all(ids is not None for ids in lists):
+            return [ids for ids in lists if ids is not None]
     raise ApiError(
         "`prompt` must be a string, a list of strings, a list of token ids or a list of such lists",
         param="prompt",
     )
 
 
-def _is_ids(value: list[object]) -> bool:
-    return all(type(item) is int for item in value)
+def _ids(value: object) -> list[int] | None:
+    """Token ids, if they are: integers, also as 2.0, as in all fields of a request."""
+    if not isinstance(value, list):
+        return None
+    kinds = set(map(type, value))
+    if kinds <= {int}:
+        return value
+    if kinds <= {int, float} and all(i.is_integer() for i in value if type(i) is float):
+        return [int(i) for i in value]
+    return None

@@ -13,16 +13,25 @@ MAX_BIAS = 100.0
 """Beyond it a bias decides alone anyway (as in OpenAI's API; vLLM cuts there, too)."""
 
 
+def wanted_tokens(form: CompletionRequest | ChatRequest) -> int | None:
+    """How many tokens a request asks for at most: by the newer name, or the older one."""
+    newer = form.max_completion_tokens
+    return form.max_tokens if newer is None else newer
+
+
 def completion_submission(
     request_id: str, form: CompletionRequest, prompts: tuple[TokenIds, ...], model: ModelInfo
 ) -> Submission:
-    """Raises ApiError. `echo` with `max_tokens` 0 generates one token, which nobody sees."""
-    wanted = form.max_tokens if form.max_tokens is not None else form.max_completion_tokens
-    if wanted == 0 and not form.echo:
-        raise ApiError("`max_tokens` must be at least 1 without `echo`, got 0", param="max_tokens")
-    default = model.defaults.max_tokens or DEFAULT_COMPLETION_TOKENS
+    """Raises ApiError. `echo` with `max_tokens` 0 generates one token, which nobody sees.
+
+    The checkpoint's `max_new_tokens` is for chats: here 16 is OpenAI's default, and vLLM's.
+    """
+    if wanted_tokens(form) == 0 and not form.echo:
+        name = "max_tokens" if form.max_completion_tokens is None else "max_completion_tokens"
+        raise ApiError(f"`{name}` must be at least 1 without `echo`, got 0", param=name)
     prompt_logprobs = form.logprobs if form.echo else None
-    params = _params(form, model, prompts, wanted, default, form.logprobs, prompt_logprobs)
+    default = DEFAULT_COMPLETION_TOKENS
+    params = _params(form, model, prompts, default, form.logprobs, prompt_logprobs)
     return _submission(request_id, form, prompts, params)
 
 
@@ -32,26 +41,23 @@ def chat_submission(
     """Raises ApiError."""
     if form.top_logprobs and not form.logprobs:
         raise ApiError("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
-    wanted = form.max_completion_tokens
-    if wanted == 0:
-        raise ApiError("`max_completion_tokens` must be at least 1", param="max_completion_tokens")
-    wanted = form.max_tokens if wanted is None else wanted
     logprobs = form.top_logprobs if form.logprobs else None
     default = model.defaults.max_tokens or model.max_model_len
-    params = _params(form, model, (prompt,), wanted, default, logprobs, None)
+    params = _params(form, model, (prompt,), default, logprobs, None)
     return _submission(request_id, form, (prompt,), params)
 
 
 def _params(
-    form: GenerationRequest,
+    form: CompletionRequest | ChatRequest,
     model: ModelInfo,
     prompts: tuple[TokenIds, ...],
-    wanted: int | None,
     default: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """`wanted` is an upper bound: each choice ends where the context does."""
+    """What is asked for is an upper bound: each choice ends where the context does. `default`:
+    tokens, where nothing is.
+    """
     check_vocabulary(form.stop_token_ids, model.vocab_size, "stop_token_ids")
     check_vocabulary(list(form.logit_bias), model.vocab_size, "logit_bias")
     if not form.spaces_between_special_tokens and not form.skip_special_tokens:
@@ -61,14 +67,15 @@ def _params(
             param="spaces_between_special_tokens",
             code="unsupported_parameter",
         )
+    defaults, wanted = model.defaults, wanted_tokens(form)
     asked = default if wanted is None else max(1, wanted)
+    asked = min(asked, defaults.max_tokens_limit or asked)
     if form.min_tokens > asked:
         raise ApiError(
             f"`min_tokens` must be at most the {asked} tokens to generate, got {form.min_tokens}",
             param="min_tokens",
         )
     max_tokens = min(asked, max(1, model.max_model_len - min(map(len, prompts))))
-    defaults = model.defaults
     top_k = defaults.top_k if form.top_k is None else form.top_k
     return SamplingParams(
         seed=_seed(form.seed),

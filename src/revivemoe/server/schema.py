@@ -149,6 +149,7 @@ class Conversation(Strict):
 
 class ChatRequest(Conversation, GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1), _Integral] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), _Integral] | None = None
     logprobs: bool = False
     top_logprobs: Int = Field(0, ge=0, le=MAX_LOGPROBS)
     echo: bool = False

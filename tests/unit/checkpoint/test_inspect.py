@@ -205,6 +205,11 @@ def test_garbage_in_the_index(model_dir: Path, text: str) -> None:
         ([7, 8], None, (7, 8)),
         (7, {"eos_token_id": [1, 2]}, (1, 2)),
         (7, {}, (7,)),
+        (7, {"eos_token_id": None}, (7,)),
+        ([7, 7], None, (7,)),
+        (None, {"eos_token_id": [-1, 2, 31, 32, 2]}, (2, 31)),
+        (-1, None, ()),
+        (10**30, {}, ()),
     ],
 )
 def test_tokens_that_end(
@@ -214,6 +219,47 @@ def test_tokens_that_end(
     if generation is not None:
         (model_dir / "generation_config.json").write_text(json.dumps(generation))
     assert inspect_checkpoint(model_dir).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("ids", [-1, 32, [2, 10**6]])
+def test_ids_that_no_token_has_are_named_in_the_log(
+    model_dir: Path, ids: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(model_dir, eos_token_id=ids)
+    inspect_checkpoint(model_dir)
+    (line,) = caplog.messages
+    assert "config.json: eos_token_id [" in line
+    assert "(0 to 31)" in line
+
+
+@pytest.mark.parametrize("ids", ["two", True, [True], 2.5, [2, None], [[2]], {"a": 1}, [2.0]])
+def test_what_is_no_token_id_is_refused(model_dir: Path, ids: Any) -> None:
+    edit(model_dir, eos_token_id=ids)
+    assert "config.json: eos_token_id must be" in refusal(model_dir)
+    (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert "generation_config.json: eos_token_id must be" in refusal(model_dir)
+
+
+def test_the_end_is_the_named_folders(model_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder, ids in ((model_dir, 3), (other, [4, 5])):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    sources = ("auto", "vllm", str(other))
+    found = [inspect_checkpoint(model_dir, source).eos_token_ids for source in sources]
+    assert found == [(3,), (3,), (4, 5)]
+    (other / "generation_config.json").write_text("{}")
+    assert inspect_checkpoint(model_dir, str(other)).eos_token_ids == (2,)
+    with pytest.raises(ValueError, match="--generation-config /nowhere"):
+        inspect_checkpoint(model_dir, "/nowhere")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors.index.json"]
+)
+def test_a_file_that_nests_too_deep(model_dir: Path, name: str) -> None:
+    (model_dir / name).write_text("[" * 10**5)
+    assert name in refusal(model_dir)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"eos_token_id": "two"}'])

@@ -128,7 +128,8 @@ def test_half_a_surrogate_pair_is_refused(http):
 def test_a_prompt_too_long_names_both_lengths(http):
     error = refused(http, prompt=[5] * 256)
     assert error["code"] == "context_length_exceeded"
-    assert "256 tokens" in error["message"]
+    assert "length is 256 tokens" in error["message"]
+    assert "has 256 input tokens" in error["message"]
     assert refused(http, prompt="ab " * 5000)["code"] == "context_length_exceeded"
 
 
