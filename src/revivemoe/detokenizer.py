@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 _LONGEST = 4
 """Bytes of a character, at most."""
-_SAMPLED = 1 << 15
-"""Ids that are tried at the start, some of them."""
+_SAMPLE = (*range(512), *range(512, 1 << 17, 509))
+"""Ids that are tried at the start."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -82,7 +82,7 @@ class Vocabulary:
         self._backend = backend
         self._spelling = _Spelling(backend.decoder)
         self._bytes_of_id: dict[int, bytes] = {}
-        self._check([i for i in range(0, _SAMPLED, _SAMPLED // 512) if i not in added])
+        self._check([i for i in _SAMPLE if i not in added])
 
     def detokenizer(
         self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
@@ -121,12 +121,13 @@ class Vocabulary:
     def _check(self, token_ids: Sequence[int]) -> None:
         """Raises ValueError for a decoder that spells a token by what stands around it."""
         known = [i for i in token_ids if self.token(i) is not None]
-        for few in zip(known, known[1:], known[2:], strict=False):
+        around = [*known, *reversed(known)]
+        for few in zip(around, around[1:], around[2:], strict=False):
             theirs = self._spelling.decode([self.token(i) or "" for i in few])
             if REPLACEMENT not in theirs and theirs != self.decode(few):
                 raise ValueError(
-                    "the decoder of tokenizer.json spells tokens by their neighbours (as WordPiece "
-                    f"does), which is not supported: {self.decode(few)!r} would be {theirs!r}"
+                    "the decoder of tokenizer.json spells tokens by their neighbours, which is not "
+                    f"supported: {theirs!r} would be {self.decode(few)!r} token by token"
                 )
 
     def token_bytes(self, token_id: int) -> bytes:

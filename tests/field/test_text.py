@@ -1,12 +1,16 @@
 """Text, tokens, offsets, bytes and stop strings agree, whatever the tokens are."""
 
+import json
 import re
+import time
 
 import msgspec
 import pytest
 from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from support.sentencepiece import sentencepiece_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 from unit.server.tiny_tokenizer import tiny_tokenizer
 
 from revivemoe.detokenizer import Vocabulary
@@ -253,20 +257,90 @@ def test_a_special_token_stops_where_its_text_is_a_stop_string(kind):
         assert whole.token_ids == (letter, letter, end)
 
 
-def test_an_echo_joins_to_its_text(http, engine, tokenizer):
+@pytest.mark.parametrize("ending", [" world", "¬ b"], ids=["broken", "whole"])
+def test_an_echo_joins_to_its_text(http, engine, tokenizer, ending):
     """Prompt and output in one: also with special tokens and parts of characters."""
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     prompt = [start, *tokenizer.encode("hello €")[:-1]]
-    engine.script = lambda prompt, choice: tokenizer.encode("€ world")
+    output = [tokenizer.convert_tokens_to_ids("¬"), *tokenizer.encode(" b")]
+    output = output if ending.startswith("¬") else tokenizer.encode(ending)
+    engine.script = lambda prompt, choice: output
     for skip in (True, False):
-        body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 4,
+        body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": len(output),
                 "skip_special_tokens": skip}  # fmt: skip
         choice = http.post("/v1/completions", json=body).json()["choices"][0]
         logprobs = choice["logprobs"]
         assert "".join(logprobs["tokens"]) == choice["text"]
-        assert choice["text"].startswith("hello" if skip else "<|im_start|>hello")
+        assert choice["text"] == tokenizer.decode([*prompt, *output], skip_special_tokens=skip)
         for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
             assert choice["text"][offset:].startswith(token)
+        alone = http.post("/v1/completions", json={**body, "max_tokens": 0}).json()["choices"][0]
+        assert alone["text"] == tokenizer.decode(prompt, skip_special_tokens=skip)
+
+
+def test_the_prompts_ids_come_with_whatever_comes_first(http, engine, tokenizer):
+    """The first token is held back, since a stop string may begin in it."""
+    engine.script = lambda prompt, choice: tokenizer.encode("hello b")
+    body = {"prompt": [7, 8], "logprobs": 1, "max_tokens": 3, "stop": ["hello world"]}
+    body |= {"return_token_ids": True, "stream": True}
+    lines = http.post("/v1/completions", json=body).text.splitlines()
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert chunks[0]["prompt_token_ids"] == [7, 8]
+    assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+
+
+def test_a_drawn_token_is_found_among_its_alternatives():
+    names, kind = TokenNames(VOCABULARIES["sentencepiece"], as_ids=False), "sentencepiece"
+    byte = KINDS[kind].convert_tokens_to_ids(["▁the", "<0xE2>", "<0x82>", "<0xAC>", "<|im_end|>"])
+    pieces = VOCABULARIES[kind].pieces(byte)
+    told = chat_logprobs(names, byte, pieces, [entry(i) for i in byte])["content"]
+    for one in told:
+        top = one["top_logprobs"][0]
+        assert (top["token"], top["bytes"]) == (one["token"], one["bytes"])
+
+
+def test_an_echo_of_many_prompts_takes_time_in_proportion(http, engine):
+    """Harnesses score lists of token ids by the hundred; the loop that serves everybody goes on."""
+    engine.script = lambda prompt, choice: [5]
+
+    def cpu_s(prompts):
+        body = {"prompt": [[5] * 200] * prompts, "echo": True, "max_tokens": 0}
+        began = time.process_time()
+        assert http.post("/v1/completions", json=body).status_code == 200
+        return time.process_time() - began
+
+    cpu_s(16)
+    assert min(cpu_s(256) for _ in range(2)) < 8 * min(cpu_s(64) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "tokens"),
+    [
+        (decoders.BPEDecoder(), ["the</w>", "cat</w>", "s"]),
+        (decoders.CTC(), ["t", "<pad>", "s"]),
+        (
+            decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 2, 0)]
+            ),
+            ["▁", "▁the", "s"],
+        ),
+    ],
+)
+def test_a_decoder_that_looks_around_is_refused(decoder, tokens):
+    backend = Tokenizer(models.BPE(vocab={t: k for k, t in enumerate(tokens)}, merges=[]))
+    backend.decoder = decoder
+    with pytest.raises(ValueError, match="by their neighbours"):
+        Vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_a_space_as_a_byte_at_the_beginning():
+    """Metaspace drops its own mark there, and no byte."""
+    tokens = ["▁the", "<0x20>", "<0x41>", "cat"]
+    backend = Tokenizer(models.BPE(vocab={t: k for k, t in enumerate(tokens)}, merges=[]))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for ids in ([1, 0], [0, 1, 2], [2, 3]):
+        assert Vocabulary(tokenizer).decode(ids) == tokenizer.decode(ids)
 
 
 def test_alternatives_do_not_collide():
@@ -287,8 +361,6 @@ def test_alternatives_do_not_collide():
 
 def test_work_per_token_is_bounded():
     """Bytes that never make a character, a hundred thousand times: no window grows."""
-    import time
-
     vocabulary = VOCABULARIES["sentencepiece"]
     byte = KINDS["sentencepiece"].convert_tokens_to_ids("<0xE2>")
     began = time.perf_counter()

@@ -12,6 +12,7 @@ from revivemoe.streams import Delta, PromptLogprobsReady, Submission
 class ChatShape:
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
+    echoes = False
 
     def __init__(self, form: ChatRequest, submission: Submission, vocabulary: Vocabulary) -> None:
         self._form = form

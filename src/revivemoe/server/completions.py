@@ -1,6 +1,7 @@
 """How `/v1/completions` writes a choice."""
 
 from collections.abc import Iterable
+from functools import cached_property
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.messages.tokens import TokenLogprobs
@@ -19,7 +20,11 @@ class CompletionShape:
         form: CompletionRequest,
         submission: Submission,
         vocabulary: Vocabulary,
+        prompt_only: bool,
     ) -> None:
+        """`prompt_only`: no output is told."""
+        self.echoes = form.echo
+        self._prompt_only = prompt_only
         self._form = form
         self._submission = submission
         self._vocabulary = vocabulary
@@ -78,18 +83,23 @@ class CompletionShape:
         """The prompt as it was sent; with log-probabilities, as its tokens say it (a tokenizer may
         change a text): then they join to it.
         """
-        given = prompt_items(self._form.prompt)[index // self._submission.n]
+        given = self._given[index // self._submission.n]
         cut = self._form.truncate_prompt_tokens is not None
         if isinstance(given, str) and self._form.logprobs is None and not cut:
             return given
         return "".join(piece.text for piece in self._pieces_of(index))
+
+    @cached_property
+    def _given(self) -> list[str | list[int]]:
+        """Each prompt as it was sent."""
+        return prompt_items(self._form.prompt)
 
     def _pieces_of(self, index: int) -> list[Piece]:
         """Those of the prompt of a choice."""
         prompt = index // self._submission.n
         if prompt not in self._prompt_pieces:
             ids, skip = self._submission.prompts[prompt], self._form.skip_special_tokens
-            self._prompt_pieces[prompt] = self._vocabulary.pieces(ids, skip)
+            self._prompt_pieces[prompt] = self._vocabulary.pieces(ids, skip, self._prompt_only)
         return self._prompt_pieces[prompt]
 
     def _prompt(self, index: int) -> TokenIds:

@@ -86,7 +86,10 @@ def chat_logprobs(
             "token": names.of(token_id, piece),
             "logprob": finite(entry.logprob),
             "bytes": list(piece.raw),
-            "top_logprobs": [_alternative(names, i, logprob) for i, logprob in entry.top],
+            "top_logprobs": [
+                _alternative(names, i, logprob, piece if i == token_id else None)
+                for i, logprob in entry.top
+            ],
         }
         for token_id, piece, entry in zip(token_ids, pieces, entries, strict=True)
     ]
@@ -97,6 +100,9 @@ def finite(logprob: float) -> float:
     return max(logprob, _FLOOR)
 
 
-def _alternative(names: TokenNames, token_id: int, logprob: float) -> dict[str, object]:
-    raw = names.vocabulary.token_bytes(token_id)
-    return {"token": names.of(token_id), "logprob": finite(logprob), "bytes": list(raw)}
+def _alternative(
+    names: TokenNames, token_id: int, logprob: float, piece: Piece | None
+) -> dict[str, object]:
+    """`piece`: of the one that was drawn, which reads as it does in `content`."""
+    raw = names.vocabulary.token_bytes(token_id) if piece is None else piece.raw
+    return {"token": names.of(token_id, piece), "logprob": finite(logprob), "bytes": list(raw)}

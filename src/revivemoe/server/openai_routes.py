@@ -13,7 +13,7 @@ from revivemoe.server.admission import HEADERS_WITHIN_S, Admission
 from revivemoe.server.chat import ChatShape
 from revivemoe.server.completions import CompletionShape
 from revivemoe.server.described import body, errors
-from revivemoe.server.errors import ApiError, Json
+from revivemoe.server.errors import ApiError
 from revivemoe.server.lifetime import Lifetime
 from revivemoe.server.prompts import PromptEncoder
 from revivemoe.server.reply import Reply, Shape
@@ -43,8 +43,8 @@ class Generation:
         prompts = await self.encoder.completion(form)
         name = _request_id("cmpl", form, request)
         submission = completion_submission(name, form, prompts, self.engine.model)
-        shape = CompletionShape(form, submission, self.vocabulary)
         nothing = wanted_tokens(form) == 0
+        shape = CompletionShape(form, submission, self.vocabulary, prompt_only=nothing)
         return await self._answer(request, form, submission, shape, discard_output=nothing)
 
     async def chat(self, request: Request) -> Response:
@@ -84,8 +84,7 @@ class Generation:
             return Reply(submission, stream, shape, name, *usage, discard_output)
 
         async def answer() -> Response:
-            reply = await submit()
-            return Json(await reply.body(), headers=reply.headers)
+            return await (await submit()).response()
 
         if not form.stream:
             return await self.lifetime.run(request.receive, answer())

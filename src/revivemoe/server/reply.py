@@ -3,18 +3,21 @@
 What a choice looks like is the endpoint's (`Shape`); the rest is the same for both.
 """
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from revivemoe.server.errors import ApiError
+from revivemoe.server.errors import ApiError, Json
 from revivemoe.server.sse import event
 from revivemoe.streams import Delta, PromptLogprobsReady, Stream, StreamFailed, Submission
 
 DEGRADED = "degraded"
+_INLINE_TOKENS = 2048
+T = TypeVar("T")
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -33,6 +36,8 @@ class Shape(Protocol):
 
     kind: str
     chunk_kind: str
+    echoes: bool
+    """The answer tells the prompt's tokens."""
 
     def note_prompt_logprobs(self, ready: PromptLogprobsReady) -> None: ...
 
@@ -67,13 +72,25 @@ class Reply:
     def headers(self) -> dict[str, str]:
         return {"x-revivemoe-quality": DEGRADED} if self._stream.degraded_from_start else {}
 
-    async def body(self) -> dict[str, object]:
+    async def response(self) -> Json:
         """The whole answer. Raises ApiError when the stream fails."""
+        choices = await self._choices()
+
+        def write() -> Json:
+            return Json(self._body(choices), headers=self.headers)
+
+        return await self._written(write, len(choices) + self._num_output)
+
+    async def _choices(self) -> list[list[Delta]]:
+        """All deltas of each choice."""
         total = len(self._submission.prompts) * self._submission.n
         choices: list[list[Delta]] = [[] for _ in range(total)]
         async with aclosing(self._deltas()) as received:
             async for delta in received:
                 choices[delta.index].append(delta)
+        return choices
+
+    def _body(self, choices: Sequence[Sequence[Delta]]) -> dict[str, object]:
         return {
             **self._head(self._shape.kind),
             "choices": [self._shape.choice(joined(deltas)) for deltas in choices],
@@ -88,12 +105,29 @@ class Reply:
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
                 first = delta.index not in started
-                started.add(delta.index)
-                for k, choice in enumerate(self._shape.chunks(delta, first)):
-                    yield self._chunk(choice, delta.index, first and k == 0)
+                for choice in await self._chunks(delta, first):
+                    yield self._chunk(choice, delta.index, delta.index not in started)
+                    started.add(delta.index)
         if self._include_usage:
             head = self._head(self._shape.chunk_kind)
             yield event({**head, "choices": [], "usage": self._usage(), **self._quality()})
+
+    async def _chunks(self, delta: Delta, first: bool) -> list[dict[str, object]]:
+        """`first`: nothing has been sent of its choice."""
+
+        def write() -> list[dict[str, object]]:
+            return list(self._shape.chunks(delta, first))
+
+        return await self._written(write, len(delta.token_ids), first)
+
+    async def _written(self, write: Callable[[], T], num_output: int, echo: bool = True) -> T:
+        """What `write` makes of so many tokens; in a thread, if that takes long enough to hold up
+        everybody's streams.
+        """
+        prompts = self._submission.prompts if echo and self._shape.echoes else ()
+        if num_output + sum(map(len, prompts)) <= _INLINE_TOKENS:
+            return write()
+        return await asyncio.to_thread(write)
 
     def close(self) -> None:
         self._stream.close()
