@@ -67,27 +67,20 @@ class Ledger:
 
     def admit(self, submission: Submission, sink: Sink, degraded: bool) -> LiveRequest:
         """Open the logs of a submission. Its sequences wait for a rank."""
-        request = LiveRequest(submission, sink, self._next_arrival)
+        specials, skipped = self._vocabulary.specials, submission.skip_special_tokens
+        stops = Stops(submission.stop, specials, skipped)
+        request = LiveRequest(submission, sink, self._next_arrival, stops)
         self._next_arrival += 1
         indices = choice_indices(submission.prompts, submission.n)
         try:
-            stops = Stops(
-                submission.stop, self._vocabulary.specials, submission.skip_special_tokens
-            )
             for index, (prompt, choice) in enumerate(indices):
-                self._open(request, stops, index, prompt, choice, degraded)
+                self._open(request, index, prompt, choice, degraded)
         except Exception as error:
             self._fail(request, error)
         return request
 
     def _open(
-        self,
-        request: LiveRequest,
-        stops: Stops,
-        index: int,
-        prompt: int,
-        choice: int,
-        degraded: bool,
+        self, request: LiveRequest, index: int, prompt: int, choice: int, degraded: bool
     ) -> None:
         submission = request.submission
         params = submission.params
@@ -99,7 +92,7 @@ class Ledger:
             index,
             prompt_ids,
             params,
-            stops,
+            request.stops,
             self._vocabulary.detokenizer(prompt_ids, submission.skip_special_tokens),
             self._max_model_len,
             degraded,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from revivemoe.engine.stop_strings import Stops
 from revivemoe.engine.token_log import TokenLog
 from revivemoe.ids import Incarnation, RankId, SeqId
 from revivemoe.messages.tokens import TokenLogprobs
@@ -56,6 +57,7 @@ class LiveRequest:
     sink: Sink
     arrival: int
     """Order of admission: unique among all requests."""
+    stops: Stops
     unfinished: set[SeqId] = field(default_factory=set)
     held: dict[int, list[Delta]] = field(default_factory=dict)
     """By prompt index: deltas that wait for the prompt's log-probabilities, which come first."""
