@@ -77,8 +77,10 @@ class PromptEncoder:
         limit = self._model.max_model_len
         if len(ids) + room > limit:
             raise ApiError(
-                f"the prompt has {len(ids)} tokens, but this model's context is {limit} tokens "
-                "for prompt and output together",
+                # vLLM's and Anthropic's words: litellm and langchain know an overflow by them.
+                f"This model's maximum context length is {limit} tokens, prompt and output "
+                f"together. However, your request has {len(ids)} input tokens: the prompt is too "
+                "long",
                 param=field,
                 code="context_length_exceeded",
             )
