@@ -22,6 +22,7 @@ SCRIPTS = ROOT / "tests" / "clients" / "scripts"
 KEY, ADMIN_KEY = "the-key", "the-admin-key"
 PROMPT = "When a device fails"
 MESSAGES = [{"role": "user", "content": "Hello?"}]
+CLIENT_S = 90.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -78,15 +79,19 @@ def greedy(body: dict[str, Any]) -> dict[str, Any]:
     return {"temperature": 0, "max_tokens": 12, "ignore_eos": True, **body}
 
 
-def run_client(script: str, served: Served, *arguments: str, timeout_s: float = 90.0) -> Any:
-    """What a script of `tests/clients/scripts` prints, run with the clients' own interpreter."""
-    given = [str(PYTHON), str(SCRIPTS / f"{script}.py"), served.url, served.model, *arguments]
+def run_client(script: str, served: Served, *arguments: str, url: str = "") -> Any:
+    """What a script of `tests/clients/scripts` prints, run with the clients' own interpreter.
+
+    `url`: of what stands in front of the server.
+    """
+    file, url = SCRIPTS / f"{script}.py", url or served.url
+    given = [str(PYTHON), str(file), url, served.model, *arguments]
     process = subprocess.Popen(
         given, env=environment(), text=True, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=timeout_s)
+        out, err = process.communicate(timeout=CLIENT_S)
     finally:
         end_group(process)
     assert process.returncode == 0, f"{script}: {err[-3000:]}"
