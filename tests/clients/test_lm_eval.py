@@ -1,6 +1,7 @@
 """`lm-eval`: log-likelihoods are the sums of our own echo log-probabilities; answers are ours."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,28 @@ doc_to_target: "{{choices[gold]}}"
 generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 12, ignore_eos: true, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
+ROLLING = """output_type: loglikelihood_rolling
+doc_to_target: "{{q}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+TEXTS = [{"q": "Two and two is four"}, {"q": "When a device fails, we go on without it. " * 120}]
+WINDOW = 2046
+"""Of the client's 2048 tokens: one to begin with, and one to generate."""
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    data = folder / "questions.json"
-    data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
-    for name, kind in (("tiny_choices", CHOICES), ("tiny_answers", ANSWERS)):
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
+    write_task(folder, "tiny_choices", CHOICES, QUESTIONS)
+    write_task(folder, "tiny_answers", ANSWERS, QUESTIONS)
+    write_task(folder, "tiny_texts", ROLLING, TEXTS)
     return folder
+
+
+def write_task(folder: Path, name: str, kind: str, documents: Sequence[dict[str, Any]]) -> None:
+    data = folder / f"{name}.json"
+    data.write_text("\n".join(json.dumps(document) for document in documents))
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
 
 
 @pytest.fixture
@@ -50,15 +63,11 @@ def hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
 
 
-def num_tokens(served: Served, text: str) -> int:
-    return int(served.ask("POST", "/tokenize", json={"prompt": text}).json()["count"])
-
-
 def score(served: Served, question: str, choice: str) -> tuple[float, bool]:
     """Of a choice behind a question: its log-probability, and whether greedy would have said it."""
     scored = served.complete(question + choice, echo=True, logprobs=1, max_tokens=0)
     told = scored["choices"][0]["logprobs"]
-    begin = num_tokens(served, question)
+    begin = len(served.tokens(question))
     drawn, tops = told["token_logprobs"][begin:], told["top_logprobs"][begin:]
     return sum(drawn), all(d == max(t.values()) for d, t in zip(drawn, tops, strict=True))
 
@@ -86,6 +95,32 @@ def test_log_likelihoods(served: Served, tasks: Path, options: dict[str, Any]) -
         likeliest = max(range(len(expected)), key=lambda i: expected[i][0])
         right += likeliest == question["gold"]
     assert found["metrics"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
+
+
+def rolling_score(served: Served, text: str, begin: int) -> float:
+    """Of a whole text, window by window, each behind as many tokens as there is room for."""
+    ids = [begin, *served.tokens(text)]
+    total = 0.0
+    for at in range(1, len(ids), WINDOW):
+        end = min(at + WINDOW, len(ids))
+        prompt = ids[max(0, end - WINDOW - 1) : end]
+        scored = served.complete(prompt, echo=True, logprobs=1, max_tokens=0)["choices"][0]
+        total += sum(scored["logprobs"]["token_logprobs"][at - end :])
+    return total
+
+
+@pytest.mark.usefixtures("hugging_face")
+def test_texts_longer_than_the_context(served: Served, tasks: Path) -> None:
+    """The windows fill the context to its last token."""
+    more = {"tokenizer": str(served.model_dir), "tokenizer_backend": "huggingface"}
+    given = ["local-completions", COMPLETIONS, "tiny_texts", str(tasks), json.dumps(more)]
+    found = run_client("lm_eval_client", served, *given)
+    assert len(served.tokens(TEXTS[1]["q"])) > WINDOW
+    config = json.loads((served.model_dir / "generation_config.json").read_text())
+    for text, responses in zip(TEXTS, found["responses"], strict=True):
+        expected = rolling_score(served, text["q"], config["bos_token_id"])
+        assert responses[0][0] == pytest.approx(expected, rel=1e-5)
+    assert found["metrics"]["bits_per_byte,none"] > 0
 
 
 @pytest.mark.usefixtures("hugging_face")

@@ -55,6 +55,10 @@ class Served:
         messages = [{"role": "user", "content": content}]
         return self.post(CHAT, messages=messages, **greedy(body))
 
+    def tokens(self, text: str) -> list[int]:
+        answer = self.ask("POST", "/tokenize", json={"prompt": text})
+        return list(answer.json()["tokens"])
+
     def apply(self, instruction: str) -> None:
         answer = self.ask(
             "POST", "/v1/fault_tolerance/apply", ADMIN_KEY, json={"instruction": instruction}
