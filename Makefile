@@ -33,7 +33,7 @@ test-matrix: setup
 	$(BIN)/python -m pytest -q -m matrix tests/dist/test_matrix.py
 
 # Clients of other projects (openai, litellm, langchain, lm-eval, aiperf, curl, nginx, a browser) against
-# a served checkpoint: about 4 minutes.
+# a served checkpoint: 3 to 4 minutes.
 test-clients: setup $(CLIENTS_STAMP)
 	$(BIN)/python -m pytest -q -m clients tests/clients
 

@@ -22,12 +22,10 @@ def cached(model_dir: Path, home: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "path"), [("chat", CHAT), ("completions", COMPLETIONS)])
-def test_a_load(
-    served: Served, kind: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cached(served.model_dir, tmp_path / "hub-home")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub-home"))
-    found = run_client("aiperf_client", served, kind, NAME, str(tmp_path / "out"))
+def test_a_load(served: Served, kind: str, path: str, tmp_path: Path) -> None:
+    home, out = tmp_path / "hub-home", tmp_path / "out"
+    cached(served.model_dir, home)
+    found = run_client("aiperf_client", served, kind, NAME, str(home), str(out))
     averages, answers = found["averages"], found["answers"]
     assert found["errors"] == []
     assert (averages["completed_request_count"], averages["request_error_rate"]) == (12, 0)

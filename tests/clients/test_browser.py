@@ -1,6 +1,7 @@
 """A browser's `fetch` and streams, from a page of another origin."""
 
 import json
+import os
 import queue
 import subprocess
 import threading
@@ -81,9 +82,11 @@ def page_server(page: str) -> Iterator[tuple[str, "queue.Queue[Any]"]]:
 def browser(url: str, profile: Path) -> Iterator[None]:
     program = needed("chromium", "chromium")
     given = [program, *FLAGS, f"--user-data-dir={profile}", url]
+    home = {"HOME": str(profile), "XDG_CACHE_HOME": str(profile), "TMPDIR": str(profile)}
     process = subprocess.Popen(
-        given, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        given, env={**os.environ, **home}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     try:
         yield
     finally:

@@ -57,12 +57,6 @@ def write_task(folder: Path, name: str, kind: str, documents: Sequence[dict[str,
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
 
 
-@pytest.fixture
-def hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its caches go into a folder of the test."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-
-
 def score(served: Served, question: str, choice: str) -> tuple[float, bool]:
     """Of a choice behind a question: its log-probability, and whether greedy would have said it."""
     scored = served.complete(question + choice, echo=True, logprobs=1, max_tokens=0)
@@ -81,7 +75,6 @@ def score(served: Served, question: str, choice: str) -> tuple[float, bool]:
     ],
     ids=["tokens", "batches of tokens", "text, four at once"],
 )
-@pytest.mark.usefixtures("hugging_face")
 def test_log_likelihoods(served: Served, tasks: Path, options: dict[str, Any]) -> None:
     more = {"tokenizer": str(served.model_dir), "tokenizer_backend": "huggingface", **options}
     given = ["local-completions", COMPLETIONS, "tiny_choices", str(tasks), json.dumps(more)]
@@ -109,7 +102,6 @@ def rolling_score(served: Served, text: str, begin: int) -> float:
     return total
 
 
-@pytest.mark.usefixtures("hugging_face")
 def test_texts_longer_than_the_context(served: Served, tasks: Path) -> None:
     """The windows fill the context to its last token."""
     more = {"tokenizer": str(served.model_dir), "tokenizer_backend": "huggingface"}
@@ -123,7 +115,6 @@ def test_texts_longer_than_the_context(served: Served, tasks: Path) -> None:
     assert found["metrics"]["bits_per_byte,none"] > 0
 
 
-@pytest.mark.usefixtures("hugging_face")
 def test_chat_answers(served: Served, tasks: Path) -> None:
     given = ["local-chat-completions", CHAT, "tiny_answers", str(tasks), "{}"]
     found = run_client("lm_eval_client", served, *given)
@@ -132,7 +123,6 @@ def test_chat_answers(served: Served, tasks: Path) -> None:
     assert [responses[0][0] for responses in found["responses"]] == expected
 
 
-@pytest.mark.usefixtures("hugging_face")
 def test_answers_of_completions(served: Served, tasks: Path) -> None:
     more = {"tokenizer": str(served.model_dir), "tokenizer_backend": "huggingface"}
     given = ["local-completions", COMPLETIONS, "tiny_answers", str(tasks), json.dumps(more)]

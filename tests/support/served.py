@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,14 +91,15 @@ def run_client(script: str, served: Served, *arguments: str, url: str = "") -> A
     """
     file, url = SCRIPTS / f"{script}.py", url or served.url
     given = [str(PYTHON), str(file), url, served.model, *arguments]
-    process = subprocess.Popen(
-        given, env=environment(), text=True, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=CLIENT_S)
-    finally:
-        end_group(process)
+    with tempfile.TemporaryDirectory(prefix="client-", ignore_cleanup_errors=True) as home:
+        process = subprocess.Popen(
+            given, env=environment(home), text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=CLIENT_S)
+        finally:
+            end_group(process)
     assert process.returncode == 0, f"{script}: {err[-3000:]}"
     return json.loads(out.splitlines()[-1])
 
@@ -109,11 +111,12 @@ def end_group(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def environment() -> dict[str, str]:
-    """Nothing that is not here is asked for."""
+def environment(home: str) -> dict[str, str]:
+    """Nothing that is not here is asked for, and what is written lies in a folder that goes."""
     offline = {"HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "LANGSMITH_TRACING": "false"}
-    return {**os.environ, **offline, **quiet, "OPENAI_API_KEY": KEY}
+    within = {"HOME": home, "TMPDIR": home, "XDG_CACHE_HOME": home, "HF_HOME": f"{home}/hub-home"}
+    return {**os.environ, **within, **offline, **quiet, "OPENAI_API_KEY": KEY}
 
 
 def needed(program: str, package: str) -> str:

@@ -1,12 +1,13 @@
 """`aiperf`, the load generator: a few streams at once, and what it reports of them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-URL, MODEL, KIND, TOKENIZER, FOLDER = sys.argv[1:]
-"""Kind: `chat` or `completions`; tokenizer: a name in the cache of HF_HOME."""
+URL, MODEL, KIND, TOKENIZER, HUB_HOME, FOLDER = sys.argv[1:]
+"""Kind: `chat` or `completions`; tokenizer: a name in the hub's cache of that home."""
 NUM_REQUESTS, NUM_TOKENS = 12, 16
 OUT = Path(FOLDER)
 
@@ -22,7 +23,10 @@ def profile():
     program = [str(Path(sys.executable).with_name("aiperf")), "profile"]
     given = [str(word) for pair in fields.items() for word in pair]
     flags = ["--streaming", "--use-server-token-count", *extra]
-    subprocess.run([*program, *given, *flags], check=True, stdout=sys.stderr)
+    subprocess.run(
+        [*program, *given, *flags], check=True, stdout=sys.stderr,
+        env={**os.environ, "HF_HOME": HUB_HOME},
+    )  # fmt: skip
 
 
 def answered(record):
