@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-matrix soak lint type fmt unit figures api gpu-check clean
+.PHONY: setup demo test test-matrix test-clients soak lint type fmt unit figures api gpu-check clean
 
 setup: $(STAMP)
 
@@ -29,6 +31,17 @@ test: lint type
 # Every kind of fault at every point of a step, over both transports: about 25 minutes.
 test-matrix: setup
 	$(BIN)/python -m pytest -q -m matrix tests/dist/test_matrix.py
+
+# Clients of other projects (openai, litellm, langchain, lm-eval, aiperf, curl, nginx, a browser) against
+# a served checkpoint: 3 to 4 minutes.
+test-clients: setup $(CLIENTS_STAMP)
+	$(BIN)/python -m pytest -q -m clients tests/clients
+
+$(CLIENTS_STAMP): $(STAMP) tests/clients/requirements.txt
+	@test -x $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
+	@echo "test-clients: installing the clients into $(CLIENTS) ..."
+	@$(CLIENTS)/bin/python -m pip install -q --disable-pip-version-check -r tests/clients/requirements.txt
+	@touch $(CLIENTS_STAMP)
 
 # Load and faults of every kind for 30 minutes; ARGS="--minutes 5 --seed 7" for others.
 soak: setup
@@ -63,4 +76,4 @@ gpu-check:
 	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m pytest -q tests/gpu tests/unit/comm/test_nccl.py tests/unit/model/test_sampling.py tests/unit/health
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -217,7 +217,9 @@ def test_a_prompt_that_is_too_long(client: openai.OpenAI) -> None:
     ) as error:
         client.completions.create(model=MODEL, prompt=[7] * 2100)
     assert refused(error)["code"] == "context_length_exceeded"
-    full = client.completions.create(model=MODEL, prompt=[7] * 2040, max_tokens=100, extra_body=PLAIN)
+    full = client.completions.create(
+        model=MODEL, prompt=[7] * 2040, max_tokens=100, extra_body=PLAIN
+    )
     assert (full.choices[0].finish_reason, full.usage.completion_tokens) == ("length", 8)
 
 

@@ -89,3 +89,20 @@ def test_any_value_is_taken_or_refused(http, path, name):
 def test_whatever_an_engine_holds_can_be_told(http, engine, monkeypatch):
     monkeypatch.setattr(engine, "status", lambda: {"detail": "\ud800"})
     assert http.get("/v1/fault_tolerance/status").json() == {"detail": "\ud800"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [5] * 300}),
+        ("/v1/completions", {"prompt": "ab " * 5000, "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ab " * 5000}]}),
+    ],
+)
+def test_clients_know_an_overflow_by_its_words(http, path, body):
+    """vLLM's first sentence, by which litellm does, and the last words, by which langchain does."""
+    answer = http.post(path, json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert error["message"].startswith("This model's maximum context length is 256 tokens")
+    assert "input tokens: the prompt is too long" in error["message"]

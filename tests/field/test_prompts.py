@@ -46,7 +46,7 @@ def test_what_clients_look_for_to_shorten_a_prompt(http, path, body, length):
     assert error["code"] == "context_length_exceeded"
     match = re.search(
         r"This model's maximum context length is (\d+) tokens\. However, your request has "
-        r"(?:at least )?(\d+) input tokens\. Please reduce the length of the input (\w+)\.",
+        r"(?:at least )?(\d+) input tokens: the prompt is too long\. Please reduce the length of the input (\w+)\.",
         error["message"],
     )
     assert match, error["message"]
@@ -57,7 +57,7 @@ def test_what_clients_look_for_to_shorten_a_prompt(http, path, body, length):
 
 def test_a_prompt_that_leaves_no_room_says_so(http):
     error = http.post("/v1/completions", json={"prompt": [5] * 256}).json()["error"]
-    assert "256 input tokens and leaves no room for output." in error["message"]
+    assert "256 input tokens and leaves no room for output:" in error["message"]
 
 
 def test_a_prompt_that_is_far_too_long_is_not_tokenised_whole(http, seen):

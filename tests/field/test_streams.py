@@ -6,6 +6,7 @@ import time
 import pytest
 
 from revivemoe.server import sse
+from revivemoe.serving.instance import ADMISSION_WAIT_S
 from revivemoe.streams import EngineUnavailable
 
 BODY = {"prompt": "abc", "max_tokens": 3, "stream": True}
@@ -41,12 +42,17 @@ def test_comments_are_at_most_15_s_apart():
     assert sse.KEEP_ALIVE_S <= 15
 
 
+def test_the_server_refuses_before_proxies_give_up():
+    """nginx and most load balancers answer 504 for a server that is silent for 60 s."""
+    assert ADMISSION_WAIT_S <= 55
+
+
 def test_a_refusal_that_comes_late_is_an_event(http, engine):
     engine.hold_submit = True
 
     def fail() -> None:
         time.sleep(1)
-        engine.refuse_held = EngineUnavailable("still recovering after 60 s", 5.0)
+        engine.refuse_held = EngineUnavailable("still recovering after 55 s", 5.0)
 
     threading.Thread(target=fail, daemon=True).start()
     with http.stream("POST", "/v1/completions", json=BODY) as answer:

@@ -126,12 +126,15 @@ class PromptEncoder:
         return tuple(ids)
 
     def _too_long(self, count: str, field: str) -> ApiError:
-        """In the words of OpenAI and vLLM, which clients look for to shorten what they send."""
+        """In the words of OpenAI, vLLM and Anthropic, by which clients know that they should
+        shorten what they send.
+        """
         limit = self._model.max_model_len
         no_room = " and leaves no room for output" if count == str(limit) else ""
         return ApiError(
             f"This model's maximum context length is {limit} tokens. However, your request has "
-            f"{count} input tokens{no_room}. Please reduce the length of the input {field}.",
+            f"{count} input tokens{no_room}: the prompt is too long. Please reduce the length of "
+            f"the input {field}.",
             param=field,
             code="context_length_exceeded",
         )

@@ -33,8 +33,10 @@ from revivemoe.streams import Document, EngineUnavailable, ModelInfo, Submission
 log = logging.getLogger("revivemoe.serving.instance")
 
 TICK_S = 0.05
-ADMISSION_WAIT_S = 60.0
-"""How long a new request waits for a recovery (or the start) before it gets 503."""
+ADMISSION_WAIT_S = 55.0
+"""How long a new request waits for a recovery (or the start) before it gets 503: proxies answer in
+the server's place after 60 s (nginx, load balancers), and then nobody hears why or when to retry.
+"""
 STOP_TIMEOUT_S = 1.0
 """For ranks to exit of their own accord; then they are killed."""
 KEPT_EVENTS = 1000
