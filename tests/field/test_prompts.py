@@ -46,7 +46,8 @@ def test_what_clients_look_for_to_shorten_a_prompt(http, path, body, length):
     assert error["code"] == "context_length_exceeded"
     match = re.search(
         r"This model's maximum context length is (\d+) tokens\. However, your request has "
-        r"(?:at least )?(\d+) input tokens: the prompt is too long\. Please reduce the length of the input (\w+)\.",
+        r"(?:at least )?(\d+) input tokens: the prompt is too long\. Please reduce the length of "
+        r"the input (\w+)\.",
         error["message"],
     )
     assert match, error["message"]
