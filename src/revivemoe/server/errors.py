@@ -85,7 +85,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(EngineUnavailable, _on_unavailable)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(LastResort)
 
 
 class LastResort:
