@@ -117,6 +117,10 @@ class EngineUnavailable(Exception):
         self.retry_after_s = retry_after_s
 
 
+class FellBehind(Exception):
+    """A reader of events has read so slowly that some are lost to it."""
+
+
 class ServingEngine(Protocol):
     """What the server may ask of the engine."""
 
@@ -156,7 +160,7 @@ class ServingEngine(Protocol):
         """Inject a fault; returns the injection id. Raises ValueError, PermissionError."""
 
     def events(self) -> AsyncIterator[Document]:
-        """Signals, decisions and stages as they happen (server-sent events)."""
+        """Signals, decisions and stages as they happen (server-sent events). Raises FellBehind."""
 
 
 def choice_indices(prompts: Sequence[Sequence[int]], n: int) -> list[tuple[int, int]]:

@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from revivemoe.server.auth import Keys
 from revivemoe.server.described import body, errors
-from revivemoe.server.errors import ApiError, Json
+from revivemoe.server.errors import ApiError, Json, of_engine
 from revivemoe.server.lifetime import Lifetime, cancel_all
 from revivemoe.server.schema import Int, Strict, read_json, validate
 from revivemoe.server.sse import KEEP_ALIVE, EventStream, event
-from revivemoe.streams import ServingEngine
+from revivemoe.streams import FellBehind, ServingEngine
 
 
 class ApplyRequest(Strict):
@@ -118,6 +118,8 @@ async def _events(engine: ServingEngine, lifetime: Lifetime) -> AsyncGenerator[s
                 document = following.result()
             except StopAsyncIteration:
                 return
+            except FellBehind as error:
+                raise of_engine(error) from error
             yield event(document)
             following = asyncio.ensure_future(anext(source))
     finally:

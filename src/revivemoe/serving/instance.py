@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -25,6 +24,7 @@ from revivemoe.membership.placement import place
 from revivemoe.messages.events import Event, document
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.sampling_params import SamplingDefaults
+from revivemoe.serving.event_log import EventLog
 from revivemoe.serving.injection import Injector
 from revivemoe.serving.specs import host_cache_spec, rank_spec, segment_spec
 from revivemoe.serving.stream import QueueStream
@@ -37,7 +37,6 @@ ADMISSION_WAIT_S = 60.0
 """How long a new request waits for a recovery (or the start) before it gets 503."""
 STOP_TIMEOUT_S = 1.0
 """For ranks to exit of their own accord; then they are killed."""
-KEPT_EVENTS = 1000
 
 
 class Instance:
@@ -96,8 +95,7 @@ class Instance:
         """Set when the instance has failed."""
         self._changed = asyncio.Event()
         """Set at every event; whoever waits for a state clears it and looks again."""
-        self._recent: deque[Document] = deque(maxlen=KEPT_EVENTS)
-        self._subscribers: set[asyncio.Queue[Document]] = set()
+        self._events = EventLog()
         self._ticker: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Instance":
@@ -150,10 +148,7 @@ class Instance:
     # ---- from the cluster --------------------------------------------------------------------
 
     def _on_event(self, event: Event) -> None:
-        stamped: Document = {"time": time.time(), **document(event)}
-        self._recent.append(stamped)
-        for subscriber in self._subscribers:
-            subscriber.put_nowait(stamped)
+        self._events.add({"time": time.time(), **document(event)})
         self._changed.set()
         if isinstance(self.engine.state, Serving):
             self.serving.set()
@@ -180,8 +175,10 @@ class Instance:
                 name = state_name(self.engine.state)
                 raise EngineUnavailable(f"still {name} after {ADMISSION_WAIT_S:.0f} s", 5.0)
             self._changed.clear()
+            # Not `wait_for`: until Python 3.12 it drops a cancel that comes with the change.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
 
     def status(self) -> Document:
         return status_document(self.engine, time.monotonic(), time.time())
@@ -209,13 +206,5 @@ class Instance:
         self._injector.inject(fault, injection_id, time.monotonic())
         return injection_id
 
-    async def events(self) -> AsyncIterator[Document]:
-        queue: asyncio.Queue[Document] = asyncio.Queue()
-        for event in self._recent:
-            queue.put_nowait(event)
-        self._subscribers.add(queue)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._subscribers.discard(queue)
+    def events(self) -> AsyncIterator[Document]:
+        return self._events.follow()
