@@ -12,7 +12,7 @@ from revivemoe.server.auth import Keys
 from revivemoe.server.errors import LastResort, install_error_handlers
 from revivemoe.server.fault_tolerance import fault_tolerance_routes
 from revivemoe.server.head import HeadAsGet
-from revivemoe.server.lifetime import ClientGone, Lifetime
+from revivemoe.server.lifetime import ClientGone, Lifetime, UnderWay
 from revivemoe.server.openai_routes import Generation, openai_routes
 from revivemoe.server.probes import operations_routes
 from revivemoe.server.prompts import PromptEncoder
@@ -66,6 +66,7 @@ def create_app(
         allow_headers=["*"],
         expose_headers=["x-revivemoe-quality"],
     )
+    app.add_middleware(UnderWay, lifetime=lifetime)
     return app
 
 
