@@ -7,6 +7,7 @@ Together with the fields of `schema` these are all fields of OpenAI's API and of
 import logging
 from dataclasses import dataclass
 
+from revivemoe.server.brief import brief
 from revivemoe.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ REFUSED: dict[str, Refused] = {
     # vLLM
     "allowed_token_ids": Refused((), "an allow-list of tokens"),
     "bad_words": Refused(([],), "forbidden words"),
-    "chat_template": Refused((), "a template in the request (the server has --chat-template)"),
+    "chat_template": Refused(("",), "a template in the request (the server has --chat-template)"),
     "ec_transfer_params": Refused(({},), "transfer of encoder caches"),
     "guided_choice": Refused((), "structured output"),
     "guided_decoding_backend": Refused((), "structured output"),
@@ -109,11 +110,11 @@ _told: set[str] = set()
 
 
 def acted_upon(document: dict[str, object]) -> dict[str, object]:
-    """The fields to act upon. Raises ApiError naming a field that asks for what is not there."""
+    """The fields to act upon, of a document without nulls. Raises ApiError naming a field that asks
+    for what is not there.
+    """
     kept = {}
     for name, value in document.items():
-        if value is None:
-            continue
         if name in ACCEPTED:
             _accept(name, value, ACCEPTED[name])
         elif name in REFUSED:
@@ -128,7 +129,13 @@ def hint(name: str) -> str:
     return f": did you mean `{_HINTS[name]}`?" if name in _HINTS else ""
 
 
+def integral(value: object) -> object:
+    """2.0 is an integer: some clients know but one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _accept(name: str, value: object, rule: Accepted) -> None:
+    value = integral(value)
     right = isinstance(value, rule.kinds) and (bool in rule.kinds or not isinstance(value, bool))
     if not right:
         kinds = " or ".join(_an(JSON_TYPES[kind]) for kind in rule.kinds)
@@ -152,11 +159,11 @@ JSON_TYPES: dict[type, str] = {
 
 
 def _check_neutral(name: str, value: object, document: dict[str, object]) -> None:
-    rule = REFUSED[name]
-    nothing = (document.get("n") or 1,) if name == "best_of" else rule.nothing
+    rule, value = REFUSED[name], integral(value)
+    nothing = (integral(document.get("n", 1)),) if name == "best_of" else rule.nothing
     if any(type(value) is type(one) and value == one for one in nothing):
         return
-    instead = f" except as {nothing[0]!r}" if nothing else ""
+    instead = f" except as {brief(nothing[0])}" if nothing else ""
     raise ApiError(
         f"`{name}` is not supported by this server ({rule.what}){instead}: leave it out",
         param=name,
