@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from revivemoe.server import bodies
 from revivemoe.server.brief import brief
 from revivemoe.server.errors import ApiError
+from revivemoe.server.fields import acted_upon
 from revivemoe.server.schema import ChatRequest, CompletionRequest, validate
 from revivemoe.server.token_routes import MAX_TOKENS, Detokenize
 
@@ -87,6 +88,11 @@ def test_one_error_is_enough(form: type[BaseModel], document: dict[str, object])
     with pytest.raises(ApiError) as refused:
         validate(form, document)
     assert len(str(refused.value)) < 400
+
+
+def test_unknown_names_are_not_gone_through() -> None:
+    names = {str(k): 1 for k in range(MANY)}
+    assert acted_upon({"model": "tiny", **names}, ("model",)) == {"model": "tiny", "0": 1}
 
 
 def test_an_unknown_name_is_told_before_what_is_missing() -> None:

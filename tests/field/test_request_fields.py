@@ -156,7 +156,7 @@ def test_ranges_are_as_wide_as_can_be(http, engine, name, value):
     assert engine.submissions[0].params.temperature <= 1e30
 
 
-@pytest.mark.parametrize("name", ["", None, "tiny", "/models/tiny"])
+@pytest.mark.parametrize("name", ["", None, "tiny", "/models/tiny", "/models/tiny/"])
 def test_names_of_the_one_model(http, name):
     answer = asked(http, "/v1/completions", model=name)
     assert (answer.status_code, answer.json()["model"]) == (200, "tiny")

@@ -26,7 +26,7 @@ M = TypeVar("M", bound=BaseModel)
 
 async def read_generation(request: Request, form: type[M]) -> M:
     """A form beside which there may be any field of OpenAI's API and vLLM's. Raises ApiError."""
-    return validate(form, acted_upon(await read_json(request)))
+    return validate(form, acted_upon(await read_json(request), form.model_fields))
 
 
 async def read_json(

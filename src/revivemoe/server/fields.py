@@ -5,6 +5,7 @@ Together with the fields of `schema` these are all fields of OpenAI's API and of
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from revivemoe.server.brief import brief
@@ -109,9 +110,9 @@ _HINTS = {
 _told: set[str] = set()
 
 
-def acted_upon(document: dict[str, object]) -> dict[str, object]:
-    """The fields to act upon, of a document without nulls. Raises ApiError naming a field that asks
-    for what is not there.
+def acted_upon(document: dict[str, object], known: Collection[str]) -> dict[str, object]:
+    """The fields to act upon, of a document without nulls, up to the first that is not `known`:
+    there may be millions. Raises ApiError naming a field that asks for what is not there.
     """
     kept = {}
     for name, value in document.items():
@@ -121,6 +122,8 @@ def acted_upon(document: dict[str, object]) -> dict[str, object]:
             _check_neutral(name, value, document)
         else:
             kept[name] = value
+            if name not in known:
+                break
     return kept
 
 

@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
@@ -58,7 +59,7 @@ class Generation:
     def check_model(self, name: str | None) -> None:
         """None and "" mean the one there is, and so does its directory, which is vLLM's name."""
         model = self.engine.model
-        if name and name not in (model.name, model.model_dir):
+        if name and name != model.name and str(PurePath(name)) != model.model_dir:
             raise ApiError(
                 f"the model `{shortened(name)}` does not exist; this server has `{model.name}`",
                 404,

@@ -13,6 +13,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from revivemoe.server.brief import brief as brief
 from revivemoe.server.brief import shortened
@@ -75,7 +76,8 @@ def at_most(most: int) -> BeforeValidator:
 
     def few(value: object) -> object:
         if isinstance(value, list | dict) and len(value) > most:
-            raise ValueError(f"at most {most} are allowed, not {len(value)}")
+            given = {"most": most, "given": len(value)}
+            raise PydanticCustomError("too_long", "at most {most} are allowed, not {given}", given)
         return value
 
     return BeforeValidator(few)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from revivemoe.server.bodies import read_json
+from revivemoe.server.bodies import read_generation, read_json
 from revivemoe.server.described import body, errors
 from revivemoe.server.errors import Json
 from revivemoe.server.fields import acted_upon
@@ -54,15 +54,14 @@ def token_routes(generation: Generation, guard: Callable[[Request], Awaitable[No
 
     @router.post("/tokenize", openapi_extra=body(TokenizeText, TokenizeChat, generation=True))
     async def tokenize(request: Request) -> Response:
-        document = acted_upon(await read_json(request))
-        form: TokenizeChat | TokenizeText
-        if "messages" in document:
-            form = validate(TokenizeChat, document)
-            generation.check_model(form.model)
+        document = await read_json(request)
+        kind: type[TokenizeChat | TokenizeText]
+        kind = TokenizeChat if "messages" in document else TokenizeText
+        form = validate(kind, acted_upon(document, kind.model_fields))
+        generation.check_model(form.model)
+        if isinstance(form, TokenizeChat):
             ids = await encoder.conversation(form)
         else:
-            form = validate(TokenizeText, document)
-            generation.check_model(form.model)
             ids = await encoder.encode(form.prompt, form.add_special_tokens)
         strings = await _aside(names, ids) if form.return_token_strs else None
         answer = {"count": len(ids), "max_model_len": model.max_model_len}
@@ -70,7 +69,7 @@ def token_routes(generation: Generation, guard: Callable[[Request], Awaitable[No
 
     @router.post("/detokenize", openapi_extra=body(Detokenize, generation=True))
     async def detokenize(request: Request) -> Response:
-        form = validate(Detokenize, acted_upon(await read_json(request)))
+        form = await read_generation(request, Detokenize)
         generation.check_model(form.model)
         check_vocabulary(form.tokens, model.vocab_size, "tokens")
         return Json({"prompt": await _aside(text_of, form.tokens)})

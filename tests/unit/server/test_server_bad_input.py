@@ -43,7 +43,7 @@ def refused(http, status=400, path="/v1/completions", **body):
         ("stop_token_ids", [10**6], "outside the vocabulary"),
         ("stop", ["x"] * 65, "at most 64"),
         ("stop_token_ids", [1] * 1025, "at most 1024"),
-        ("logit_bias", {str(k): 1 for k in range(4097)}, "at most 4096"),
+        ("logit_bias", {str(k): 1 for k in range(4097)}, "`logit_bias`: at most 4096"),
         ("stream", "yes", "valid boolean"),
         ("stream_options", {"include_usage": True}, "needs `stream`"),
         ("prompt", [10**6], "outside the vocabulary"),
