@@ -25,11 +25,11 @@ MAX_N = 1024
 """As many choices as a request may have over all of its prompts."""
 MAX_BIASES = 4096
 MAX_STOP_TOKENS = 1024
-MAX_STOPS = 64
-MAX_STOP_LENGTH = 1024
-"""Matching costs time with each token, by the number of the strings and by their length."""
+MAX_STOPS = 1024
+MAX_STOP_CHARS = 1 << 14
+"""Of all stop strings together: the matcher has a state for each, and makes them all at first."""
 MAX_MESSAGES = 1 << 16
-"""Each is at least one token, and is rendered in between everybody's."""
+"""And documents. A message is some tokens at least: more are no conversation, only work."""
 MAX_TEMPERATURE = 1e30
 """All draw evenly above that, and what is divided by it is a number still."""
 _DIGITS = re.compile("[0-9]{1,10}")
@@ -54,6 +54,15 @@ class Strict(BaseModel):
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _short_together(strings: list[str]) -> list[str]:
+    if (length := sum(map(len, strings))) > MAX_STOP_CHARS:
+        given = {"most": MAX_STOP_CHARS, "given": length}
+        raise PydanticCustomError(
+            "too_long", "at most {most} characters are allowed in all, not {given}", given
+        )
+    return strings
 
 
 def _integers(value: object) -> object:
@@ -98,9 +107,12 @@ StopTokens = Annotated[
 ]
 Objects = Annotated[list[dict[str, object]], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 Temperature = Annotated[float, Field(ge=0), AfterValidator(lambda t: min(t, MAX_TEMPERATURE))]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[
-    list[StopString], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_listed)
+    list[StopString],
+    Field(max_length=MAX_STOPS, fail_fast=True),
+    BeforeValidator(_listed),
+    AfterValidator(_short_together),
 ]
 
 
