@@ -31,6 +31,8 @@ class Submission:
     stop: StopStrings = field(default_factory=StopStrings)
     skip_special_tokens: bool = True
     """Special tokens have no text."""
+    streamed: bool = False
+    """Its client hears of us while it waits, and can wait long."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ class EngineUnavailable(Exception):
         self.retry_after_s = retry_after_s
 
 
+class FellBehind(Exception):
+    """A reader of events has read so slowly that some are lost to it."""
+
+
 class ServingEngine(Protocol):
     """What the server may ask of the engine."""
 
@@ -156,7 +162,7 @@ class ServingEngine(Protocol):
         """Inject a fault; returns the injection id. Raises ValueError, PermissionError."""
 
     def events(self) -> AsyncIterator[Document]:
-        """Signals, decisions and stages as they happen (server-sent events)."""
+        """Signals, decisions and stages as they happen (server-sent events). Raises FellBehind."""
 
 
 def choice_indices(prompts: Sequence[Sequence[int]], n: int) -> list[tuple[int, int]]:

@@ -24,6 +24,13 @@ def test_a_page_may_ask(http):
     assert refused.headers["access-control-allow-origin"] == "*", "its error can be read, too"
 
 
+def test_a_page_can_read_that_there_is_a_bug_of_ours(http, engine):
+    engine.broken = True
+    answer = http.post("/v1/completions", json={"prompt": "a"}, headers=PAGE)
+    assert answer.status_code == 500
+    assert answer.headers["access-control-allow-origin"] == "*"
+
+
 def test_origins_can_be_named(start_server):
     with start_server(allowed_origins=["https://page.example"]) as server, server.http() as http:
         other = {**PREFLIGHT, "Origin": "https://other.example"}
@@ -58,11 +65,13 @@ def test_version(http):
     assert http.get("/version").json() == {"version": __version__}
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/v1/messages", "/rerank"])
-def test_endpoints_that_are_not_there_say_what_is(http, path):
-    answer = http.post(path, json={"model": "tiny", "input": "x"})
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/v1/files", "/rerank"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+def test_endpoints_that_are_not_there_say_what_is(http, path, method):
+    answer = http.request(method, path)
     assert answer.status_code == 404
-    assert "/v1/chat/completions" in answer.json()["error"]["message"]
+    if method != "HEAD":
+        assert "/v1/chat/completions" in answer.json()["error"]["message"]
 
 
 def test_tokenize_and_detokenize(http, tokenizer):

@@ -117,6 +117,57 @@ def test_an_echo_of_no_tokens_by_either_name(http, name):
     assert answer.json()["choices"][0]["text"] == "hello"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"best_of": 1.0}, {"n": 2.0, "best_of": 2}, {"priority": 0.0}, {"stream_interval": 2.0},
+     {"thinking_token_budget": -1.0}, {"routed_experts_prompt_start": 0.0},
+     {"stop_token_ids": [5.0]}, {"logprobs": 1.0}, {"truncate_prompt_tokens": 3.0}],
+)  # fmt: skip
+def test_an_integral_number_is_an_integer(http, fields):
+    answer = asked(http, "/v1/completions", **fields)
+    assert answer.status_code == 200, answer.text
+    name, value = next(iter(fields.items()))
+    if isinstance(value, float):
+        answer = asked(http, "/v1/completions", **{name: value + 0.5})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
+def test_an_integral_number_is_an_integer_for_an_operator_too(http, engine):
+    params = {"id": 1.0, "ids": [2.0], "factor": 1.5}
+    body = {"instruction": "pause", "params": params}
+    assert http.post("/v1/fault_tolerance/apply", json=body).status_code == 202
+    ((_, given, _),) = engine.applied
+    assert (type(given["id"]), type(given["ids"][0]), given["factor"]) == (int, int, 1.5)
+
+
+WIDE = {
+    "temperature": [2.5, 1e300],
+    "n": [129, 256],
+    "stop": ["x" * 16384, [f"stop{k}" for k in range(1024)]],
+    "stop_token_ids": [[5] * 1024],
+}
+"""What vLLM takes, too."""
+
+
+@pytest.mark.parametrize(("name", "value"), [(k, v) for k, vs in WIDE.items() for v in vs])
+def test_ranges_are_as_wide_as_can_be(http, engine, name, value):
+    answer = asked(http, "/v1/completions", max_tokens=1, **{name: value})
+    assert answer.status_code == 200, answer.text
+    assert engine.submissions[0].params.temperature <= 1e30
+
+
+@pytest.mark.parametrize("name", ["", None, "tiny", "/models/tiny", "/models/tiny/"])
+def test_names_of_the_one_model(http, name):
+    answer = asked(http, "/v1/completions", model=name)
+    assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
+    assert http.post("/tokenize", json={"prompt": "x", "model": name}).is_success
+    assert http.get(f"/v1/models/{name or 'tiny'}").json()["id"] == "tiny"
+
+
+def test_the_list_of_models_ends_with_a_slash_or_not(http):
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
+
+
 def test_a_request_id_comes_back(http):
     named = asked(http, "/v1/completions", request_id="abc").json()
     assert named["id"] == "cmpl-abc"

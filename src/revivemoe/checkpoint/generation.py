@@ -13,7 +13,7 @@ FILE = "generation_config.json"
 AUTO, NONE = "auto", "vllm"
 Fields = dict[str, object]
 _RANGES = {
-    "temperature": (0.0, 2.0),
+    "temperature": (0.0, 1e30),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0),

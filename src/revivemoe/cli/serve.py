@@ -14,9 +14,13 @@ def serve(
     model_dir: Annotated[Path, typer.Argument(help="Checkpoint in the Hugging Face layout.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port; 0 lets the system choose.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(help="Key clients must send.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key clients must send, printable ASCII; default: none is needed."),
+    ] = None,
     admin_api_key: Annotated[
-        str | None, typer.Option(help="Key for fault_tolerance/apply and /inject.")
+        str | None,
+        typer.Option(help="Key for fault_tolerance/apply and /inject, printable ASCII."),
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Model name in the API; default: the directory's name.")
@@ -152,8 +156,8 @@ def serve(
     listen = Listen(
         host=host,
         port=port,
-        api_key=api_key,
-        admin_api_key=admin_api_key,
+        api_key=_key("--api-key", api_key),
+        admin_api_key=_key("--admin-api-key", admin_api_key),
         chat_template=chat_template,
         generation_config=generation_config,
         allowed_origins=origins_of(allowed_origins),
@@ -162,6 +166,18 @@ def serve(
     )
     status = run(config, listen)
     raise typer.Exit(status)
+
+
+def _key(flag: str, key: str | None) -> str | None:
+    """Raises ValueError for one that is no key, or that no client could send."""
+    if key == "":
+        raise ValueError(
+            f"{flag} is empty (an environment variable that is not set?): give a key, or leave "
+            "the flag out for a server without one"
+        )
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise ValueError(f"{flag} must be printable ASCII without spaces around it")
+    return key
 
 
 def origins_of(given: str) -> tuple[str, ...]:

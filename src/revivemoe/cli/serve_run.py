@@ -164,9 +164,13 @@ def _stop_on_signals(stop: asyncio.Event, cut: asyncio.Event) -> Iterator[None]:
     come out of whatever the interpreter does while it ends.
     """
     loop = asyncio.get_running_loop()
+    asked = False
+    """What the loop is told it does later: a second signal may come before."""
 
     def ask(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(cut.set if stop.is_set() else stop.set)
+        nonlocal asked
+        loop.call_soon_threadsafe(cut.set if asked or stop.is_set() else stop.set)
+        asked = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)

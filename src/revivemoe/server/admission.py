@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
-from revivemoe.server.errors import ApiError
+from revivemoe.server.errors import of_engine
 from revivemoe.server.reply import Reply
 from revivemoe.streams import EngineUnavailable
 
@@ -34,14 +34,19 @@ class Admission:
         try:
             reply = await self._task
         except EngineUnavailable as error:
-            raise ApiError(str(error), 503, code="engine_unavailable") from error
+            raise of_engine(error) from error
         async with aclosing(reply.events()) as events:
             async for event in events:
                 yield event
 
     def close(self) -> None:
         """Nobody waits any longer. Idempotent."""
-        if not self._task.done():
-            self._task.cancel()
-        elif not self._task.cancelled() and self._task.exception() is None:
-            self._task.result().close()
+        if self._task.cancel():
+            self._task.add_done_callback(_close_reply)  # if it comes all the same
+        else:
+            _close_reply(self._task)
+
+
+def _close_reply(task: asyncio.Future[Reply]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()

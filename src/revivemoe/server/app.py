@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 from revivemoe.detokenizer import Tokenizer, Vocabulary
 from revivemoe.server.auth import Keys
-from revivemoe.server.errors import install_error_handlers
+from revivemoe.server.errors import LastResort, install_error_handlers
 from revivemoe.server.fault_tolerance import fault_tolerance_routes
 from revivemoe.server.head import HeadAsGet
-from revivemoe.server.lifetime import ClientGone, Lifetime
+from revivemoe.server.lifetime import ClientGone, Lifetime, UnderWay
 from revivemoe.server.openai_routes import Generation, openai_routes
 from revivemoe.server.probes import operations_routes
 from revivemoe.server.prompts import PromptEncoder
@@ -55,6 +55,9 @@ def create_app(
     app.include_router(operations_routes(engine, lifetime))
     app.include_router(unsupported_routes())
     app.add_exception_handler(ClientGone, _on_client_gone)
+    install_error_handlers(app)
+    # From the inside out: a page may read our own bug's 500 as well.
+    app.add_middleware(LastResort)
     app.add_middleware(HeadAsGet)
     app.add_middleware(
         CORSMiddleware,
@@ -63,7 +66,7 @@ def create_app(
         allow_headers=["*"],
         expose_headers=["x-revivemoe-quality"],
     )
-    install_error_handlers(app)
+    app.add_middleware(UnderWay, lifetime=lifetime)
     return app
 
 

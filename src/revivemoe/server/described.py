@@ -30,7 +30,9 @@ _STATUSES = {
     401: "The key is missing or wrong",
     403: "Not allowed",
     404: "No such model",
+    408: "The body did not come in time",
     413: "The body is too large",
+    415: "The content type is not JSON",
     503: "Not now; `Retry-After` says when",
 }
 

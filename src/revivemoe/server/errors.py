@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from revivemoe.streams import EngineUnavailable
+from revivemoe.streams import EngineUnavailable, FellBehind
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class ApiError(Exception):
         headers = {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 408:
+            headers["Connection"] = "close"
         if self.status == 503:
             headers["Retry-After"] = retry_after(self.retry_after_s)
         return Json(self.document(), self.status, headers)
@@ -81,11 +83,21 @@ def internal_error() -> ApiError:
     return ApiError("internal error; the server's log has the details", 500)
 
 
+def shutting_down() -> ApiError:
+    return ApiError("the server is shutting down", 503, code="shutting_down")
+
+
+def of_engine(error: EngineUnavailable | FellBehind) -> ApiError:
+    """What the engine cannot do, as a client is told."""
+    if isinstance(error, FellBehind):
+        return ApiError(f"{error}: ask again for those to come", 503, code="fell_behind")
+    return ApiError(str(error), 503, code="engine_unavailable", retry_after_s=error.retry_after_s)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(EngineUnavailable, _on_unavailable)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_middleware(LastResort)
 
 
 class LastResort:
@@ -135,8 +147,7 @@ async def _on_api_error(request: Request, error: Exception) -> Json:
 
 async def _on_unavailable(request: Request, error: Exception) -> Json:
     assert isinstance(error, EngineUnavailable)
-    told = ApiError(str(error), 503, code="engine_unavailable", retry_after_s=error.retry_after_s)
-    return told.response()
+    return of_engine(error).response()
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Json:

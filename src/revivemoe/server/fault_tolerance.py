@@ -9,16 +9,17 @@ from pydantic import Field
 from starlette.responses import Response
 
 from revivemoe.server.auth import Keys
+from revivemoe.server.bodies import read_json, whole_or_float
 from revivemoe.server.described import body, errors
-from revivemoe.server.errors import ApiError, Json
+from revivemoe.server.errors import ApiError, Json, of_engine
 from revivemoe.server.lifetime import Lifetime, cancel_all
-from revivemoe.server.schema import Int, Strict, read_json, validate
+from revivemoe.server.schema import Int, Strict, validate
 from revivemoe.server.sse import KEEP_ALIVE, EventStream, event
-from revivemoe.streams import ServingEngine
+from revivemoe.streams import FellBehind, ServingEngine
 
 
 class ApplyRequest(Strict):
-    instruction: str = Field(min_length=1)
+    instruction: str = Field(min_length=1, max_length=64)
     params: dict[str, object] = Field({})
     request_id: str | None = Field(None, min_length=1, max_length=256)
 
@@ -27,7 +28,7 @@ class InjectRequest(Strict):
     """What a fault is, whoever brings it about checks further."""
 
     id: Int
-    kind: str
+    kind: str = Field(max_length=64)
     at: dict[str, object] | None = None
     params: dict[str, object] | None = None
 
@@ -55,7 +56,8 @@ def fault_tolerance_routes(
     @router.post("/v1/fault_tolerance/apply", dependencies=admin, openapi_extra=form)
     @router.post("/fault_tolerance/apply", dependencies=admin, openapi_extra=form)
     async def apply(request: Request) -> Response:
-        return await _apply(engine, validate(ApplyRequest, _renamed(await read_json(request))))
+        document = await read_json(request, whole_or_float)
+        return await _apply(engine, validate(ApplyRequest, _renamed(document)))
 
     fault = body(InjectRequest)
 
@@ -63,7 +65,7 @@ def fault_tolerance_routes(
     async def inject(request: Request) -> Response:
         if not enable_fault_injection:
             raise _no_injection("start the server with --enable-fault-injection to inject faults")
-        form = validate(InjectRequest, await read_json(request))
+        form = validate(InjectRequest, await read_json(request, whole_or_float))
         return await _inject(engine, form.model_dump(exclude_none=True))
 
     return router
@@ -71,7 +73,7 @@ def fault_tolerance_routes(
 
 def _renamed(document: dict[str, object]) -> dict[str, object]:
     """An earlier vLLM's names for the same."""
-    renamed = {k.removeprefix("fault_tolerance_"): v for k, v in document.items() if v is not None}
+    renamed = {name.removeprefix("fault_tolerance_"): v for name, v in document.items()}
     timeout, params = renamed.pop("timeout", None), renamed.get("params", {})
     if timeout is not None and isinstance(params, dict):
         renamed["params"] = {**params, "timeout": timeout}
@@ -118,6 +120,8 @@ async def _events(engine: ServingEngine, lifetime: Lifetime) -> AsyncGenerator[s
                 document = following.result()
             except StopAsyncIteration:
                 return
+            except FellBehind as error:
+                raise of_engine(error) from error
             yield event(document)
             following = asyncio.ensure_future(anext(source))
     finally:

@@ -5,8 +5,10 @@ Together with the fields of `schema` these are all fields of OpenAI's API and of
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from revivemoe.server.brief import brief
 from revivemoe.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ REFUSED: dict[str, Refused] = {
     # vLLM
     "allowed_token_ids": Refused((), "an allow-list of tokens"),
     "bad_words": Refused(([],), "forbidden words"),
-    "chat_template": Refused((), "a template in the request (the server has --chat-template)"),
+    "chat_template": Refused(("",), "a template in the request (the server has --chat-template)"),
     "ec_transfer_params": Refused(({},), "transfer of encoder caches"),
     "guided_choice": Refused((), "structured output"),
     "guided_decoding_backend": Refused((), "structured output"),
@@ -108,18 +110,20 @@ _HINTS = {
 _told: set[str] = set()
 
 
-def acted_upon(document: dict[str, object]) -> dict[str, object]:
-    """The fields to act upon. Raises ApiError naming a field that asks for what is not there."""
+def acted_upon(document: dict[str, object], known: Collection[str]) -> dict[str, object]:
+    """The fields to act upon, of a document without nulls, up to the first that is not `known`:
+    there may be millions. Raises ApiError naming a field that asks for what is not there.
+    """
     kept = {}
     for name, value in document.items():
-        if value is None:
-            continue
         if name in ACCEPTED:
             _accept(name, value, ACCEPTED[name])
         elif name in REFUSED:
             _check_neutral(name, value, document)
         else:
             kept[name] = value
+            if name not in known:
+                break
     return kept
 
 
@@ -128,7 +132,13 @@ def hint(name: str) -> str:
     return f": did you mean `{_HINTS[name]}`?" if name in _HINTS else ""
 
 
+def integral(value: object) -> object:
+    """2.0 is an integer: some clients know but one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _accept(name: str, value: object, rule: Accepted) -> None:
+    value = integral(value)
     right = isinstance(value, rule.kinds) and (bool in rule.kinds or not isinstance(value, bool))
     if not right:
         kinds = " or ".join(_an(JSON_TYPES[kind]) for kind in rule.kinds)
@@ -152,11 +162,11 @@ JSON_TYPES: dict[type, str] = {
 
 
 def _check_neutral(name: str, value: object, document: dict[str, object]) -> None:
-    rule = REFUSED[name]
-    nothing = (document.get("n") or 1,) if name == "best_of" else rule.nothing
+    rule, value = REFUSED[name], integral(value)
+    nothing = (integral(document.get("n", 1)),) if name == "best_of" else rule.nothing
     if any(type(value) is type(one) and value == one for one in nothing):
         return
-    instead = f" except as {nothing[0]!r}" if nothing else ""
+    instead = f" except as {brief(nothing[0])}" if nothing else ""
     raise ApiError(
         f"`{name}` is not supported by this server ({rule.what}){instead}: leave it out",
         param=name,

@@ -1,12 +1,13 @@
 """When the server stops: first no new work, then the streams that are still open are cut."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-from starlette.types import Receive
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from revivemoe.server.errors import ApiError
+from revivemoe.server.errors import shutting_down
 
 T = TypeVar("T")
 
@@ -29,16 +30,33 @@ class Lifetime:
 
     @property
     def num_open(self) -> int:
-        """Responses under way."""
+        """Requests under way."""
         return self._open
 
     def check_open(self) -> None:
         """Raises ApiError once the server has been asked to stop."""
         if self.draining.is_set():
-            raise ApiError("the server is shutting down", 503, code="shutting_down")
+            raise shutting_down()
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """A request, from its head to the last byte of its answer. One that comes when the server
+        has been asked to stop is refused at once and holds up nobody.
+        """
+        if self.draining.is_set():
+            yield
+            return
+        self._open += 1
+        self._all_done.clear()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._all_done.set()
 
     async def wait_done(self, within_s: float) -> None:
-        """Until no response is under way, for so long at most, or until all are cut."""
+        """Until no request is under way, for so long at most, or until all are cut."""
         done, cut = (
             asyncio.ensure_future(self._all_done.wait()),
             asyncio.ensure_future(self.cut.wait()),
@@ -56,24 +74,26 @@ class Lifetime:
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         cut = asyncio.ensure_future(self.cut.wait())
-        self._count(1)
         try:
             await asyncio.wait({task, gone, cut}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if gone.done():
                 raise ClientGone
-            raise ApiError("the server is shutting down", 503, code="shutting_down")
+            raise shutting_down()
         finally:
             await cancel_all(task, gone, cut)
-            self._count(-1)
 
-    def _count(self, change: int) -> None:
-        self._open += change
-        if self._open:
-            self._all_done.clear()
-        else:
-            self._all_done.set()
+
+class UnderWay:
+    """Counts every request, whatever it is about: also while its body comes or is tokenised."""
+
+    def __init__(self, app: ASGIApp, lifetime: Lifetime) -> None:
+        self._app, self._lifetime = app, lifetime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._lifetime.under_way():
+            await self._app(scope, receive, send)
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -1,5 +1,6 @@
 """Chat messages: what a template is given of them."""
 
+from revivemoe.server.brief import brief
 from revivemoe.server.errors import ApiError
 
 _ROLES = ("system", "developer", "user", "assistant")
@@ -30,7 +31,7 @@ def _plain(position: int, message: Message) -> Message:
         raise _unsupported(f"{where}.role", f"messages of a {role}")
     if role not in _ROLES:
         raise ApiError(
-            f"`{where}.role` must be one of {', '.join(_ROLES)}, got {str(role)[:40]!r}",
+            f"`{where}.role` must be one of {', '.join(_ROLES)}, got {brief(role)}",
             param=f"{where}.role",
         )
     for name in (*_TOOLS, "audio"):

@@ -4,12 +4,15 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.server.admission import HEADERS_WITHIN_S, Admission
+from revivemoe.server.bodies import read_generation
+from revivemoe.server.brief import shortened
 from revivemoe.server.chat import ChatShape
 from revivemoe.server.completions import CompletionShape
 from revivemoe.server.described import body, errors
@@ -18,12 +21,7 @@ from revivemoe.server.lifetime import Lifetime
 from revivemoe.server.prompts import PromptEncoder
 from revivemoe.server.reply import Reply, Shape
 from revivemoe.server.sampling import chat_submission, completion_submission, wanted_tokens
-from revivemoe.server.schema import (
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    read_generation,
-)
+from revivemoe.server.schema import ChatRequest, CompletionRequest, GenerationRequest
 from revivemoe.server.sse import DONE, EventStream
 from revivemoe.streams import ServingEngine, Submission
 
@@ -59,9 +57,11 @@ class Generation:
         return await self._answer(request, form, submission, shape)
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.engine.model.name:
+        """None and "" mean the one there is, and so does its directory, which is vLLM's name."""
+        model = self.engine.model
+        if name and name != model.name and str(PurePath(name)) != model.model_dir:
             raise ApiError(
-                f"the model `{name}` does not exist; this server has `{self.engine.model.name}`",
+                f"the model `{shortened(name)}` does not exist; this server has `{model.name}`",
                 404,
                 param="model",
                 code="model_not_found",
@@ -121,6 +121,7 @@ def openai_routes(generation: Generation, guard: Callable[[Request], Awaitable[N
     }
 
     @router.get("/models")
+    @router.get("/models/", include_in_schema=False)
     async def models() -> dict[str, object]:
         return {"object": "list", "data": [card]}
 

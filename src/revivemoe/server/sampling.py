@@ -119,4 +119,6 @@ def _submission(
             param="n",
         )
     stop = StopStrings(tuple(form.stop), form.include_stop_str_in_output)
-    return Submission(request_id, prompts, form.n, params, stop, form.skip_special_tokens)
+    return Submission(
+        request_id, prompts, form.n, params, stop, form.skip_special_tokens, form.stream
+    )

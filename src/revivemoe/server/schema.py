@@ -1,46 +1,74 @@
 """The bodies of completion requests, checked strictly: no coercion, no unknown field."""
 
-import json
 import re
 from typing import Annotated, Literal, TypeVar
 
-from fastapi import Request
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
+from revivemoe.server.brief import brief as brief
+from revivemoe.server.brief import shortened
 from revivemoe.server.errors import ApiError
-from revivemoe.server.fields import acted_upon, hint
+from revivemoe.server.fields import hint, integral
 
-MAX_BODY_BYTES = 32 << 20
 MAX_LOGPROBS = 20
-MAX_N = 128
+MAX_N = 1024
+"""As many choices as a request may have over all of its prompts."""
 MAX_BIASES = 4096
+MAX_STOP_TOKENS = 1024
+MAX_STOPS = 1024
+MAX_STOP_CHARS = 1 << 14
+"""Of all stop strings together: the matcher has a state for each, and makes them all at first."""
+MAX_MESSAGES = 1 << 16
+"""And documents. A message is some tokens at least: more are no conversation, only work."""
+MAX_TEMPERATURE = 1e30
+"""All draw evenly above that, and what is divided by it is a number still."""
 _DIGITS = re.compile("[0-9]{1,10}")
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _INT64 = 1 << 63
 
 M = TypeVar("M", bound=BaseModel)
 
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, given: object) -> object:
+        """An unknown name is told before anything else, and alone: there may be millions."""
+        if isinstance(given, dict):
+            for name in given:
+                if name not in cls.model_fields:
+                    return {name: None}
+        return given
 
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+def _short_together(strings: list[str]) -> list[str]:
+    if (length := sum(map(len, strings))) > MAX_STOP_CHARS:
+        given = {"most": MAX_STOP_CHARS, "given": length}
+        raise PydanticCustomError(
+            "too_long", "at most {most} characters are allowed in all, not {given}", given
+        )
+    return strings
 
 
-def _integral(value: object) -> object:
-    """2.0 is an integer: some clients know but one kind of number."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _integers(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    return [int(v) if type(v) is float and v.is_integer() else v for v in value]
 
 
 def _token_bias(value: object) -> object:
@@ -52,12 +80,40 @@ def _token_bias(value: object) -> object:
     }
 
 
-_Integral = BeforeValidator(_integral)
+def at_most(most: int) -> BeforeValidator:
+    """Before any of it is looked at."""
+
+    def few(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > most:
+            given = {"most": most, "given": len(value)}
+            raise PydanticCustomError("too_long", "at most {most} are allowed, not {given}", given)
+        return value
+
+    return BeforeValidator(few)
+
+
+_Integral = BeforeValidator(integral)
 Int = Annotated[int, _Integral]
 Count = Annotated[int, Field(ge=0), _Integral]
 CountOrAll = Annotated[int, Field(ge=-1), _Integral]
 Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64), _Integral]
-Bias = Annotated[dict[Int, float], BeforeValidator(_token_bias)]
+Bias = Annotated[dict[Int, float], BeforeValidator(_token_bias), at_most(MAX_BIASES)]
+INTEGERS = BeforeValidator(_integers)
+StopTokens = Annotated[
+    list[int],
+    Field(max_length=MAX_STOP_TOKENS, fail_fast=True),
+    INTEGERS,
+    at_most(MAX_STOP_TOKENS),
+]
+Objects = Annotated[list[dict[str, object]], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+Temperature = Annotated[float, Field(ge=0), AfterValidator(lambda t: min(t, MAX_TEMPERATURE))]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stops = Annotated[
+    list[StopString],
+    Field(max_length=MAX_STOPS, fail_fast=True),
+    BeforeValidator(_listed),
+    AfterValidator(_short_together),
+]
 
 
 _TEXTS_OR_IDS = [
@@ -91,19 +147,19 @@ class GenerationRequest(Strict):
     stream_options: StreamOptions | None = None
     n: Int = Field(1, ge=1, le=MAX_N)
     seed: Seed | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: Temperature | None = None
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: CountOrAll | None = None
     min_p: float | None = Field(None, ge=0, le=1)
-    stop: Annotated[list[StopString], BeforeValidator(_listed)] = Field([], max_length=16)
-    stop_token_ids: list[Int] = Field([], max_length=256)
+    stop: Stops = []
+    stop_token_ids: StopTokens = []
     include_stop_str_in_output: bool = False
     max_completion_tokens: Count | None = None
     min_tokens: Int = Field(0, ge=0)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    logit_bias: Bias = Field({}, max_length=MAX_BIASES)
+    logit_bias: Bias = {}
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -136,12 +192,12 @@ class CompletionRequest(GenerationRequest):
 class Conversation(Strict):
     """How messages become a prompt."""
 
-    messages: list[dict[str, object]] = Field(min_length=1)
+    messages: Annotated[Objects, Field(min_length=1)]
     add_special_tokens: bool = False
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, object] = {}
-    documents: list[dict[str, object]] | None = None
+    documents: Objects | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )
@@ -155,57 +211,13 @@ class ChatRequest(Conversation, GenerationRequest):
     echo: bool = False
 
 
-async def read_json(request: Request) -> dict[str, object]:
-    """The body as a JSON object. Raises ApiError."""
-    body = await _read_body(request)
-    try:
-        text = body.decode()
-        document = json.loads(text, object_pairs_hook=_no_duplicates)
-        if _ESCAPED_SURROGATE.search(text):
-            _check_unicode(document)
-    except UnicodeDecodeError as error:
-        raise ApiError(f"the body is not UTF-8: {error.reason}", code="invalid_json") from None
-    except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(document, dict):
-        raise ApiError("the body must be a JSON object")
-    return document
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the name {brief(twice)} occurs twice in one object")
-    return found
-
-
-def _check_unicode(value: object) -> None:
-    """Raises ValueError for half of a surrogate pair, anywhere."""
-    match value:
-        case str():
-            if any("\ud800" <= char <= "\udfff" for char in value):
-                raise ValueError("a string holds a lone surrogate, which is not Unicode")
-        case dict():
-            for name, inner in value.items():
-                _check_unicode(name)
-                _check_unicode(inner)
-        case list():
-            for inner in value:
-                _check_unicode(inner)
-
-
-async def read_generation(request: Request, form: type[M]) -> M:
-    return validate(form, acted_upon(await read_json(request)))
-
-
 def validate(form: type[M], document: dict[str, object]) -> M:
     """Raises ApiError that names the first wrong field, what is allowed and what was given."""
     try:
         return form.model_validate(document)
     except ValidationError as invalid:
-        error = invalid.errors(include_url=False, include_context=False)[0]
+        errors = invalid.errors(include_url=False, include_context=False)
+        error = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     field = shortened(".".join(str(part) for part in error["loc"]))
     if error["type"] == "extra_forbidden":
         message = f"unknown field `{field}`{hint(field)}"
@@ -213,22 +225,3 @@ def validate(form: type[M], document: dict[str, object]) -> M:
     if error["type"] == "missing":
         raise ApiError(f"`{field}` is required", param=field, code="missing_required_parameter")
     raise ApiError(f"`{field}`: {error['msg']}, got {brief(error['input'])}", param=field)
-
-
-async def _read_body(request: Request) -> bytes:
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise ApiError(f"the body is longer than {MAX_BODY_BYTES} bytes", 413)
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def brief(value: object) -> str:
-    """A value as an error message may hold it."""
-    return shortened(repr(value))
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from revivemoe.server.errors import ApiError, describe, dumps, internal_error
 from revivemoe.server.lifetime import ClientGone, Lifetime, cancel_all
@@ -17,6 +17,8 @@ DONE = "data: [DONE]\n\n"
 KEEP_ALIVE_S = 10.0
 """Proxies cut a connection that is silent for a minute, some sooner."""
 KEEP_ALIVE = ": keep-alive\n\n"
+STALLED_S = 300.0
+"""A client that has taken nothing for so long, though there is something to take, is given up."""
 
 
 def event(document: object) -> str:
@@ -60,6 +62,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._respond(receive, send)
+        except ClientGone:
+            pass
         finally:
             self._on_close()
             await self._events.aclose()
@@ -70,7 +74,7 @@ class EventStream(Response):
         try:
             await self._lifetime.run(receive, self._write_all(send))
         except ClientGone:
-            return
+            raise
         except ApiError as error:
             await _write(send, error_event(error))
         except Exception as error:
@@ -95,8 +99,18 @@ class EventStream(Response):
                 await asyncio.sleep(left_s)
             else:
                 self._wrote = time.monotonic()
-                await _write(send, KEEP_ALIVE)
+                await send(_chunk(KEEP_ALIVE))
 
 
 async def _write(send: Send, text: str, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+    """Raises ClientGone for a client that takes nothing."""
+    try:
+        async with asyncio.timeout(STALLED_S):
+            await send(_chunk(text, more))
+    except TimeoutError:
+        logger.warning("stream: its client has read nothing for %g s and is given up", STALLED_S)
+        raise ClientGone from None
+
+
+def _chunk(text: str, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": more}

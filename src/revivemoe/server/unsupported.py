@@ -24,13 +24,14 @@ _PATHS = (
     "/pooling",
     "/classify",
 )
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 def unsupported_routes() -> APIRouter:
     """Each answers 404 whatever it is asked."""
     router = APIRouter(include_in_schema=False)
     for path in _PATHS:
-        router.post(path)(_refuse)
+        router.add_api_route(path, _refuse, methods=_METHODS)
     return router
 
 

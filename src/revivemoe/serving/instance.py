@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -25,6 +24,7 @@ from revivemoe.membership.placement import place
 from revivemoe.messages.events import Event, document
 from revivemoe.recovery.faults import DeviceReport
 from revivemoe.sampling_params import SamplingDefaults
+from revivemoe.serving.event_log import EventLog
 from revivemoe.serving.injection import Injector
 from revivemoe.serving.specs import host_cache_spec, rank_spec, segment_spec
 from revivemoe.serving.stream import QueueStream
@@ -37,9 +37,10 @@ ADMISSION_WAIT_S = 55.0
 """How long a new request waits for a recovery (or the start) before it gets 503: proxies answer in
 the server's place after 60 s (nginx, load balancers), and then nobody hears why or when to retry.
 """
+STREAM_WAIT_S = 600.0
+"""As long as clients wait by default (`openai`): comments hold the line meanwhile."""
 STOP_TIMEOUT_S = 1.0
 """For ranks to exit of their own accord; then they are killed."""
-KEPT_EVENTS = 1000
 
 
 class Instance:
@@ -98,8 +99,7 @@ class Instance:
         """Set when the instance has failed."""
         self._changed = asyncio.Event()
         """Set at every event; whoever waits for a state clears it and looks again."""
-        self._recent: deque[Document] = deque(maxlen=KEPT_EVENTS)
-        self._subscribers: set[asyncio.Queue[Document]] = set()
+        self._events = EventLog()
         self._ticker: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Instance":
@@ -152,10 +152,7 @@ class Instance:
     # ---- from the cluster --------------------------------------------------------------------
 
     def _on_event(self, event: Event) -> None:
-        stamped: Document = {"time": time.time(), **document(event)}
-        self._recent.append(stamped)
-        for subscriber in self._subscribers:
-            subscriber.put_nowait(stamped)
+        self._events.add({"time": time.time(), **document(event)})
         self._changed.set()
         if isinstance(self.engine.state, Serving):
             self.serving.set()
@@ -167,23 +164,25 @@ class Instance:
     async def submit(self, submission: Submission) -> QueueStream:
         """Admit a request once the instance serves: only then is its quality known.
 
-        Raises EngineUnavailable if that takes longer than `ADMISSION_WAIT_S`, or has failed.
+        Raises EngineUnavailable if that takes too long, or has failed.
         """
-        await self._until_settled()
+        await self._until_settled(STREAM_WAIT_S if submission.streamed else ADMISSION_WAIT_S)
         stream = QueueStream(self.engine.degraded)
         stream.abort = partial(self.engine.abort, self.engine.submit(submission, stream))
         return stream
 
-    async def _until_settled(self) -> None:
-        deadline = time.monotonic() + ADMISSION_WAIT_S
+    async def _until_settled(self, within_s: float) -> None:
+        deadline = time.monotonic() + within_s
         while isinstance(self.engine.state, Starting | Recovering | Paused):
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 name = state_name(self.engine.state)
-                raise EngineUnavailable(f"still {name} after {ADMISSION_WAIT_S:.0f} s", 5.0)
+                raise EngineUnavailable(f"still {name} after {within_s:.0f} s", 5.0)
             self._changed.clear()
+            # Not `wait_for`: until Python 3.12 it drops a cancel that comes with the change.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
 
     def status(self) -> Document:
         return status_document(self.engine, time.monotonic(), time.time())
@@ -211,13 +210,5 @@ class Instance:
         self._injector.inject(fault, injection_id, time.monotonic())
         return injection_id
 
-    async def events(self) -> AsyncIterator[Document]:
-        queue: asyncio.Queue[Document] = asyncio.Queue()
-        for event in self._recent:
-            queue.put_nowait(event)
-        self._subscribers.add(queue)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._subscribers.discard(queue)
+    def events(self) -> AsyncIterator[Document]:
+        return self._events.follow()

@@ -1,4 +1,4 @@
-"""The `openai` client where nothing is answered for long: a body, a stream, what each raises."""
+"""The `openai` client where nothing is answered for long: what a body raises, a stream's text."""
 
 import asyncio
 import json
@@ -15,8 +15,8 @@ async def body(client):
 
 
 async def stream(client):
-    async for _ in await client.completions.create(**ASKED, stream=True):
-        pass
+    chunks = await client.completions.create(**ASKED, stream=True)
+    return "".join([chunk.choices[0].text async for chunk in chunks])
 
 
 def told(error):
@@ -27,8 +27,8 @@ def told(error):
 async def main():
     async with openai.AsyncOpenAI(base_url=f"{URL}/v1", max_retries=0, timeout=90) as client:
         asked = (body(client), stream(client))
-        errors = await asyncio.gather(*asked, return_exceptions=True)
-    print(json.dumps([told(error) for error in errors]))
+        error, text = await asyncio.gather(*asked, return_exceptions=True)
+    print(json.dumps([told(error), text if isinstance(text, str) else told(text)]))
 
 
 asyncio.run(main())

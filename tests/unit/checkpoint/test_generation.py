@@ -29,6 +29,10 @@ def test_nothing_said(tmp_path):
     assert sampling_defaults("auto", written(tmp_path, top_k=None)) == SamplingDefaults()
 
 
+def test_a_file_may_be_hotter_than_most(tmp_path):
+    assert sampling_defaults("auto", written(tmp_path, temperature=2.5)).temperature == 2.5
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"temperature": "hot"}, {"top_p": 2}, {"top_k": -2}, {"top_k": float("inf")},

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM where something has to be cleaned up."""
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from revivemoe.cli.interrupts import cleaned_up
+from revivemoe.cli.serve_run import _stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -26,6 +28,22 @@ def test_it_raises_once_so_that_cleaning_up_is_not_broken(number: signal.Signals
         work()
     assert done == ["cleaned up"]
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_two_signals_at_once_are_two() -> None:
+    """The second may come before the loop has done what the first asked for."""
+
+    async def main() -> None:
+        stop, cut = asyncio.Event(), asyncio.Event()
+        with _stop_on_signals(stop, cut):
+            signal.raise_signal(signal.SIGTERM)
+            assert not stop.is_set()
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(0)
+            assert stop.is_set()
+            assert cut.is_set()
+
+    asyncio.run(main())
 
 
 IN_SIM = """

@@ -27,9 +27,9 @@ class RunningServer:
             for name, default_s in [("shutdown_timeout_s", 0.2), ("keep_alive_timeout_s", 75.0)]
         }
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        app = create_app(self.engine, self.engine.tokenizer, **self._options)
+        self.app = create_app(self.engine, self.engine.tokenizer, **self._options)
         await serve_app(
-            app,
+            self.app,
             "127.0.0.1",
             0,
             stop=self._stop,
