@@ -25,8 +25,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/revivemoe demo
 
+# What starts no deployment on two cores at once, and first: what is broken shows early.
+APART = tests/unit tests/field tests/sim
 test: lint type
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 $(APART)
+	$(BIN)/python -m pytest -q tests/gpu tests/dist
 
 # Every kind of fault at every point of a step, over both transports: about 25 minutes.
 test-matrix: setup
@@ -48,7 +51,7 @@ soak: setup
 	@$(BIN)/revivemoe bench soak $(ARGS)
 
 unit: setup
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n 2 tests/unit
 
 # Sizes, circles and layers of src/revivemoe beside what is aimed at; ARGS=--json for all of it.
 figures: setup

@@ -162,7 +162,7 @@ def test_a_stream_arrives_piece_by_piece_and_ends_with_its_reader(
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("libraries")
 def test_a_pause_longer_than_nginx_waits(served: Served, front: str) -> None:
-    """Streams of before and of meanwhile come whole; a body, that may not wait so long, is told why."""
+    """Streams of before and of meanwhile come whole; a body is told why."""
     body = asked(served, max_tokens=600)
     before, late = Reader(front, body), Reader(front, body)
     with ThreadPoolExecutor(4) as pool:

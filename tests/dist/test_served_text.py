@@ -5,12 +5,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from support.cases import Case, Weights, plain_cases
 from support.deployment import Deployment, deployed, kill
+from support.fuzz import RIGHT, WRONG, fuzz
 
 from revivemoe.sampling_params import SamplingParams
 
@@ -85,13 +87,36 @@ def test_a_kill_between_two_tokens_changes_no_token_and_no_offset(
 
 def test_a_prompt_as_long_as_the_context_is_scored(server: Deployment, case: Case) -> None:
     prompt = (list(case.request.body["prompt"]) * MAX_LEN)[:MAX_LEN]
+    scored = {"prompt": prompt, "echo": True, "logprobs": 1, "ignore_eos": True}
     for max_tokens in (0, 1, 50):
-        choice = post(server, prompt=prompt, echo=True, logprobs=1, max_tokens=max_tokens)
+        choice = post(server, **scored, max_tokens=max_tokens)
         assert len(choice["logprobs"]["tokens"]) == MAX_LEN + bool(max_tokens)
         assert choice["finish_reason"] == "length"
     shorter = post(server, prompt=prompt[:-1], echo=True, logprobs=1, max_tokens=0)["logprobs"]
     assert len(shorter["tokens"]) == MAX_LEN - 1
     server.await_idle()
+
+
+@pytest.mark.parametrize("mode", [RIGHT, WRONG], ids=["right", "wrong"])
+def test_no_body_changes_a_neighbours_tokens(server: Deployment, case: Case, mode: Any) -> None:
+    """Whatever the OpenAPI document allows or forbids, beside a stream."""
+    pids, told = server.pids(), []
+    with ThreadPoolExecutor(1) as pool:
+        neighbour = pool.submit(post, server, **asked(case))
+        for label in ("POST /v1/completions", "POST /v1/chat/completions", "POST /tokenize"):
+            told.append(fuzz(server.url, label, mode, 25, short))
+        assert neighbour.result(60)["token_ids"] == case.expected[0]
+    assert min(told) > 10
+    assert server.pids() == pids, "and costs no rank"
+    server.await_idle()
+
+
+def short(body: Any) -> None:
+    """Few tokens, unless it is said wrongly how many."""
+    if isinstance(body.body, dict):
+        for name, most in (("max_tokens", 3), ("n", 2), ("max_completion_tokens", 3)):
+            if type(body.body.get(name, 99)) is int and body.body.get(name, 99) > most:
+                body.body[name] = most
 
 
 def test_streams_come_to_their_end_after_sigterm(server: Deployment, case: Case) -> None:

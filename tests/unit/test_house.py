@@ -177,6 +177,8 @@ def test_every_test_is_collected(pytestconfig: pytest.Config) -> None:
     """One that is not is none: `testpaths` names every folder with tests in it."""
     tests = Path(__file__).parents[1]
     collected = [tests.parent / folder for folder in pytestconfig.getini("testpaths")]
+    makefile = (tests.parent / "Makefile").read_text()
+    assert all(folder in makefile for folder in pytestconfig.getini("testpaths"))
     files = tests.rglob("test_*.py")
     left_out = [f for f in files if not any(f.is_relative_to(folder) for folder in collected)]
     assert not left_out, f"not in testpaths:{listed([str(file) for file in left_out])}"
