@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from revivemoe.cli.at_once import end_at_once
+from revivemoe.cluster.orphans import Orphans
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
 
@@ -123,7 +125,9 @@ async def _serve_http(
     """Until `stop` is set, by a signal or because the instance cannot start."""
     from revivemoe.server.run import serve_app
 
-    watch = asyncio.create_task(_watch_start(instance, stop))
+    beside = [asyncio.create_task(_watch_start(instance, stop))]
+    if os.getpid() == 1:
+        beside.append(asyncio.create_task(Orphans().keep_looking()))
     try:
         await serve_app(
             app,
@@ -136,7 +140,8 @@ async def _serve_http(
         )
     finally:
         stop.set()
-        watch.cancel()
+        for task in beside:
+            task.cancel()
 
 
 async def _watch_start(instance: "Instance", stop: asyncio.Event) -> None:
