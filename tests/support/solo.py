@@ -18,7 +18,7 @@ from revivemoe.ids import Epoch, Incarnation, LayerId, RankId, SeqId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import EMPTY, ExpertPlacement
 from revivemoe.membership.topology import collocated
-from revivemoe.messages.tokens import SequenceSpec
+from revivemoe.messages.tokens import CommittedToken, SequenceSpec
 from revivemoe.model.runner import ModelRunner
 from revivemoe.sampling_params import SamplingParams
 
@@ -51,6 +51,8 @@ class SoloRank:
         self._wake = 0
         self.num_mixed_steps = 0
         """Steps in which one sequence decoded and another was in its prefill."""
+        self.committed: list[CommittedToken] = []
+        """Everything since this was last emptied."""
 
     def run(
         self, prompts: Sequence[list[int]], params: SamplingParams, steps_apart: int = 0
@@ -116,6 +118,7 @@ class SoloRank:
             return []
         tokens = self.rank.commit(results)
         self.rank.check_invariants()
+        self.committed += tokens.tokens
         return [(token.seq_id, token.token_id) for token in tokens.tokens]
 
 
