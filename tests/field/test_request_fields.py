@@ -143,7 +143,7 @@ def test_an_integral_number_is_an_integer_for_an_operator_too(http, engine):
 WIDE = {
     "temperature": [2.5, 1e300],
     "n": [129, 256],
-    "stop": ["x" * 16384, [f"stop{k}" for k in range(1024)]],
+    "stop": ["x" * 1024, [f"stop{k}" for k in range(1024)]],
     "stop_token_ids": [[5] * 1024],
 }
 """What vLLM takes, too."""
@@ -204,3 +204,8 @@ def test_names_by_token_id(client, tokenizer):
     ids = tokenizer.encode("ab")
     assert done.choices[0].logprobs.tokens == [f"token_id:{i}" for i in ids]
     assert f"token_id:{ids[0]}" in done.choices[0].logprobs.top_logprobs[0]
+
+
+def test_null_within_stream_options_is_as_if_left_out(http):
+    options = {"include_usage": True, "continuous_usage_stats": None}
+    assert asked(http, "/v1/completions", stream=True, stream_options=options).status_code == 200

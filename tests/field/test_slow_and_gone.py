@@ -59,6 +59,14 @@ def test_a_body_that_does_not_come_is_not_waited_for(http, server, monkeypatch):
     assert b"did not come within 0.1 s" in answer
 
 
+def test_a_body_that_is_coming_is_cut_too(start_server):
+    with start_server() as server, half_a_request(server.url) as client:
+        assert eventually(lambda: lifetime(server).num_open)
+        server._loop.call_soon_threadsafe(lifetime(server).cut.set)
+        client.settimeout(2)
+        assert client.recv(4096).startswith(b"HTTP/1.1 503 ")
+
+
 def test_a_server_that_stops_waits_for_a_body_that_is_coming(start_server):
     """And answers meanwhile: a load balancer gets its 503, not a refused connection."""
     with start_server(shutdown_timeout_s=5) as server, half_a_request(server.url) as client:

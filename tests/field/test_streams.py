@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from revivemoe.server import sse
+from revivemoe.server import errors, sse
 from revivemoe.serving.instance import ADMISSION_WAIT_S
 from revivemoe.streams import EngineUnavailable
 
@@ -92,3 +92,33 @@ def test_streams_end_by_themselves_after_the_signal(start_server):
         assert lines[-1] == "data: [DONE]"
         assert not any(line.startswith("event: error") for line in lines)
         assert len([line for line in lines if line.startswith("data: {")]) == 5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "apart"),
+    [
+        ({"n": 1}, False),
+        ({"n": 16}, True),
+        ({"logprobs": 15}, True),
+    ],
+)
+def test_what_takes_long_to_write_is_written_beside_the_loop(
+    http, server, monkeypatch, fields, apart, stream
+):
+    """Every choice echoes the prompt, every token has its alternatives."""
+    threads = set()
+    dumps = errors.dumps
+
+    def watched(document):
+        if "choices" in document and len(str(document)) > 300:
+            threads.add(threading.get_ident())
+        return dumps(document)
+
+    monkeypatch.setattr(errors, "dumps", watched)
+    monkeypatch.setattr(sse, "dumps", watched)
+    body = {"prompt": [65] * 200, "echo": True, "max_tokens": 1, "stream": stream, **fields}
+    assert http.post("/v1/completions", json=body).is_success
+    if apart and stream and "n" in fields:
+        apart = False  # a chunk has one choice
+    assert (server._thread.ident in threads) != apart

@@ -74,8 +74,8 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # `tokenizers` raises it bare for a file that it cannot read
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{model_dir} has no usable tokenizer: {first}") from None
     if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(

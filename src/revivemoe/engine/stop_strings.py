@@ -46,7 +46,8 @@ class Stops:
     ) -> None:
         """`specials`: text of each special token; `hidden`: they are not shown."""
         specials = specials or {}
-        named = {t for t in specials.values() if t and any(t in s for s in stop.strings)}
+        together = "\0".join(stop.strings)
+        named = {t for t in specials.values() if t and t in together}
         longest_first = sorted(named, key=lambda text: (-len(text), text))[:_MARKS]
         self._mark_of_text = {text: chr(_FIRST_MARK + k) for k, text in enumerate(longest_first)}
         self._text_of_mark = {mark: text for text, mark in self._mark_of_text.items()}

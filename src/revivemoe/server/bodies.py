@@ -5,12 +5,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
+from revivemoe.server.aside import aside
 from revivemoe.server.brief import brief
 from revivemoe.server.errors import ApiError
 from revivemoe.server.fields import acted_upon, integral
@@ -19,6 +21,7 @@ from revivemoe.server.schema import validate
 
 MAX_BODY_BYTES = 32 << 20
 READ_WITHIN_S = 60.0
+_INLINE_BYTES = 1 << 18
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 M = TypeVar("M", bound=BaseModel)
@@ -36,9 +39,10 @@ async def read_json(
     left out. Raises ApiError, and ClientGone when the client goes away before the end.
     """
     _check_type(request)
-    body = await _read(request)
+    body = await request.app.state.lifetime.before_the_cut(_read(request))
     try:
-        document = _parsed(body.decode(), parse_float)
+        parsed = partial(_parsed, body, parse_float)
+        document = await aside(parsed, len(body), _INLINE_BYTES)
     except UnicodeDecodeError as error:
         raise ApiError(f"the body is not UTF-8: {error.reason}", code="invalid_json") from None
     except (ValueError, RecursionError) as error:
@@ -86,8 +90,9 @@ async def _read(request: Request) -> bytearray:
     return body
 
 
-def _parsed(text: str, parse_float: Callable[[str], object]) -> object:
+def _parsed(body: bytearray, parse_float: Callable[[str], object]) -> object:
     """Raises ValueError and RecursionError."""
+    text = body.decode()
     document = json.loads(text, object_pairs_hook=_no_duplicates, parse_float=parse_float)
     if _ESCAPED_SURROGATE.search(text):
         _check_unicode(document)

@@ -66,6 +66,17 @@ class Lifetime:
         finally:
             await cancel_all(done, cut)
 
+    async def before_the_cut(self, work: Awaitable[T]) -> T:
+        """`work`'s result. Raises ApiError when the server stops."""
+        task, cut = asyncio.ensure_future(work), asyncio.ensure_future(self.cut.wait())
+        try:
+            await asyncio.wait({task, cut}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise shutting_down()
+        finally:
+            await cancel_all(task, cut)
+
     async def run(self, receive: Receive, work: Awaitable[T]) -> T:
         """`work`'s result. It is cancelled, and its cleaning up awaited, when nobody waits for it.
 

@@ -38,7 +38,7 @@ class Generation:
         self.lifetime.check_open()
         form = await read_generation(request, CompletionRequest)
         self.check_model(form.model)
-        prompts = await self.encoder.completion(form)
+        prompts = await self.lifetime.run(request.receive, self.encoder.completion(form))
         name = _request_id("cmpl", form, request)
         submission = completion_submission(name, form, prompts, self.engine.model)
         nothing = wanted_tokens(form) == 0
@@ -50,7 +50,7 @@ class Generation:
         self.lifetime.check_open()
         form = await read_generation(request, ChatRequest)
         self.check_model(form.model)
-        prompt = await self.encoder.chat(form)
+        prompt = await self.lifetime.run(request.receive, self.encoder.chat(form))
         name = _request_id("chatcmpl", form, request)
         submission = chat_submission(name, form, prompt, self.engine.model)
         shape = ChatShape(form, submission, self.vocabulary)

@@ -1,10 +1,10 @@
 """From what a request says to token ids: tokenising, chat template, limits."""
 
-import asyncio
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from functools import partial
 
 from revivemoe.detokenizer import Tokenizer
+from revivemoe.server.aside import aside
 from revivemoe.server.errors import ApiError
 from revivemoe.server.schema import (
     ChatRequest,
@@ -20,10 +20,11 @@ MAX_CHOICES = 1024
 """Prompts times n of one request."""
 _INLINE_CHARS = 4096
 """Of a request; what is longer is rendered and tokenised in a thread."""
+_MAX_CHARS = 1 << 22
+"""Of a text that is tokenised as a whole: each may be a token of hundreds of bytes in memory."""
 _CHARS_PER_TOKEN = 16
 """More than text has: the first part of a text that is far too long is enough to know it."""
 TokenIds = tuple[int, ...]
-T = TypeVar("T")
 
 
 class PromptEncoder:
@@ -45,7 +46,7 @@ class PromptEncoder:
             special = form.add_special_tokens
             return tuple(self._prompt(item, special, form, "prompt", room) for item in items)
 
-        return await _aside(encoded, sum(map(len, items)))
+        return await aside(encoded, sum(map(len, items)), _INLINE_CHARS)
 
     async def chat(self, form: ChatRequest) -> TokenIds:
         """Token ids of a conversation up to where the assistant's turn begins. Raises ApiError."""
@@ -54,7 +55,7 @@ class PromptEncoder:
             text = self._template.render(form)
             return self._prompt(text, form.add_special_tokens, form, "messages", 1)
 
-        return await _aside(encoded, weight(form, _INLINE_CHARS))
+        return await aside(encoded, weight(form, _INLINE_CHARS), _INLINE_CHARS)
 
     async def conversation(self, form: Conversation) -> list[int]:
         """Token ids of a conversation, however many. Raises ApiError."""
@@ -62,13 +63,17 @@ class PromptEncoder:
         def encoded() -> list[int]:
             return self._encode_now(self._template.render(form), form.add_special_tokens)
 
-        return await _aside(encoded, weight(form, _INLINE_CHARS))
+        return await aside(encoded, weight(form, _INLINE_CHARS), _INLINE_CHARS)
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, however many."""
-        return await _aside(lambda: self._encode_now(text, add_special_tokens), len(text))
+        encoded = partial(self._encode_now, text, add_special_tokens)
+        return await aside(encoded, len(text), _INLINE_CHARS)
 
     def _encode_now(self, text: str, add_special_tokens: bool) -> list[int]:
+        most = max(_MAX_CHARS, _CHARS_PER_TOKEN * self._model.max_model_len)
+        if len(text) > most:
+            raise ApiError(f"a text of {len(text)} characters is too long: at most {most}")
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def _prompt(
@@ -86,8 +91,7 @@ class PromptEncoder:
         from_end = keep is not None and form.truncation_side == "left"
         ids, whole = item, True
         if isinstance(ids, str):
-            most = self._model.max_model_len if keep is None else keep
-            ids, whole = self._bounded(ids, add_special_tokens, most, from_end)
+            ids, whole = self._bounded(ids, add_special_tokens, keep)
         if keep is not None and len(ids) > keep:
             return self._checked(ids[len(ids) - keep :] if from_end else ids[:keep], field, room)
         if not whole:
@@ -100,18 +104,20 @@ class PromptEncoder:
         return self._model.max_model_len - 1 if keep is not None and keep < 0 else keep
 
     def _bounded(
-        self, text: str, add_special_tokens: bool, most: int, from_end: bool
+        self, text: str, add_special_tokens: bool, keep: int | None
     ) -> tuple[list[int], bool]:
-        """Token ids of a text, and whether of all of it: of one that is far too long a part does.
+        """Token ids of a text, and whether of all of it: to refuse one that is far too long, its
+        beginning does. A text of which some is kept is taken as a whole: what its last tokens are
+        hangs on its first (digits by three).
 
         No number of characters bounds a token: tokenizers drop, merge and eat them. But a part has
         the tokens that the text has there, except for a few where it is cut. So what makes more
-        than twice `most` tokens says enough.
+        than twice as many as the context has says enough.
         """
+        most = self._model.max_model_len
         chars = _INLINE_CHARS + _CHARS_PER_TOKEN * most
-        while chars < len(text):
-            part = text[-chars:] if from_end else text[:chars]
-            ids = self._encode_now(part, add_special_tokens)
+        while keep is None and chars < len(text):
+            ids = self._encode_now(text[:chars], add_special_tokens)
             if len(ids) > 2 * most + 1:
                 return ids, False
             chars *= 4
@@ -138,11 +144,6 @@ class PromptEncoder:
             param=field,
             code="context_length_exceeded",
         )
-
-
-async def _aside(work: Callable[[], T], size: float) -> T:
-    """In a thread, if it is long enough to hold up everybody's streams."""
-    return work() if size <= _INLINE_CHARS else await asyncio.to_thread(work)
 
 
 def check_vocabulary(ids: Sequence[int], vocab_size: int, field: str) -> None:

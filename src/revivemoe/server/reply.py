@@ -3,7 +3,6 @@
 What a choice looks like is the endpoint's (`Shape`); the rest is the same for both.
 """
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
+from revivemoe.server.aside import aside
 from revivemoe.server.errors import ApiError, Json
 from revivemoe.server.sse import event
 from revivemoe.streams import Delta, PromptLogprobsReady, Stream, StreamFailed, Submission
@@ -79,7 +79,7 @@ class Reply:
         def write() -> Json:
             return Json(self._body(choices), headers=self.headers)
 
-        return await self._written(write, len(choices) + self._num_output)
+        return await self._written(write, len(choices) + self._num_output, len(choices))
 
     async def _choices(self) -> list[list[Delta]]:
         """All deltas of each choice."""
@@ -104,30 +104,29 @@ class Reply:
         started: set[int] = set()
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
-                first = delta.index not in started
-                for choice in await self._chunks(delta, first):
-                    yield self._chunk(choice, delta.index, delta.index not in started)
+                for chunk in await self._chunks(delta, delta.index not in started):
                     started.add(delta.index)
+                    yield chunk
         if self._include_usage:
             head = self._head(self._shape.chunk_kind)
             yield event({**head, "choices": [], "usage": self._usage(), **self._quality()})
 
-    async def _chunks(self, delta: Delta, first: bool) -> list[dict[str, object]]:
+    async def _chunks(self, delta: Delta, first: bool) -> list[str]:
         """`first`: nothing has been sent of its choice."""
 
-        def write() -> list[dict[str, object]]:
-            return list(self._shape.chunks(delta, first))
+        def write() -> list[str]:
+            choices = enumerate(self._shape.chunks(delta, first))
+            return [self._chunk(c, delta.index, first and k == 0) for k, c in choices]
 
-        return await self._written(write, len(delta.token_ids), first)
+        return await self._written(write, len(delta.token_ids), int(first))
 
-    async def _written(self, write: Callable[[], T], num_output: int, echo: bool = True) -> T:
-        """What `write` makes of so many tokens; in a thread, if that takes long enough to hold up
-        everybody's streams.
-        """
-        prompts = self._submission.prompts if echo and self._shape.echoes else ()
-        if num_output + sum(map(len, prompts)) <= _INLINE_TOKENS:
-            return write()
-        return await asyncio.to_thread(write)
+    async def _written(self, write: Callable[[], T], num_output: int, num_echoes: int) -> T:
+        """What `write` makes of so many tokens, and so many prompts."""
+        submission = self._submission
+        longest = max(map(len, submission.prompts)) if self._shape.echoes else 0
+        alternatives = submission.params.prompt_logprobs or submission.params.logprobs or 0
+        size = (num_output + longest * num_echoes) * (1 + alternatives)
+        return await aside(write, size, _INLINE_TOKENS)
 
     def close(self) -> None:
         self._stream.close()

@@ -27,6 +27,8 @@ MAX_BIASES = 4096
 MAX_STOP_TOKENS = 1024
 MAX_STOPS = 1024
 MAX_STOP_CHARS = 1 << 14
+MAX_STOP_STRING_CHARS = 1 << 10
+"""What is held back of a text costs every token in proportion."""
 """Of all stop strings together: the matcher has a state for each, and makes them all at first."""
 MAX_MESSAGES = 1 << 16
 """And documents. A message is some tokens at least: more are no conversation, only work."""
@@ -107,7 +109,7 @@ StopTokens = Annotated[
 ]
 Objects = Annotated[list[dict[str, object]], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 Temperature = Annotated[float, Field(ge=0), AfterValidator(lambda t: min(t, MAX_TEMPERATURE))]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
 Stops = Annotated[
     list[StopString],
     Field(max_length=MAX_STOPS, fail_fast=True),
@@ -128,7 +130,16 @@ Prompt = Annotated[
 """Text, token ids, or a list of either."""
 
 
+def _without_nulls(value: object) -> object:
+    """As at the top: `null` is as if the name were left out."""
+    if not isinstance(value, dict):
+        return value
+    return {name: inner for name, inner in value.items() if inner is not None}
+
+
 class StreamOptions(Strict):
+    _nulls = model_validator(mode="before")(_without_nulls)
+
     include_usage: bool = False
     include_obfuscation: bool = False
     """Accepted without effect: nothing is padded."""

@@ -1,13 +1,14 @@
 """`/tokenize` and `/detokenize`, as vLLM has them."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, TypeVar
+from functools import partial
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from revivemoe.server.aside import aside
 from revivemoe.server.bodies import read_generation, read_json
 from revivemoe.server.described import body, errors
 from revivemoe.server.errors import Json
@@ -19,7 +20,6 @@ from revivemoe.server.schema import INTEGERS, Conversation, Strict, at_most, val
 MAX_TOKENS = 1 << 20
 _INLINE_TOKENS = 2048
 """More are looked up in a thread, so that it does not hold up everybody's streams."""
-T = TypeVar("T")
 
 
 class TokenizeText(Strict):
@@ -46,11 +46,10 @@ def token_routes(generation: Generation, guard: Callable[[Request], Awaitable[No
     router = APIRouter(tags=["tokens"], dependencies=[Depends(guard)], responses=errors())
     model, encoder, vocabulary = generation.engine.model, generation.encoder, generation.vocabulary
 
-    def names(ids: Sequence[int]) -> list[str]:
-        return [vocabulary.token(i) or "" for i in ids]
-
-    def text_of(ids: Sequence[int]) -> str:
-        return vocabulary.decode(ids, skip_special_tokens=False)
+    def told(ids: Sequence[int], strings: bool) -> Json:
+        names = [vocabulary.token(i) or "" for i in ids] if strings else None
+        counts: dict[str, object] = {"count": len(ids), "max_model_len": model.max_model_len}
+        return Json({**counts, "tokens": ids, "token_strs": names})
 
     @router.post("/tokenize", openapi_extra=body(TokenizeText, TokenizeChat, generation=True))
     async def tokenize(request: Request) -> Response:
@@ -63,21 +62,14 @@ def token_routes(generation: Generation, guard: Callable[[Request], Awaitable[No
             ids = await encoder.conversation(form)
         else:
             ids = await encoder.encode(form.prompt, form.add_special_tokens)
-        strings = await _aside(names, ids) if form.return_token_strs else None
-        answer = {"count": len(ids), "max_model_len": model.max_model_len}
-        return Json({**answer, "tokens": ids, "token_strs": strings})
+        return await aside(partial(told, ids, form.return_token_strs), len(ids), _INLINE_TOKENS)
 
     @router.post("/detokenize", openapi_extra=body(Detokenize, generation=True))
     async def detokenize(request: Request) -> Response:
         form = await read_generation(request, Detokenize)
         generation.check_model(form.model)
         check_vocabulary(form.tokens, model.vocab_size, "tokens")
-        return Json({"prompt": await _aside(text_of, form.tokens)})
+        decode = partial(vocabulary.decode, form.tokens, skip_special_tokens=False)
+        return Json({"prompt": await aside(decode, len(form.tokens), _INLINE_TOKENS)})
 
     return router
-
-
-async def _aside(work: Callable[[Sequence[int]], T], ids: Sequence[int]) -> T:
-    if len(ids) <= _INLINE_TOKENS:
-        return work(ids)
-    return await asyncio.to_thread(work, ids)
