@@ -17,6 +17,7 @@ from revivemoe.cli.at_once import end_at_once
 from revivemoe.cluster.orphans import Orphans
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
+from revivemoe.serving.memory import check_memory
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -51,6 +52,7 @@ def run(config: EngineConfig, listen: Listen) -> int:
     configure_logging()
     info = inspect_checkpoint(config.model_dir, listen.generation_config)
     config = resolve(config, info)
+    check_memory(config, info.dtype)
     return asyncio.run(_serve(config, info, listen))
 
 

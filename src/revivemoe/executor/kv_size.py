@@ -10,15 +10,12 @@ from pathlib import Path
 
 import torch
 
-from revivemoe.executor.spec import RankSpec
+from revivemoe.executor.spec import ENGINE_BYTES, RANK_BYTES, RankSpec
 from revivemoe.host.memory import Limit, free_bytes, tightest
 from revivemoe.model.host_cache import expert_bytes
 from revivemoe.model.runner import ModelRunner
 
 MIB = 1 << 20
-ENGINE_BYTES, RANK_BYTES = 320 * MIB, 64 * MIB
-"""Without weights and KV cache: engine and fork server together, and each rank. Measured, and half
-as much again for the latter: it grows with the batches."""
 
 
 class OutOfMemoryForKV(ValueError):

@@ -5,6 +5,10 @@ import msgspec
 from revivemoe.core.limits import RankLimits
 from revivemoe.ids import Incarnation, LayerId, RankId
 
+ENGINE_BYTES, RANK_BYTES = 320 << 20, 64 << 20
+"""What processes take without weights and KV cache: engine and fork server together, and each rank.
+Measured, and for a rank half as much again: it grows with the batches."""
+
 
 class InstanceSize(msgspec.Struct, frozen=True):
     """Of all that shares the memory of this host."""

@@ -54,6 +54,13 @@ def free_bytes() -> int:
     return min([available, *(limit.free for limit in own_limits())])
 
 
+def capacity() -> Limit:
+    """All that could ever be had: the lowest limit, or the host's memory."""
+    host = psutil.virtual_memory()
+    whole = Limit(Path("/proc/meminfo"), int(host.total), int(host.available))
+    return min([whole, *own_limits()], key=lambda limit: limit.total)
+
+
 def tightest() -> Limit | None:
     """The lowest limit on this process; None: only the host's memory."""
     return min(own_limits(), key=lambda limit: limit.total, default=None)
