@@ -17,6 +17,7 @@ from revivemoe.cli.at_once import end_at_once
 from revivemoe.cluster.orphans import Orphans
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
+from revivemoe.host.descriptors import for_clients_below, raise_limit
 from revivemoe.serving.memory import check_memory
 
 if TYPE_CHECKING:
@@ -53,7 +54,13 @@ def run(config: EngineConfig, listen: Listen) -> int:
     info = inspect_checkpoint(config.model_dir, listen.generation_config)
     config = resolve(config, info)
     check_memory(config, info.dtype)
+    _descriptors_below(config)
     return asyncio.run(_serve(config, info, listen))
+
+
+def _descriptors_below(config: EngineConfig) -> int:
+    """Raises ValueError if too few may be open."""
+    return for_clients_below(raise_limit(), config.num_ranks, config.num_microbatches or 1)
 
 
 def configure_logging() -> None:
@@ -139,6 +146,7 @@ async def _serve_http(
             on_started=_say_where,
             shutdown_timeout_s=listen.shutdown_timeout_s,
             keep_alive_timeout_s=listen.keep_alive_timeout_s,
+            descriptors_below=_descriptors_below(instance.config),
         )
     finally:
         stop.set()
