@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from revivemoe.cli.at_once import end_at_once
+from revivemoe.cli.temporary import find_temporary_directory
 from revivemoe.cluster.orphans import Orphans
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
@@ -51,6 +52,7 @@ def run(config: EngineConfig, listen: Listen) -> int:
     Raises ValueError and OSError for what is wrong with flags, checkpoint or address.
     """
     configure_logging()
+    find_temporary_directory()
     info = inspect_checkpoint(config.model_dir, listen.generation_config)
     config = resolve(config, info)
     check_memory(config, info.dtype)
@@ -167,7 +169,7 @@ async def _watch_start(instance: "Instance", stop: asyncio.Event) -> None:
 
 
 def _say_where(host: str, port: int) -> None:
-    log.info("listening on http://%s:%d", host, port)
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
 
 @contextlib.contextmanager
