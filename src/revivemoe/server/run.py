@@ -46,20 +46,32 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 lets the system choose. Raises OSError naming host and port."""
+    """A bound socket; port 0 lets the system choose. Of the addresses of a name the first that can
+    be had: `localhost` may be known as `::1` where there is no IPv6. Raises OSError naming host and
+    port."""
+    why = OSError("no address")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with contextlib.ExitStack() as on_error:
-            bound = on_error.enter_context(socket.socket(family, kind, protocol))
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-            on_error.pop_all()
-            return bound
+        ):
+            try:
+                return _bound(socket.socket(family, kind, protocol), address)
+            except OSError as error:
+                why = error
     except OSError as error:
-        why = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        raise OSError(error.errno, why) from error
+        why = error
+    said = f"cannot listen on {host}:{port}: {why.strerror}; choose another --host or --port"
+    raise OSError(why.errno, said) from why
+
+
+def _bound(sock: socket.socket, address: tuple[object, ...]) -> socket.socket:
+    """Closed if it cannot be."""
+    with contextlib.ExitStack() as on_error:
+        on_error.enter_context(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        on_error.pop_all()
+        return sock
 
 
 async def serve_app(
