@@ -29,6 +29,7 @@ LAYERS = (
     "checkpoint",
     "messages",
     "recovery",
+    "host",
     "config",
     "streams",
     "detokenizer",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
+from revivemoe.host.cores import usable_cores
 from revivemoe.ids import Epoch
 from revivemoe.membership.dense_groups import DenseGroups, form_groups
 from revivemoe.membership.topology import Topology, default_microbatches, deployment
@@ -63,7 +64,7 @@ class EngineConfig:
     @property
     def threads_per_rank(self) -> int:
         """Ranks of one host share its cores; more threads than cores would fight."""
-        return max(1, len(os.sched_getaffinity(0)) // self.num_ranks)
+        return max(1, usable_cores() // self.num_ranks)
 
     @property
     def num_ranks(self) -> int:

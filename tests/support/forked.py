@@ -8,6 +8,7 @@ imports are not those of a command line, and the end of the interpreter, which i
 import contextlib
 import fcntl
 import os
+import resource
 import select
 import signal
 import socket
@@ -26,6 +27,8 @@ from revivemoe.cluster import forkserver, launcher
 MAX_ORDER = 1 << 16
 FREE_FD = 200
 """Nothing has been opened from here on up."""
+SOFT_FILES, HARD_FILES = "TEST_SOFT_FILES", "TEST_HARD_FILES"
+"""Variables that limit the files a server may open; more than FREE_FD."""
 REALLY_START = launcher.start_process
 
 
@@ -54,6 +57,7 @@ def become(request: Start | Run, fds: list[int]) -> NoReturn:
         case Start(arguments, environment):
             os.environ.clear()
             os.environ.update(environment)
+            _limit_files()
             tempfile.tempdir = None
             _become_command(arguments)
 
@@ -69,6 +73,14 @@ def _take_standard_streams(fds: list[int]) -> list[int]:
         os.dup2(fd, number)
         os.close(fd)
     return inherited
+
+
+def _limit_files() -> None:
+    """As a shell's `ulimit -Sn` or `ulimit -Hn` before it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = int(os.environ.pop(HARD_FILES, hard))
+    soft = int(os.environ.pop(SOFT_FILES, min(soft, hard)))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _become_command(arguments: list[str]) -> NoReturn:

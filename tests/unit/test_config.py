@@ -7,6 +7,7 @@ import pytest
 from revivemoe import config as config_module
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.config import EngineConfig, cuda_device_id, resolve
+from revivemoe.host.cores import usable_cores
 from revivemoe.recovery.policy import Policy
 
 INFO = CheckpointInfo(
@@ -116,9 +117,8 @@ def test_the_backend_follows_the_devices(
 
 
 def test_ranks_share_the_cores() -> None:
-    import os
 
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     assert CONFIG.threads_per_rank == cores
     assert replace(CONFIG, data_parallel_size=10 * cores).threads_per_rank == 1
 

@@ -142,6 +142,7 @@ def test_the_control_plane_needs_no_torch(module: Module) -> None:
     [
         ("ids", ()),
         ("sampling_params", ()),
+        ("host", ()),
         ("membership", ("ids",)),
         ("messages", ("ids", "sampling_params", "membership")),
     ],

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 def serve(
     model_dir: Annotated[Path, typer.Argument(help="Checkpoint in the Hugging Face layout.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 or ::: all.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port; 0 lets the system choose.")] = 8000,
     api_key: Annotated[
         str | None,
@@ -112,6 +114,10 @@ def serve(
     timeout_keep_alive: Annotated[
         float, typer.Option(help="Seconds until an idle connection is closed.")
     ] = 75.0,
+    start_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds for all ranks to be ready at the start; then: exit status 1."),
+    ] = 600.0,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -151,6 +157,7 @@ def serve(
         enable_fault_injection=enable_fault_injection,
         kubernetes_node=kubernetes_node,
         device_health=device_health,
+        start_timeout_s=_seconds("--start-timeout", start_timeout, 1.0),
         policy=policy_of(recovery_policy, max_missing_fraction),
     )
     listen = Listen(

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
 from revivemoe.cli.at_once import end_at_once
+from revivemoe.cli.temporary import find_temporary_directory
 from revivemoe.cluster.orphans import Orphans
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
+from revivemoe.host.descriptors import for_clients_below, raise_limit
+from revivemoe.serving.memory import check_memory
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -49,9 +52,17 @@ def run(config: EngineConfig, listen: Listen) -> int:
     Raises ValueError and OSError for what is wrong with flags, checkpoint or address.
     """
     configure_logging()
+    find_temporary_directory()
     info = inspect_checkpoint(config.model_dir, listen.generation_config)
     config = resolve(config, info)
+    check_memory(config, info.dtype)
+    _descriptors_below(config)
     return asyncio.run(_serve(config, info, listen))
+
+
+def _descriptors_below(config: EngineConfig) -> int:
+    """Raises ValueError if too few may be open."""
+    return for_clients_below(raise_limit(), config.num_ranks, config.num_microbatches or 1)
 
 
 def configure_logging() -> None:
@@ -137,6 +148,7 @@ async def _serve_http(
             on_started=_say_where,
             shutdown_timeout_s=listen.shutdown_timeout_s,
             keep_alive_timeout_s=listen.keep_alive_timeout_s,
+            descriptors_below=_descriptors_below(instance.config),
         )
     finally:
         stop.set()
@@ -157,7 +169,7 @@ async def _watch_start(instance: "Instance", stop: asyncio.Event) -> None:
 
 
 def _say_where(host: str, port: int) -> None:
-    log.info("listening on http://%s:%d", host, port)
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
 
 @contextlib.contextmanager

@@ -7,11 +7,13 @@ A host has some of three counters: `memory.events` of the own cgroup (v2), where
 from collections.abc import Sequence
 from pathlib import Path
 
+from revivemoe.host.cgroups import MOUNT, OWN, places, read
+
 RECENT_S = 1.0
 """Exits so soon after a strike may be of it: it may end several, and they are told one by one."""
-MOUNT = Path("/sys/fs/cgroup")
 VMSTAT = Path("/proc/vmstat")
-OWN_CGROUPS = Path("/proc/self/cgroup")
+NAMES = {1: "memory.oom_control", 2: "memory.events"}
+"""Of the counter, by version."""
 
 
 def count_of(text: str) -> int | None:
@@ -28,22 +30,17 @@ def cgroup_counters(cgroups: str, mount: Path) -> list[Path]:
 
     In a container its own cgroup is often the root of the mount, whatever its name.
     """
-    found: list[Path] = []
-    for line in cgroups.splitlines():
-        _, controllers, own = line.split(":", 2)
-        if controllers == "":
-            roots, name = [mount, mount / "unified"], "memory.events"
-        elif "memory" in controllers.split(","):
-            roots, name = [mount / "memory"], "memory.oom_control"
-        else:
-            continue
-        found += [directory / name for root in roots for directory in (root / own[1:], root)]
+    found = [
+        directory / NAMES[place.version]
+        for place in places(cgroups, "memory", mount)
+        for directory in (place.own, place.root)
+    ]
     return list(dict.fromkeys(found))
 
 
 def counters() -> list[Path]:
     """Those of this process, whether there or not."""
-    return [*cgroup_counters(_read(OWN_CGROUPS), MOUNT), VMSTAT]
+    return [*cgroup_counters(read(OWN), MOUNT), VMSTAT]
 
 
 class OomKiller:
@@ -62,12 +59,5 @@ class OomKiller:
         return self._struck_at is not None and now <= self._struck_at + RECENT_S
 
     def _now(self) -> dict[Path, int]:
-        counts = {path: count_of(_read(path)) for path in self._paths}
+        counts = {path: count_of(read(path)) for path in self._paths}
         return {path: count for path, count in counts.items() if count is not None}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

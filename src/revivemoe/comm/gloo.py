@@ -4,6 +4,10 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
+HERE = "127.0.0.1"
+"""All ranks are on this host. Left to itself, gloo asks the resolver for the host's own name, which
+may be unknown to it, or take it seconds."""
+
 
 def connect(store_address: str, epoch: int, timeout_s: float, channel: int = 0) -> PrefixStore:
     """A client of the engine's store under the prefix of this channel of the epoch.
@@ -21,4 +25,7 @@ def connect(store_address: str, epoch: int, timeout_s: float, channel: int = 0) 
 
 def gloo_group(store: PrefixStore, index: int, size: int, timeout_s: float) -> ProcessGroupGloo:
     """Blocks up to `timeout_s` seconds for the others. Raises RuntimeError."""
-    return ProcessGroupGloo(store, index, size, timedelta(seconds=timeout_s))
+    options = ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [ProcessGroupGloo.create_device(hostname=HERE)]
+    return ProcessGroupGloo(store, index, size, options)

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import torch
 
 from revivemoe.comm.domain import Domains
@@ -21,6 +20,7 @@ from revivemoe.core.rank import Rank
 from revivemoe.executor.control import ControlThread, Told
 from revivemoe.executor.driver import Driver
 from revivemoe.executor.failures import load_failure
+from revivemoe.executor.kv_size import OutOfMemoryForKV, num_kv_blocks
 from revivemoe.executor.reporting import ReportSocket
 from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
@@ -30,10 +30,6 @@ from revivemoe.model.runner import DenseSpec, ModelRunner
 
 FAILED, USER_ERROR = 1, 2
 T = TypeVar("T")
-
-
-class OutOfMemoryForKV(ValueError):
-    """The KV cache cannot hold even one sequence of the longest length."""
 
 
 def run_rank(
@@ -86,7 +82,7 @@ def _serve(
             threading.Thread(
                 target=runner.worker.fill_host_cache, name="cache", daemon=True
             ).start()
-        num_blocks = _num_blocks(spec, runner)
+        num_blocks = num_kv_blocks(spec, runner)
         _in_one_line(partial(runner.allocate, num_blocks, spec.limits.block_size))
         limits = replace(spec.limits, num_blocks=num_blocks)
         rank = Rank(spec.rank, spec.incarnation, limits, runner.worker.slots)
@@ -125,42 +121,3 @@ def _load(spec: RankSpec) -> ModelRunner:
         spec.attention,
         DenseSpec(spec.dense_layers, spec.dense_ffn_tp, spec.dense_shards),
     )
-
-
-def _num_blocks(spec: RankSpec, runner: ModelRunner) -> int:
-    """Blocks of the KV cache; none without the attention role.
-
-    Raises OutOfMemoryForKV if one longest sequence does not fit.
-    """
-    if not spec.attention:
-        return 0
-    limits = spec.limits
-    per_sequence = limits.blocks_for(limits.max_model_len)
-    per_block = runner.kv_bytes_per_block(limits.block_size)
-    free = _free_bytes(spec.device)
-    if spec.num_kv_blocks is not None:
-        num_blocks = spec.num_kv_blocks
-        if num_blocks * per_block > free:
-            raise OutOfMemoryForKV(
-                f"KV cache of rank {spec.rank}: --num-kv-blocks {num_blocks} takes "
-                f"{num_blocks * per_block / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free: "
-                "lower --num-kv-blocks"
-            )
-    else:
-        affordable = int(free * spec.kv_memory_share) // per_block
-        num_blocks = min(affordable, per_sequence * limits.max_num_seqs)
-    if num_blocks < per_sequence:
-        raise OutOfMemoryForKV(
-            f"KV cache of rank {spec.rank}: {num_blocks} blocks of {limits.block_size} tokens "
-            f"({num_blocks * per_block / 2**20:.0f} MiB) cannot hold one sequence of "
-            f"--max-model-len {limits.max_model_len} tokens ({per_sequence} blocks, "
-            f"{per_sequence * per_block / 2**20:.0f} MiB): lower --max-model-len, "
-            "raise --num-kv-blocks, or give the machine more memory"
-        )
-    return num_blocks
-
-
-def _free_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return int(psutil.virtual_memory().available)

@@ -5,6 +5,19 @@ import msgspec
 from revivemoe.core.limits import RankLimits
 from revivemoe.ids import Incarnation, LayerId, RankId
 
+ENGINE_BYTES, RANK_BYTES = 320 << 20, 64 << 20
+"""What processes take without weights and KV cache: engine and fork server together, and each rank.
+Measured, and for a rank half as much again: it grows with the batches."""
+
+
+class InstanceSize(msgspec.Struct, frozen=True):
+    """Of all that shares the memory of this host."""
+
+    num_ranks: int = 1
+    attention_ranks: int = 1
+    expert_slots: int = 0
+    """Over all layers and ranks, and what the host's cache of experts holds."""
+
 
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Everything one rank process needs. Travels as msgpack through the fork server."""
@@ -36,6 +49,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """None: as many as are useful and fit into this rank's share of memory."""
     kv_memory_share: float
     """Share of the memory now free that this rank's KV cache may take when sized by itself."""
+    instance: InstanceSize = InstanceSize()
     commands: str
     """ZeroMQ endpoint that this process binds; what the engine sends before that waits."""
     reports: str

@@ -6,19 +6,39 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from revivemoe.host.descriptors import CEILING
+from revivemoe.server.accepting import Acceptor
 from revivemoe.server.lifetime import Lifetime
 
 _LAST_WORDS_S = 1.0
 """Time for the error events of the streams that were cut to be written."""
-_BACKLOG = 2048
 
 
 class _Server(uvicorn.Server):
-    """Leaves the signals to whoever runs the loop."""
+    """Leaves the signals to whoever runs the loop, and accepts in its own way."""
+
+    def __init__(self, config: uvicorn.Config, descriptors_below: int) -> None:
+        super().__init__(config)
+        self._descriptors_below = descriptors_below
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        (listener,) = sockets or []
+        acceptor = Acceptor(listener, self._connection, self._descriptors_below)
+        self.servers = [cast(asyncio.Server, acceptor)]
+        acceptor.start()
+        self.started = True
+
+    def _connection(self) -> asyncio.Protocol:
+        protocol = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        return protocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -26,20 +46,32 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 lets the system choose. Raises OSError naming host and port."""
+    """A bound socket; port 0 lets the system choose. Of the addresses of a name the first that can
+    be had: `localhost` may be known as `::1` where there is no IPv6. Raises OSError naming host and
+    port."""
+    why = OSError("no address")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
+        for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with contextlib.ExitStack() as on_error:
-            bound = on_error.enter_context(socket.socket(family, kind, protocol))
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-            on_error.pop_all()
-            return bound
+        ):
+            try:
+                return _bound(socket.socket(family, kind, protocol), address)
+            except OSError as error:
+                why = error
     except OSError as error:
-        why = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        raise OSError(error.errno, why) from error
+        why = error
+    said = f"cannot listen on {host}:{port}: {why.strerror}; choose another --host or --port"
+    raise OSError(why.errno, said) from why
+
+
+def _bound(sock: socket.socket, address: tuple[object, ...]) -> socket.socket:
+    """Closed if it cannot be."""
+    with contextlib.ExitStack() as on_error:
+        on_error.enter_context(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        on_error.pop_all()
+        return sock
 
 
 async def serve_app(
@@ -51,16 +83,19 @@ async def serve_app(
     on_started: Callable[[str, int], None] = lambda host, port: None,
     shutdown_timeout_s: float = 30.0,
     keep_alive_timeout_s: float = 75.0,
+    descriptors_below: int | None = None,
 ) -> None:
     """Serve until `stop` is set; returns at most `shutdown_timeout_s` + 2 s after that.
 
     From then on `/ready` and new requests get 503, and streams go on to their end; those still open
     when the time is over, or once `app.state.lifetime.cut` is set, end with an error event.
     `keep_alive_timeout_s`: for idle connections. `on_started` gets the host and the port in use
-    once requests are accepted. Raises OSError when it cannot listen.
+    once requests are accepted. `descriptors_below`: the numbers of descriptors that clients may
+    have; None: all. Raises OSError when it cannot listen.
     """
+    below = CEILING if descriptors_below is None else descriptors_below
     with bind(host, port) as listener:
-        server = _Server(_config(app, shutdown_timeout_s, keep_alive_timeout_s))
+        server = _Server(_config(app, shutdown_timeout_s, keep_alive_timeout_s), below)
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
         try:
             await _until_started(server, serving)
@@ -79,7 +114,6 @@ def _config(app: FastAPI, shutdown_timeout_s: float, keep_alive_timeout_s: float
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=_BACKLOG,
         timeout_graceful_shutdown=math.ceil(shutdown_timeout_s + _LAST_WORDS_S),
         timeout_keep_alive=math.ceil(keep_alive_timeout_s),
     )

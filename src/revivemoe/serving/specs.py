@@ -3,7 +3,7 @@
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.config import EngineConfig
 from revivemoe.core.limits import RankLimits
-from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
+from revivemoe.executor.spec import HostCacheSpec, InstanceSize, RankSpec, SegmentSpec
 from revivemoe.ids import Incarnation, LayerId, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import Table
@@ -44,9 +44,16 @@ def rank_spec(
         ),
         num_kv_blocks=config.num_kv_blocks,
         kv_memory_share=0.5 / config.data_parallel_size,
+        instance=_size(config, info, home),
         commands="",
         reports="",
     )
+
+
+def _size(config: EngineConfig, info: CheckpointInfo, home: Membership) -> InstanceSize:
+    slots = sum(len(row) for table in home.placement.slots.values() for row in table)
+    cached = len(info.moe_layers) * info.num_experts if config.expert_host_cache else 0
+    return InstanceSize(config.num_ranks, config.data_parallel_size, slots + cached)
 
 
 def segment_spec(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:

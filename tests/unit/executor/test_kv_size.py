@@ -1,29 +1,42 @@
 """How many KV blocks a rank takes, and when it refuses."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from unit.rank_specs import LIMITS, SPEC
 
-from revivemoe.executor import main
-from revivemoe.executor.main import OutOfMemoryForKV, _num_blocks
+from revivemoe.executor import kv_size
+from revivemoe.executor.kv_size import MIB, OutOfMemoryForKV, num_kv_blocks
+from revivemoe.executor.spec import InstanceSize
+from revivemoe.host.memory import Limit
 
-MIB = 2**20
+
+class Generator:
+    def num_bytes(self) -> int:
+        return 100 * MIB
 
 
 class Runner:
     """A model whose blocks take a MiB each."""
+
+    generator = Generator()
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         assert block_size == 16
         return MIB
 
 
-def num_blocks(monkeypatch: pytest.MonkeyPatch, free_mib: int, **fields: Any) -> int:
-    monkeypatch.setattr(main, "_free_bytes", lambda device: free_mib * MIB)
-    return _num_blocks(msgspec.structs.replace(SPEC, **fields), Runner())  # type: ignore[arg-type]
+def num_blocks(
+    monkeypatch: pytest.MonkeyPatch, free_mib: int, limit_mib: int | None = None, **fields: Any
+) -> int:
+    limit = None if limit_mib is None else Limit(Path("/group/memory.max"), limit_mib * MIB, 0)
+    monkeypatch.setattr(kv_size, "free_bytes", lambda: free_mib * MIB)
+    monkeypatch.setattr(kv_size, "tightest", lambda: limit)
+    monkeypatch.setattr(kv_size, "expert_bytes", lambda model_dir, dtype: MIB)
+    return num_kv_blocks(msgspec.structs.replace(SPEC, **fields), Runner())  # type: ignore[arg-type]
 
 
 def test_as_many_as_can_ever_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +66,28 @@ def test_too_little(
     with pytest.raises(OutOfMemoryForKV, match="KV cache of rank 3") as raised:
         num_blocks(monkeypatch, free_mib, **fields)
     assert says in str(raised.value)
+
+
+INSTANCE = InstanceSize(num_ranks=4, attention_ranks=2, expert_slots=64)
+TAKEN_MIB = 320 + 4 * 64 + 2 * 100 + 64
+
+
+def test_what_the_others_are_about_to_load_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is free now, in a group in which little has been loaded so far."""
+    small, large = TAKEN_MIB + 60, TAKEN_MIB + 1000
+    assert num_blocks(monkeypatch, 1000, small, instance=INSTANCE) == 15
+    assert num_blocks(monkeypatch, 1000, large, instance=INSTANCE) == 20
+    assert num_blocks(monkeypatch, 60, large, instance=INSTANCE) == 15, "others are in the group"
+
+
+def test_a_limit_that_is_too_low_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutOfMemoryForKV, match=r"/group/memory.max is 500 MiB") as raised:
+        num_blocks(monkeypatch, 1000, 500, instance=INSTANCE)
+    assert "0 MiB are free for the caches of all ranks" in str(raised.value)
+    with pytest.raises(OutOfMemoryForKV, match=r"20 MiB are free \(/group/memory.max"):
+        num_blocks(monkeypatch, 1000, TAKEN_MIB + 20, instance=INSTANCE, num_kv_blocks=21)
+
+
+def test_a_gpu_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_size.torch.cuda, "mem_get_info", lambda device: (60 * MIB, 1 << 40))
+    assert num_blocks(monkeypatch, 0, 1, instance=INSTANCE, device="cuda:0") == 15

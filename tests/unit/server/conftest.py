@@ -22,9 +22,13 @@ class RunningServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
     async def _main(self) -> None:
-        timeouts = {
-            name: self._options.pop(name, default_s)
-            for name, default_s in [("shutdown_timeout_s", 0.2), ("keep_alive_timeout_s", 75.0)]
+        limits = {
+            name: self._options.pop(name, default)
+            for name, default in [
+                ("shutdown_timeout_s", 0.2),
+                ("keep_alive_timeout_s", 75.0),
+                ("descriptors_below", None),
+            ]
         }
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self.app = create_app(self.engine, self.engine.tokenizer, **self._options)
@@ -34,7 +38,7 @@ class RunningServer:
             0,
             stop=self._stop,
             on_started=self._on_started,
-            **timeouts,
+            **limits,
         )
 
     def _on_started(self, host: str, port: int) -> None:

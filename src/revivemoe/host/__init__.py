@@ -1,0 +1,1 @@
+"""What this process may use of its host: memory, cores, descriptors, a place for files."""

@@ -1,0 +1,97 @@
+"""More clients than descriptors: those of recovery stay free, and nobody waits for ever."""
+
+import asyncio
+import logging
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from urllib.parse import urlsplit
+
+import httpx
+
+from revivemoe.host.descriptors import lowest_free
+from revivemoe.server import accepting
+from revivemoe.server.accepting import Acceptor
+
+STREAM = {"prompt": "abc", "max_tokens": 40, "stream": True}
+
+
+@contextmanager
+def connections(url: str, number: int) -> Iterator[list[socket.socket]]:
+    """That say nothing. Their own descriptors have low numbers, too: so they come first."""
+    address = urlsplit(url)
+    with ExitStack() as stack:
+        ours = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in ours:
+            each.settimeout(5)
+            each.connect((address.hostname, address.port))
+        yield ours
+
+
+def test_idle_connections_make_room_for_those_that_ask(start_server, monkeypatch, caplog):
+    monkeypatch.setattr(accepting, "IDLE_AT_LEAST_S", 0.2)
+    number = 30
+    below = lowest_free() + number + 25  # the server's own, and about ten of those connections
+    with start_server(descriptors_below=below) as server:
+        with server.http() as http, connections(server.url, number) as idle:
+            began = time.monotonic()
+            assert http.get("/health").status_code == 200, "from behind all the others"
+            assert time.monotonic() - began < 5
+            assert idle[0].recv(1) == b"", "the oldest have been closed"
+        assert server.http().get("/ready").status_code == 200
+    said = [r.message for r in caplog.records if "no new connections" in r.message]
+    assert len(said) == 1, said
+    assert lowest_free() < below
+
+
+class Ours(asyncio.Protocol):
+    def connection_made(self, transport) -> None:
+        self.transport = transport
+        transport.write(b"!")
+
+    def shutdown(self) -> None:
+        self.transport.close()
+
+
+def test_without_any_descriptor_it_waits_and_goes_on(caplog):
+    """asyncio's own loop would log some thousand tracebacks."""
+    asyncio.run(exhausted())
+    assert len(caplog.records) == 1
+    assert "Too many open files" in caplog.records[0].message
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+async def exhausted() -> None:
+    loop = asyncio.get_running_loop()
+    with socket.socket() as listener, socket.socket() as client:
+        listener.bind(("127.0.0.1", 0))
+        client.setblocking(False)
+        acceptor = Acceptor(listener, Ours, 1 << 20)
+        acceptor.start()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free(), hard))
+        try:
+            await loop.sock_connect(client, listener.getsockname())
+            await asyncio.sleep(3 * accepting.LOOK_S)
+            assert acceptor.paused
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert await asyncio.wait_for(loop.sock_recv(client, 1), 5) == b"!"
+        assert not acceptor.paused
+        acceptor.close()
+        await acceptor.wait_closed()
+
+
+def test_a_stream_under_way_is_not_closed_for_room(start_server, monkeypatch):
+    monkeypatch.setattr(accepting, "IDLE_AT_LEAST_S", 0.0)
+    with start_server(descriptors_below=lowest_free() + 16) as server:
+        server.engine.step_s = 0.02
+        with server.http() as http, http.stream("POST", "/v1/completions", json=STREAM) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            with connections(server.url, 20) as idle:
+                assert idle[0].recv(1) == b""
+                assert list(lines)[-2:].count("data: [DONE]") == 1
+        assert httpx.get(f"{server.url}/health").status_code == 200
