@@ -178,9 +178,11 @@ def _fault(entry: Mapping[str, object], key: str, reading: Reading) -> None:
 def _ascend_level(handling: object, reading: Reading) -> int:
     if not handling:
         return UNHEALTHY_LEVEL
-    if handling not in ASCEND_LEVELS:
+    level = ASCEND_LEVELS.get(handling) if isinstance(handling, str) else None
+    if level is None:
         _complain(reading, f"fault level {handling!r} is unknown: taken as L{UNKNOWN_ASCEND_LEVEL}")
-    return ASCEND_LEVELS.get(str(handling), UNKNOWN_ASCEND_LEVEL)
+        return UNKNOWN_ASCEND_LEVEL
+    return level
 
 
 def _chips(text: object, level: int, code: str, reading: Reading, but: Iterable[str] = ()) -> None:

@@ -149,6 +149,48 @@ def test_an_unknown_level_is_watched_and_said() -> None:
     assert reading.complaints == ["fault level 'ExplodeNPU' is unknown: taken as L2"]
 
 
+@pytest.mark.parametrize("thing", [3, True, ["SeparateNPU"], {"level": "SeparateNPU"}, "L\n6"])
+def test_a_level_of_another_form_is_watched_and_said(thing: Any) -> None:
+    """A list where a name belongs raised TypeError, and the whole Node went unread."""
+    for part in (
+        {"fault_handling": thing},
+        {"fault_time_and_level_map": {"A": {"fault_level": thing}}},
+    ):
+        entry = {"npu_name": "Ascend910-1", "fault_code": "A", "fault_handling": "NotHandle"} | part
+        reading = reports_of(annotated(**{"Ascend910-Fault": json.dumps([entry])}), RANKS)
+        assert found(reading) == {(1, "A", 2)}
+        assert "is unknown: taken as L2" in reading.complaints[0]
+
+
+@pytest.mark.parametrize("thing", [3, True, ["x"], {"a": 1}, None, 1.5])
+@pytest.mark.parametrize(
+    "name", ["npu_name", "fault_code", "fault_type", "fault_level", "fault_time_and_level_map"]
+)
+def test_no_field_of_another_form_raises(name: str, thing: Any) -> None:
+    entry = {"npu_name": "Ascend910-1", "fault_code": "A", "fault_level": "NotHandle"} | {
+        name: thing
+    }
+    reports_of(annotated(**{"Ascend910-Fault": json.dumps([entry])}), RANKS)
+    node = {
+        "status": {
+            "conditions": [
+                {"type": thing, "status": thing, "reason": thing},
+                {"type": "Ready", "status": thing},
+            ]
+        },
+        "spec": {"taints": [{"key": thing, "effect": thing, "value": thing}]},
+    }
+    reports_of(node, RANKS, {"data": {"ManuallySeparateNPU": thing}})
+    reports_of(
+        {
+            "metadata": {
+                "annotations": {"huawei.com/x-Unhealthy": thing, "huawei.com/x-Fault": thing}
+            }
+        },
+        RANKS,
+    )
+
+
 def test_a_node_fault_holds_for_all_ranks() -> None:
     entry = {
         "fault_type": "NodeUnhealthy",
