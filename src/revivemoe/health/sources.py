@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from revivemoe.config import cuda_device_id
 from revivemoe.health.kubernetes import KubernetesSource, connect
 from revivemoe.health.kubernetes_state import Ranks
-from revivemoe.health.nvml import DeviceId, NvmlSource
+from revivemoe.health.nvml import NvmlSource
+from revivemoe.health.nvml_library import DeviceId
 from revivemoe.health.source import HealthSource
 from revivemoe.ids import RankId
 
