@@ -99,7 +99,9 @@ class NvmlSource:
         for device, xid in self._session.xids():
             self._xids[device, xid] = now
         return self._changes.to(
-            DeviceReport(rank, c.level, c.code, c.detail, self.name)
+            DeviceReport(
+                rank, c.level, c.code, c.detail, self.name, ranks if len(ranks) > 1 else ()
+            )
             for device, ranks in self._ranks_of_device.items()
             for c in self._conditions(self._session, device, now)
             for rank in ranks

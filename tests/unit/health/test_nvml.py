@@ -65,6 +65,13 @@ def test_an_xid_is_reported_once_for_each_rank_of_its_device(bench: Bench) -> No
     assert bench.poll() == {(1, "xid-79"): 6, (1, "xid-9999"): 2}
 
 
+def test_ranks_that_share_a_device_are_told_of_together(bench: Bench) -> None:
+    bench.poll()
+    bench.nvml.xid(bench.gpus[0], 95)
+    bench.nvml.xid(bench.gpus[1], 95)
+    assert {(r.rank, r.shared) for r in bench.source.poll()} == {(0, (0, 2)), (2, (0, 2)), (1, ())}
+
+
 def test_a_mild_xid_passes_and_a_severe_one_stays(bench: Bench) -> None:
     bench.poll()
     bench.nvml.xid(bench.gpus[1], 31)
