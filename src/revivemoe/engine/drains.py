@@ -15,7 +15,7 @@ from revivemoe.epochs.loads import into_free_slots
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.messages.events import DrainBegun, DrainRefused, Tell
 from revivemoe.recovery.faults import Fault
-from revivemoe.recovery.plan import Continue
+from revivemoe.recovery.plan import Continue, RecoveryPlan
 
 log = logging.getLogger("revivemoe.engine")
 
@@ -70,6 +70,12 @@ class Drains:
     def draining(self) -> bool:
         return self._drain is not None
 
+    @property
+    def leaving(self) -> list[Fault]:
+        """Of ranks that are on their way out, or are to go."""
+        drains = [] if self._drain is None else [self._drain.wanted]
+        return [w.fault for w in (*drains, *self._asked) if not w.switch and self._is_there(w)]
+
     def ask(self, fault: Fault, request_id: str | None, switch: bool = False) -> bool:
         """Take a rank out, or make it an expert rank. False if it is on its way already."""
         view = self._views[fault.rank]
@@ -119,7 +125,7 @@ class Drains:
         view, present = self._views[fault.rank], epochs.membership
         if fault.rank not in present.members or not self._is_there(wanted):
             return
-        plan = epochs.plan_switch(fault.rank) if wanted.switch else epochs.plan_for([fault])
+        plan = self._plan(wanted)
         if not isinstance(plan, Continue) or (wanted.switch and not plan.switches):
             view.taken_out = False
             self._tell(DrainRefused(fault.rank, plan.reason, request_id))
@@ -141,6 +147,15 @@ class Drains:
             self._traffic.wake()
         else:
             self._go_on(self._drain, now)
+
+    def _plan(self, wanted: Wanted) -> RecoveryPlan:
+        """Others that are to go take nothing over, unless nobody else could."""
+        if wanted.switch:
+            return self._epochs.plan_switch(wanted.fault.rank)
+        without_all = self._epochs.plan_for([wanted.fault, *self.leaving])
+        if isinstance(without_all, Continue):
+            return without_all
+        return self._epochs.plan_for([wanted.fault])
 
     def _go_on(self, drain: Drain, now: float) -> None:
         epochs, wanted = self._epochs, drain.wanted
