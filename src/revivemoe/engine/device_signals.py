@@ -9,7 +9,7 @@ affordable, and nothing left in the end.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from revivemoe.engine.maintenance import Maintenance
@@ -25,7 +25,7 @@ log = logging.getLogger("revivemoe.engine")
 
 Key = tuple[str, str, tuple[RankId, ...]]
 NEVER = Epoch(-1)
-TURNED_DOWN = "it could be afforded, and could not any more when its turn came"
+TURNED_DOWN = "it was begun, and could not be ended: see the event drain_refused"
 MOST_OPEN = 256
 """Kept at a time; beyond that the oldest is forgotten."""
 
@@ -89,7 +89,7 @@ class DeviceSignals:
         if signal.action == "isolate" and not signal.shared:
             self._carry_out(signal, now)
             return
-        self._note(signal, takes_out=not signal.shared)
+        self._note(signal, signal.ranks, takes_out=not signal.shared)
         one = Open(signal, now)
         while len(self._open) >= MOST_OPEN:
             del self._open[next(iter(self._open))]
@@ -115,7 +115,7 @@ class DeviceSignals:
         """Try what has not been tried in this epoch, once in each: strength may have come back."""
         for key, one in list(self._open.items()):
             if one.under_way:
-                self._follow(key, one)
+                self._follow(key, one, now)
                 continue
             members = [rank for rank in one.signal.ranks if self._views[rank].member]
             if members and not self._epochs.quiet:
@@ -130,16 +130,26 @@ class DeviceSignals:
                 one.under_way, one.reason = True, ""
                 self._carry_out(one.signal, now)
 
-    def _follow(self, key: Key, one: Open) -> None:
-        """Whether all are out by now; or what was accepted was refused when its turn came, since
-        others had been lost meanwhile. Whom an operator has brought back may stay.
+    def _follow(self, key: Key, one: Open, now: float) -> None:
+        """Whether all are out by now. In another epoch those that are still here are weighed anew,
+        for others may have been lost meanwhile. Whom an operator has brought back may stay.
         """
         views = [self._views[rank] for rank in one.signal.ranks]
-        here = {v.rank for v in views if v.member and one.signal.code in v.device_faults}
+        here = [v.rank for v in views if v.member and one.signal.code in v.device_faults]
         if not here:
             self.take_back(key)
-        elif self._epochs.quiet and not here & {f.rank for f in self._maintenance.drains.leaving}:
+        elif not self._epochs.quiet:
+            pass
+        elif not set(here) & {fault.rank for fault in self._maintenance.drains.leaving}:
             one.under_way, one.reason = False, TURNED_DOWN
+        elif one.tried != self._epochs.membership.epoch:
+            one.tried = self._epochs.membership.epoch
+            reason = self._cannot_do_without(one.signal, here)
+            if reason is not None:
+                one.under_way = False
+                self._maintenance.drains.withdraw(here, now)
+                self._note(one.signal, here, takes_out=not one.signal.shared)
+                self._refuse(one, reason)
 
     def _cannot_do_without(self, signal: Signal, members: list[RankId]) -> str | None:
         """Why the instance could not go on without them all; None: it can."""
@@ -163,13 +173,13 @@ class DeviceSignals:
             signal.source, signal.code, list(signal.ranks), reason,
         )  # fmt: skip
 
-    def _note(self, signal: Signal, takes_out: bool) -> None:
-        for rank in signal.ranks:
+    def _note(self, signal: Signal, ranks: Iterable[RankId], takes_out: bool) -> None:
+        for rank in ranks:
             self._views[rank].device_says(signal.code, signal.fault(rank), takes_out)
 
     def _carry_out(self, signal: Signal, now: float) -> None:
         """Members drain in good order; others hold nothing that would have to be moved."""
-        self._note(signal, takes_out=True)
+        self._note(signal, signal.ranks, takes_out=True)
         views = [self._views[rank] for rank in signal.ranks]
         drained = [v for v in views if v.member and signal.action == "drain"]
         accused = [v for v in views if not v.dead and v not in drained]

@@ -108,7 +108,7 @@ class Operations:
         code, detail = params.get("code", ""), params.get("detail", "")
         if not isinstance(code, str) or not isinstance(detail, str):
             raise ValueError("'code' and 'detail' must be strings")
-        if self._engine.ranks[rank].dead:
+        if level and self._engine.ranks[rank].dead:
             raise ValueError(f"rank {rank} is out already")
         self._engine.on_health(DeviceReport(rank, level, code, detail, "report"), now)
 

@@ -137,6 +137,23 @@ def test_a_watched_device_is_no_reason_to_leave_its_rank_out() -> None:
     assert fault_of(instance) == ("ecc", 2)
 
 
+def test_an_outside_monitor_may_take_back_what_has_taken_a_rank_out() -> None:
+    """It was told that the rank is out already, which is why it may say so."""
+    instance = serving(redundant=24, auto_rejoin=True)
+    operations = Operations(instance.engine)
+    told = {"id": 1, "level": 6, "code": "fan"}
+    operations.apply("report", told, "bad", instance.now)
+    instance.deliver()
+    instance.engine.on_exit(R1, Incarnation(1), "killed", instance.now)
+    instance.wait(60)
+    assert members(instance) == (0, 2, 3)
+    with pytest.raises(ValueError, match="is out already"):
+        operations.apply("report", told, "again", instance.now)
+    operations.apply("report", told | {"level": 0}, "good", instance.now)
+    instance.wait(10)
+    assert members(instance) == (0, 1, 2, 3)
+
+
 # ---- before the start -----------------------------------------------------------------------
 
 
@@ -268,6 +285,40 @@ def test_a_lost_device_takes_its_ranks_in_one_recovery() -> None:
     assert {fault.rank for fault in record.faults} == {1, 2}
     instance.step(40)
     assert_whole(sinks, 40)
+
+
+def test_they_come_back_once_it_is_taken_back() -> None:
+    instance = serving(redundant=24, auto_rejoin=True)
+    say_of_all(instance, 4, (R1, R2), "gpu")
+    instance.wait(1)
+    assert members(instance) == (0, 3)
+    for rank in (R1, R2):
+        instance.engine.on_exit(rank, Incarnation(1), "exited", instance.now)
+    instance.wait(60)
+    assert members(instance) == (0, 3)
+    say_of_all(instance, 0, (R1, R2), "gpu")
+    instance.wait(20)
+    assert members(instance) == (0, 1, 2, 3)
+
+
+def test_those_under_way_are_weighed_anew_when_another_rank_is_lost() -> None:
+    """They could be done without when it was said; one after the other would leave nobody."""
+    instance = serving(redundant=24, auto_rejoin=True)
+    loaded(instance, 40)
+    instance.step(2)
+    say_of_all(instance, 4, (R1, R2, R3), "gpu")
+    instance.die(0)
+    for _ in range(5):
+        instance.step()
+        instance.wait(0.1)
+    assert members(instance) == (1, 2, 3)
+    assert [one["ids"] for one in refused(instance)] == [[1, 2, 3]]
+    assert not any(instance.engine.ranks[rank].draining for rank in (R1, R2, R3))
+    for _ in range(100):
+        instance.step()
+        instance.wait(0.1)
+    assert members(instance) == (0,), "it is back: now they can go"
+    assert refused(instance) == []
 
 
 def test_two_signals_are_weighed_together() -> None:
