@@ -105,6 +105,25 @@ def cuda_device_id(index: int) -> int | str:
     return int(visible[index]) if visible[index].isdecimal() else visible[index]
 
 
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+
+def this_pod() -> tuple[str, str] | None:
+    """Namespace and name of the Kubernetes pod that this process runs in; None if it is in none.
+
+    POD_NAMESPACE and POD_NAME, as the downward API sets them, come first. Without them: the
+    namespace of the service account, and the host's name (which is the Node's with hostNetwork).
+    """
+    name = os.environ.get("POD_NAME") or os.environ.get("HOSTNAME")
+    namespace = os.environ.get("POD_NAMESPACE")
+    if not namespace:
+        try:
+            namespace = (SERVICE_ACCOUNT / "namespace").read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+    return (namespace, name) if namespace and name else None
+
+
 def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
     """Replace every `auto`, and check the flags against the checkpoint and the machine.
 

@@ -20,6 +20,7 @@ from revivemoe.core.journal import Preempted, _Undo
 from revivemoe.core.loop import StepLoop
 from revivemoe.core.rank import Rank
 from revivemoe.core.state import InDomain
+from revivemoe.engine.device_signals import DeviceSignals, Signal
 from revivemoe.engine.engine import Engine
 from revivemoe.engine.holdings import Holdings
 from revivemoe.engine.ledger import Ledger
@@ -398,6 +399,16 @@ def a_fault_outlives_its_process(patch: Patch) -> None:
     patch.setattr(Coordinator, "renewed", lambda self, rank: None)
 
 
+def weigh_ranks_one_by_one(patch: Patch) -> None:
+    """D2: what is said of several ranks is held to be affordable if each of them is."""
+    together = DeviceSignals._cannot_do_without
+
+    def each(self: DeviceSignals, signal: Signal, members: list[RankId]) -> str | None:
+        return together(self, replace(signal, ranks=(members[0],)), members[:1])
+
+    patch.setattr(DeviceSignals, "_cannot_do_without", each)
+
+
 LIVES: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
     (kill_only_what_is_there, ("launch-late", "kill")),
     (give_corpses_up_for_good, ("zombie", "kill-two")),
@@ -408,6 +419,7 @@ LIVES: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
     (plan_from_the_map, ("kill", "kill-two")),
     (never_compare_holdings, ("lost-tokens",)),
     (a_fault_outlives_its_process, ("kill", "stop", "load-endless")),
+    (weigh_ranks_one_by_one, ("health-node", "kill")),
 ]
 
 MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [

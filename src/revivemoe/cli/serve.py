@@ -83,7 +83,11 @@ def serve(
         bool, typer.Option("--enforce-eager", help="Compile nothing; the only mode so far.")
     ] = False,
     recovery_policy: Annotated[
-        Path | None, typer.Option(help="TOML file of the recovery policy.")
+        Path | None,
+        typer.Option(
+            help="TOML file of the recovery policy: tables experts, limits, rejoin, deadlines, "
+            "detection, levels (what a device fault of a level leads to), codes (their levels)."
+        ),
     ] = None,
     device_health: Annotated[
         str, typer.Option(help="auto: ask NVML if the devices are CUDA; off.")

@@ -1,19 +1,30 @@
 """What monitors say of the ranks' devices, and what the policy makes of it."""
 
+from dataclasses import replace
+
+from revivemoe.engine.device_signals import DeviceSignals, Key, Signal
 from revivemoe.engine.maintenance import Maintenance
 from revivemoe.epochs.epochs import Epochs
-from revivemoe.epochs.rank_view import RankView
 from revivemoe.epochs.state import FailedState, Starting
 from revivemoe.ids import RankId
 from revivemoe.messages.events import DeviceReported, Tell
-from revivemoe.recovery.faults import DeviceReport, Fault
+from revivemoe.recovery.faults import DeviceReport
+
+MOST_EARLY = 1024
 
 
 class DeviceWatch:
     """Turns levels into actions."""
 
     def __init__(self, epochs: Epochs, maintenance: Maintenance, tell: Tell) -> None:
-        self._epochs, self._maintenance, self._tell = epochs, maintenance, tell
+        self._epochs, self._tell = epochs, tell
+        self._views = epochs.fleet.views
+        self.signals = DeviceSignals(epochs, maintenance, tell)
+        self._said: dict[Key, int] = {}
+        """Levels of the signals about several ranks: each of these is told of it, once will do."""
+        self._early: dict[tuple[RankId, str], DeviceReport] = {}
+        """The last of each (rank, code) from before the instance served: monitors tell of changes
+        only, and will not say it again."""
         self._retries: dict[RankId, list[float]] = {}
         """When the device of each rank asked for a retry, within the window."""
         self._due: list[tuple[int, DeviceReport]] = []
@@ -21,58 +32,86 @@ class DeviceWatch:
 
     def on_report(self, report: DeviceReport, now: float) -> None:
         """A monitor tells of a device."""
-        epochs = self._epochs
-        view = epochs.fleet.views.get(report.rank)
-        if view is None or isinstance(epochs.state, FailedState | Starting):
+        if report.rank not in self._views or isinstance(self._epochs.state, FailedState):
             return
-        level = report.level
-        action = "clear" if level == 0 else epochs.policy.action_of(level)
-        told = (report.rank, level, report.code, action, report.detail, report.source)
+        if isinstance(self._epochs.state, Starting):
+            self._keep(report)
+        else:
+            self._take_early(now)
+            self._take(report, now)
+
+    def tick(self, now: float) -> None:
+        """The instance is past its start: what was told before, and what was refused."""
+        self._take_early(now)
+        self.signals.tick(now)
+
+    def _keep(self, report: DeviceReport) -> None:
+        if report.level == 0 and not report.code:
+            self._early = {k: r for k, r in self._early.items() if k[0] != report.rank}
+            return
+        key = (report.rank, report.code)
+        self._early.pop(key, None)
+        if len(self._early) < MOST_EARLY:
+            self._early[key] = report
+
+    def _take_early(self, now: float) -> None:
+        early, self._early = self._early, {}
+        for report in early.values():
+            self._take(report, now)
+
+    def _take(self, report: DeviceReport, now: float) -> None:
+        """Tell of it; then see, once for all ranks that it speaks of, to what it means."""
+        policy, known = self._epochs.policy, [r for r in report.shared if r in self._views]
+        ranks = tuple(known) or (report.rank,)
+        level = policy.level_of(report.code, report.level) if report.level else 0
+        action = policy.action_of(level) if level else None
+        doing = action or ("ignore" if report.level else "clear")
+        told = (report.rank, report.level, report.code, doing, report.detail, report.source)
         self._tell(DeviceReported(*told))
-        if action == "clear":
-            self._clear(view, report.code)
+        if action is not None:
+            said = (report.source, report.code, ranks, level, action, report.detail)
+            self._act(Signal(*said), now)
+        elif not report.level:
+            self._clear(report, ranks)
+
+    def _act(self, signal: Signal, now: float) -> None:
+        if signal.shared and self._said.get(signal.key) == signal.level:
             return
-        detail = f"{report.code}: {report.detail}" if report.detail else report.code
-        fault = Fault(report.rank, "device_fault", detail, level)
-        match action:
-            case "watch" if not view.dead:
-                view.fault = fault
-            case "retry" if not view.dead and self._retries_too_often(report.rank, now):
-                self._take_out(view, report.code, fault, now)
-            case "retry" if epochs.serving and not view.dead:
-                epochs.redo("device_fault", now, asked=True)
-            case "drain":
-                self._take_out(view, report.code, fault, now)
-            case "isolate":
-                view.device_faults[report.code] = fault
-                self._isolate(view, fault, now)
-            case _:
-                pass
+        if signal.shared:
+            self._said[signal.key] = signal.level
+        if signal.action in ("drain", "isolate"):
+            self.signals.ask(signal, now)
+            return
+        self.signals.take_back(signal.key)
+        for rank in signal.ranks:
+            fault = signal.fault(rank) if signal.action == "watch" else None
+            self._views[rank].device_says(signal.code, fault)
+        if signal.action == "retry":
+            self._retry(signal, now)
 
-    def _clear(self, view: RankView, code: str) -> None:
-        """Taken back: what this code said, or, of one that nobody knows, all."""
-        if view.device_faults.pop(code, None) is None:
-            view.device_faults.clear()
-        if not view.dead or (view.fault is not None and view.fault.kind == "device_fault"):
-            view.fault = next(iter(view.device_faults.values()), None)
+    def _retry(self, signal: Signal, now: float) -> None:
+        """The same ranks, a new domain. What repeats on one device is laid to it: the others do not
+        pay for it for ever."""
+        living = [rank for rank in signal.ranks if not self._views[rank].dead]
+        often = [self._retries_too_often(rank, now) for rank in living]
+        if any(often):
+            self.signals.ask(replace(signal, action="drain"), now)
+        elif living and self._epochs.serving:
+            self._epochs.redo("device_fault", now, asked=True)
 
-    def _take_out(self, view: RankView, code: str, fault: Fault, now: float) -> None:
-        """In good order, if it is a member: others hold nothing that would have to be moved."""
-        view.device_faults[code] = fault
-        if view.member:
-            self._maintenance.drain(fault, now)
-        else:
-            self._isolate(view, fault, now)
-
-    def _isolate(self, view: RankView, fault: Fault, now: float) -> None:
-        if view.dead:
-            self._epochs.fleet.lives.call_off(view, now)
-            view.fault = fault
-        else:
-            self._epochs.accuse([fault], now)
+    def _clear(self, report: DeviceReport, ranks: tuple[RankId, ...]) -> None:
+        """Taken back: what this code said of them; of one rank, without a code, all."""
+        key = (report.source, report.code, ranks)
+        self._said.pop(key, None)
+        self.signals.take_back(key)
+        for rank in ranks:
+            view = self._views[rank]
+            for code in [report.code] if report.code else view.device_codes:
+                view.device_says(code, None)
+        if len(ranks) == 1:
+            self.signals.take_back_of(report.rank, report.code)
 
     def _retries_too_often(self, rank: RankId, now: float) -> bool:
-        """What repeats on one device is laid to it: the others do not pay for it for ever."""
         policy = self._epochs.policy
         recent = [t for t in self._retries.get(rank, ()) if t >= now - policy.window_s]
         self._retries[rank] = [*recent, now]
@@ -80,7 +119,7 @@ class DeviceWatch:
 
     def report_at(self, report: DeviceReport, step: int | None, last_step: int, now: float) -> None:
         """A report that shall come at a step; now, without one. Raises ValueError if it is past."""
-        view = self._epochs.fleet.views.get(report.rank)
+        view = self._views.get(report.rank)
         if view is None or view.dead:
             raise ValueError(f"id {report.rank} is not a living rank")
         if step is None:

@@ -7,6 +7,7 @@ One at a time. A drain belongs to the epoch it began in: in another one it begin
 
 import logging
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from revivemoe.engine.traffic import Traffic
@@ -15,7 +16,7 @@ from revivemoe.epochs.loads import into_free_slots
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.messages.events import DrainBegun, DrainRefused, Tell
 from revivemoe.recovery.faults import Fault
-from revivemoe.recovery.plan import Continue
+from revivemoe.recovery.plan import Continue, RecoveryPlan
 
 log = logging.getLogger("revivemoe.engine")
 
@@ -70,6 +71,12 @@ class Drains:
     def draining(self) -> bool:
         return self._drain is not None
 
+    @property
+    def leaving(self) -> list[Fault]:
+        """Of ranks that are on their way out, or are to go."""
+        drains = [] if self._drain is None else [self._drain.wanted]
+        return [w.fault for w in (*drains, *self._asked) if not w.switch and self._is_there(w)]
+
     def ask(self, fault: Fault, request_id: str | None, switch: bool = False) -> bool:
         """Take a rank out, or make it an expert rank. False if it is on its way already."""
         view = self._views[fault.rank]
@@ -80,6 +87,18 @@ class Drains:
             view.fault = fault
         self._asked.append(Wanted(fault, view.incarnation, request_id, switch))
         return True
+
+    def withdraw(self, ranks: Collection[RankId], now: float) -> None:
+        """These are to stay, whatever their devices say."""
+        drain = self._drain
+        if drain is not None and self._may_stay(drain.wanted, ranks):
+            self._drain = None
+            self._fleet.lives.drain(self._views[drain.wanted.fault.rank], False, now)
+        self._asked = deque(w for w in self._asked if not self._may_stay(w, ranks))
+
+    @staticmethod
+    def _may_stay(wanted: Wanted, ranks: Collection[RankId]) -> bool:
+        return wanted.fault.kind == "device_fault" and wanted.fault.rank in ranks
 
     def _is_there(self, wanted: Wanted) -> bool:
         """Whether the process that was meant still runs."""
@@ -119,11 +138,9 @@ class Drains:
         view, present = self._views[fault.rank], epochs.membership
         if fault.rank not in present.members or not self._is_there(wanted):
             return
-        plan = epochs.plan_switch(fault.rank) if wanted.switch else epochs.plan_for([fault])
+        plan = self._plan(wanted)
         if not isinstance(plan, Continue) or (wanted.switch and not plan.switches):
-            view.taken_out = False
-            self._tell(DrainRefused(fault.rank, plan.reason, request_id))
-            log.warning("rank %d cannot be drained: %s", fault.rank, plan.reason)
+            self._refuse(wanted, plan.reason)
             return
         self._fleet.lives.drain(view, True, now)
         targets = {m.seq_id: m.to for m in plan.migrations}
@@ -142,17 +159,44 @@ class Drains:
         else:
             self._go_on(self._drain, now)
 
+    def _plan(self, wanted: Wanted) -> RecoveryPlan:
+        """Others that are to go take nothing over, unless nobody else could."""
+        if wanted.switch:
+            return self._epochs.plan_switch(wanted.fault.rank)
+        without_all = self._epochs.plan_for([wanted.fault, *self.leaving])
+        if isinstance(without_all, Continue):
+            return without_all
+        return self._epochs.plan_for([wanted.fault])
+
     def _go_on(self, drain: Drain, now: float) -> None:
-        epochs, wanted = self._epochs, drain.wanted
         if drain.settle_until is None:
             warm = not any(self._ledger.warming(shadow) for shadow in drain.shadows)
-            if (warm and not epochs.loads.loading) or now >= drain.deadline:
+            if (warm and not self._epochs.loads.loading) or now >= drain.deadline:
                 self._move(drain, now)
         elif now >= drain.settle_until or self._settled(drain):
-            leaves = [] if wanted.switch else [wanted.fault]
-            switch = wanted.fault.rank if wanted.switch else None
-            kind, request_id = wanted.fault.kind, wanted.request_id
-            epochs.change(leaves, kind, now, request_id=request_id, switch=switch)
+            self._leave(drain, now)
+
+    def _leave(self, drain: Drain, now: float) -> None:
+        """Out, at the next boundary; unless what was to be made ready for that is not there. A
+        planned change is no reason to stop the instance, or to restart a rank."""
+        epochs, wanted = self._epochs, drain.wanted
+        kind, rank, request_id = wanted.fault.kind, wanted.fault.rank, wanted.request_id
+        if wanted.switch:
+            epochs.change([], kind, now, request_id=request_id, switch=rank)
+            return
+        plan = epochs.plan_for([wanted.fault])
+        if isinstance(plan, Continue):
+            epochs.change([wanted.fault], kind, now, request_id=request_id)
+        else:
+            self._drain = None
+            self._fleet.lives.drain(self._views[rank], False, now)
+            self._refuse(wanted, plan.reason)
+
+    def _refuse(self, wanted: Wanted, reason: str) -> None:
+        rank = wanted.fault.rank
+        self._views[rank].taken_out = False
+        self._tell(DrainRefused(rank, reason, wanted.request_id))
+        log.warning("rank %d cannot be drained: %s", rank, reason)
 
     def _move(self, drain: Drain, now: float) -> None:
         """Hand the sequences over: what is computed of them lies in the targets' prefix caches."""

@@ -118,6 +118,7 @@ class Engine:
         for fault in self.epochs.fleet.newly_slow(now):
             if self.config.policy.isolate_slow:
                 self.maintenance.drain(fault, now)
+        self.devices.tick(now)
         self.maintenance.tick(now)
 
     # ---- requests ----------------------------------------------------------------------------

@@ -38,7 +38,12 @@ class Maintenance:
 
     def drain(self, fault: Fault, now: float, request_id: str | None = None) -> None:
         """Take a rank out at a step boundary. Refused (with an event) if nobody could take over."""
-        if self.drains.ask(fault, request_id):
+        self.drain_all([fault], now, request_id)
+
+    def drain_all(self, faults: list[Fault], now: float, request_id: str | None = None) -> None:
+        """Several: none of them takes over from another one."""
+        asked = [self.drains.ask(fault, request_id) for fault in faults]
+        if any(asked):
             self.tick(now)
 
     def switch_role(self, rank: RankId, now: float, request_id: str | None) -> None:

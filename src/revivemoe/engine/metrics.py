@@ -42,6 +42,12 @@ class EngineCollector:
             sum(view.member for view in engine.ranks.values()),
         )
 
+        yield GaugeMetricFamily(
+            "revivemoe_device_faults_refused",
+            "Signals of monitors that ask for ranks which the instance cannot do without",
+            sum(1 for _ in engine.devices.signals.refused),
+        )
+
     def _load(self) -> Iterable[Metric]:
         ranks = self._engine.ranks.values()
         for name, text in (

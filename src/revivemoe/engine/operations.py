@@ -95,9 +95,9 @@ class Operations:
         plan = self._plan_without(ranks)
         if not isinstance(plan, Continue):
             raise ValueError(f"the instance cannot go on without {ranks}: {plan.reason}")
-        for fault in faults:
-            self._engine.ranks[fault.rank].taken_out = True
-            self._engine.maintenance.drain(fault, now, request_id)
+        for rank in ranks:
+            self._engine.ranks[rank].taken_out = True
+        self._engine.maintenance.drain_all(faults, now, request_id)
 
     def _report(self, params: Document, request_id: str, now: float) -> None:
         """An outside monitor tells of a device fault."""
@@ -108,7 +108,7 @@ class Operations:
         code, detail = params.get("code", ""), params.get("detail", "")
         if not isinstance(code, str) or not isinstance(detail, str):
             raise ValueError("'code' and 'detail' must be strings")
-        if self._engine.ranks[rank].dead:
+        if level and self._engine.ranks[rank].dead:
             raise ValueError(f"rank {rank} is out already")
         self._engine.on_health(DeviceReport(rank, level, code, detail, "report"), now)
 

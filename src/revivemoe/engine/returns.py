@@ -71,7 +71,7 @@ class Returns:
         self._attempts[rank] += 1
         longest, first = self._policy.rejoin_at_most_s, self._policy.rejoin_after_s
         jitter = Random(f"{rank} {view.incarnation}").uniform(0.75, 1.25)
-        delay_s = min(longest, first * 2.0**attempt) * jitter
+        delay_s = min(longest, first * 2.0 ** min(attempt, 64)) * jitter
         self._fleet.lives.queue(rank, now + delay_s, now)
         self._tell(RejoinQueued(rank, attempt + 1, delay_s))
 

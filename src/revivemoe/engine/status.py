@@ -28,6 +28,7 @@ def status_document(engine: Engine, now: float, wall: float) -> Document:
         "engines": [_engine(engine, view, now) for view in views],
         "experts": _experts(engine),
         "dense_ffn_groups": _dense_groups(engine),
+        "device_faults_refused": _refused(engine, now),
         "obligations": obligations_document(engine, now),
         "recoveries": [_recovery(record, now, wall) for record in engine.epochs.records],
     }
@@ -88,6 +89,22 @@ def _dense_groups(engine: Engine) -> list[Document]:
         return []
     healthy = dense.healthy(engine.membership.attention)
     return [{"ranks": list(g), "healthy": g in healthy} for g in (*dense.home, *dense.extra)]
+
+
+def _refused(engine: Engine, now: float) -> list[Document]:
+    """What monitors ask for and the instance cannot afford: nobody of `ids` is touched for it."""
+    return [
+        {
+            "ids": list(one.signal.ranks),
+            "source": one.signal.source,
+            "code": one.signal.code,
+            "level": one.signal.level,
+            "action": one.signal.action,
+            "reason": one.reason,
+            "since_s": round(now - one.since, 3),
+        }
+        for one in engine.devices.signals.refused
+    ]
 
 
 def _fault(fault: Fault) -> Document:

@@ -62,7 +62,7 @@ class Attempts:
         before = self.recent_restarts(now) - 1
         assert before >= 0, "a restart that has not been counted"
         first_s, longest_s = self._policy.rejoin_after_s, self._policy.rejoin_at_most_s
-        return min(longest_s, first_s * 2.0 ** (before - 1)) if before else 0.0
+        return min(longest_s, first_s * 2.0 ** min(before - 1, 64)) if before else 0.0
 
     def recent_restarts(self, now: float) -> int:
         """Restarts in a row that brought no step forward."""

@@ -21,8 +21,9 @@ from revivemoe.recovery.slowness import Slowness
 
 log = logging.getLogger("revivemoe.epochs.fleet")
 
-BAD_DEVICE = ("device_fault", "non_finite", "slow", "isolate")
-"""Kinds of fault after which a new process is started there only if nothing else helps."""
+DEVICE_IS_BAD = ("non_finite", "slow", "isolate")
+"""Kinds of fault after which a new process is started there only if nothing else helps. What
+monitors say of a device is known besides, and outlives the process."""
 
 
 class Fleet:
@@ -199,7 +200,7 @@ class Fleet:
         """Whether a new process may do better on its device than the last one."""
         if view.taken_out or view.device_faults:
             return False
-        return view.fault is None or view.fault.kind not in BAD_DEVICE
+        return view.fault is None or view.fault.kind not in DEVICE_IS_BAD
 
     def incarnation(self, rank: RankId) -> Incarnation:
         return self.views[rank].incarnation

@@ -9,6 +9,8 @@ from revivemoe.messages.reports import RankStats
 from revivemoe.recovery.faults import Fault
 
 FIRST, NEVER = Incarnation(0), Gone(0.0)
+KEPT_CODES = 64
+"""Codes that only are watched, of one device; beyond that the oldest is forgotten."""
 
 
 @dataclass
@@ -26,7 +28,10 @@ class RankView:
     fault: Fault | None = None
     """Why it is out, or what its device reports while it lives."""
     device_faults: dict[str, Fault] = field(default_factory=dict)
-    """What monitors have said of its device, by code, and not taken back; whatever process runs."""
+    """Why it is to go, as monitors of its device say, by code; whatever process runs. Not taken
+    back: no new process is started there."""
+    device_watched: dict[str, Fault] = field(default_factory=dict)
+    """What they have said besides."""
     taken_out: bool = False
     """An operator wants it out."""
     slow: float | None = None
@@ -59,10 +64,33 @@ class RankView:
         """Its process is under way."""
         return isinstance(self.life, BEFORE_EPOCH) and not self.ready
 
+    @property
+    def device_codes(self) -> list[str]:
+        return [*self.device_faults, *self.device_watched]
+
+    def device_says(self, code: str, fault: Fault | None, takes_out: bool = False) -> None:
+        """What a monitor says now under this code; None: nothing any more."""
+        self.device_faults.pop(code, None)
+        self.device_watched.pop(code, None)
+        if fault is not None:
+            (self.device_faults if takes_out else self.device_watched)[code] = fault
+        while len(self.device_watched) > KEPT_CODES:
+            del self.device_watched[next(iter(self.device_watched))]
+        self._show_device()
+
+    def _show_device(self) -> None:
+        """`fault` is the worst that is said of its device, if it is of nothing else."""
+        if self.fault is not None and self.fault.kind != "device_fault":
+            return
+        watched = () if self.dead else self.device_watched.values()
+        said = (*self.device_faults.values(), *watched)
+        self.fault = max(said, key=lambda fault: fault.level, default=None)
+
     def renew(self) -> Incarnation:
         """Turn to a new process."""
         assert isinstance(self.life, Spawning), f"rank {self.rank} has no new one: {self.life}"
         self.incarnation = Incarnation(self.incarnation + 1)
         self.pid, self.fault, self.slow, self.last_words = None, None, None, ""
         self.stats = RankStats()
+        self._show_device()
         return self.incarnation

@@ -1,7 +1,8 @@
 """Health of one Kubernetes Node, through the official client; what it means: `kubernetes_state`.
 
 The service account needs `get` on that Node, and for Ascend's device plugin `get` on the ConfigMap
-`mindx-dl-deviceinfo-NODE` in `kube-system`; without the latter its faults stay unknown.
+`mindx-dl-deviceinfo-NODE` in `kube-system`; without the latter its faults stay unknown. With `get`
+on its own Pod it learns which taints of the Node that tolerates; without it, none.
 """
 
 import json
@@ -9,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from revivemoe.health.kubernetes_state import Ranks, reports_of
+from revivemoe.health.kubernetes_state import Ranks, has_taints, reports_of
 from revivemoe.health.source import Changes
 from revivemoe.recovery.faults import DeviceReport
 
@@ -25,6 +26,9 @@ DEVICE_INFO_NAMESPACE = "kube-system"
 DEVICE_INFO_PREFIX = "mindx-dl-deviceinfo-"
 
 
+ABSENT, REFUSED = 404, 403
+
+
 class Refused(OSError):
     """The API server answered, with an error."""
 
@@ -38,22 +42,28 @@ class KubernetesSource:
 
     name = "kubernetes"
 
-    def __init__(self, api: "CoreV1Api", node: str, ranks: Ranks) -> None:
+    def __init__(
+        self, api: "CoreV1Api", node: str, ranks: Ranks, pod: tuple[str, str] | None = None
+    ) -> None:
+        """`pod`: namespace and name of the one that the ranks run in, if they do."""
         self._api = api
+        self._pod = pod
         self._node = node
         self._ranks = ranks
         self._changes = Changes()
         self._complaints: set[str] = set()
 
     def poll(self) -> list[DeviceReport]:
-        """See `HealthSource`. Takes at most two requests of `REQUEST_TIMEOUT_S`.
+        """See `HealthSource`. Takes at most three requests of `REQUEST_TIMEOUT_S`.
 
         Raises `Refused`, the client's errors, or ValueError for a body that is not JSON, if the
         Node cannot be read: no news is neither bad nor good.
         """
         node = self._read(self._api.read_node, self._node)
         complaints: list[str] = []
-        reading = reports_of(node, self._ranks, self._device_info(complaints))
+        device_info = self._device_info(complaints)
+        pod = self._own_pod(complaints) if has_taints(node) else None
+        reading = reports_of(node, self._ranks, device_info, pod)
         self._say(complaints + reading.complaints)
         return self._changes.to(reading.reports)
 
@@ -63,14 +73,36 @@ class KubernetesSource:
     def _device_info(self, complaints: list[str]) -> dict[str, object] | None:
         """The device plugin's ConfigMap; None if there is none, or if we may not read it."""
         name = DEVICE_INFO_PREFIX + self._node
+        where = (name, DEVICE_INFO_NAMESPACE)
+        found = self._read_if_allowed(self._api.read_namespaced_config_map, *where)
+        if found == REFUSED:
+            complaints.append(f"may not read ConfigMap {DEVICE_INFO_NAMESPACE}/{name}")
+        return found if isinstance(found, dict) else None
+
+    def _own_pod(self, complaints: list[str]) -> dict[str, object] | None:
+        """The Pod that the ranks run in, for its tolerations."""
+        if self._pod is None:
+            return None
+        namespace, name = self._pod
+        found = self._read_if_allowed(self._api.read_namespaced_pod, name, namespace)
+        if isinstance(found, dict):
+            return found
+        complaints.append(
+            f"cannot read its own Pod {namespace}/{name}, so no taint counts as tolerated: allow "
+            "`get` on pods, and set POD_NAME (and POD_NAMESPACE) through the downward API"
+        )
+        return None
+
+    def _read_if_allowed(
+        self, call: "Callable[..., HTTPResponse]", *names: str
+    ) -> dict[str, object] | int:
+        """The object; or ABSENT, or REFUSED."""
         try:
-            return self._read(self._api.read_namespaced_config_map, name, DEVICE_INFO_NAMESPACE)
+            return self._read(call, *names)
         except Refused as error:
             if error.status not in (401, 403, 404):
                 raise
-            if error.status != 404:
-                complaints.append(f"may not read ConfigMap {DEVICE_INFO_NAMESPACE}/{name}")
-        return None
+            return ABSENT if error.status == 404 else REFUSED
 
     def _read(self, call: "Callable[..., HTTPResponse]", *names: str) -> dict[str, object]:
         """The object as the API's own JSON: the client's models refuse what they do not know."""

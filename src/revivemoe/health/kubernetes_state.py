@@ -10,7 +10,9 @@ Three things are read, each with a table of levels L1 .. L6:
   and NVSentinel;
 * taints of the Node, `spec.taints`.
 
-Conditions and taints do not name a device: they hold for all ranks of the Node.
+Conditions and taints do not name a device: they hold for all ranks of the Node, as one signal.
+Conditions only say that something is worth a look, so they are watched, unless the policy gives one
+of them another level (`[codes]`). A taint that the pod tolerates is none of our business.
 """
 
 import json
@@ -18,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+from revivemoe.health.tolerations import tolerated_s
 from revivemoe.ids import RankId
 from revivemoe.recovery.faults import DeviceReport
 
@@ -42,28 +45,31 @@ UNHEALTHY_LEVEL = 4
 """A chip in `...-Unhealthy` or `...-NetworkUnhealthy`, or a `NodeUnhealthy` fault, for which no
 level is given: nothing is scheduled there any more, so drain."""
 
-CONDITION_LEVELS: dict[str, int] = {
-    # the kubelet's: they tell of the host's software, and ranks have heartbeats of their own
-    "MemoryPressure": 2,
-    "DiskPressure": 2,
-    "PIDPressure": 2,
-    "NetworkUnavailable": 2,
-    # node-problem-detector's
-    "ReadonlyFilesystem": 2,
-    "KernelDeadlock": 4,
-    "GpuUnhealthy": 4,
-    "XidCriticalError": 4,
-    # NVSentinel's
-    "GpuPowerWatch": 2,
-    "GpuThermalWatch": 2,
-    "GpuMemWatch": 4,
-    "GpuNvlinkWatch": 4,
-    "GpuXidError": 4,
-    "SysLogsXIDError": 4,
-    "SysLogsSXIDError": 4,
-    "SysLogsGPUFallenOff": 5,
-}
-"""For status True. Types that are not named are left alone: True may be good (`Ready`)."""
+CONDITION_LEVEL = 2
+CONDITIONS = frozenset(
+    (
+        # the kubelet's: they tell of the host's software, and ranks have heartbeats of their own
+        "MemoryPressure",
+        "DiskPressure",
+        "PIDPressure",
+        "NetworkUnavailable",
+        # node-problem-detector's
+        "ReadonlyFilesystem",
+        "KernelDeadlock",
+        "GpuUnhealthy",
+        "XidCriticalError",
+        # NVSentinel's
+        "GpuPowerWatch",
+        "GpuThermalWatch",
+        "GpuMemWatch",
+        "GpuNvlinkWatch",
+        "GpuXidError",
+        "SysLogsXIDError",
+        "SysLogsSXIDError",
+        "SysLogsGPUFallenOff",
+    )
+)
+"""Types of which status True is bad. Others are left alone: True may be good (`Ready`)."""
 NOT_READY_LEVEL = 2
 """`Ready` False or Unknown: the kubelet is silent, which says nothing yet about a device."""
 
@@ -77,6 +83,8 @@ TAINT_LEVELS: dict[str, int] = {
 """Key of a taint. `out-of-service` is set by hand, for a node that is shut down for good."""
 NO_EXECUTE_LEVEL = 4
 """Any other taint with the effect NoExecute: pods are being evicted, so drain."""
+TOLERATED_LEVEL = 2
+"""A taint that the pod tolerates for some time: it is to go later, so watch it."""
 
 MAX_CODES = 64
 """Fault codes taken from one entry."""
@@ -106,11 +114,15 @@ class Reading:
 
 
 def reports_of(
-    node: Mapping[str, object], ranks: Ranks, device_info: Mapping[str, object] | None = None
+    node: Mapping[str, object],
+    ranks: Ranks,
+    device_info: Mapping[str, object] | None = None,
+    pod: Mapping[str, object] | None = None,
 ) -> Reading:
-    """All that a Node object, and its device plugin's ConfigMap, say is wrong now.
+    """All that a Node object, and its device plugin's ConfigMap, say is wrong now. `pod`: the one
+    that the ranks run in, for its tolerations; without it nothing counts as tolerated.
 
-    Both as the API's JSON. Whatever has another form than expected becomes a complaint; nothing
+    All as the API's JSON. Whatever has another form than expected becomes a complaint; nothing
     is raised.
     """
     reading = Reading(ranks)
@@ -121,8 +133,14 @@ def reports_of(
         _ascend(_device_list(data, reading), reading)
         _chips(data.get("ManuallySeparateNPU"), 6, "ManuallySeparateNPU", reading)
     _conditions(_mapping(node.get("status")).get("conditions"), reading)
-    _taints(_mapping(node.get("spec")).get("taints"), reading)
+    tolerations = _mapping(_mapping(pod).get("spec")).get("tolerations")
+    _taints(node, list(_mappings(tolerations)), reading)
     return reading
+
+
+def has_taints(node: Mapping[str, object]) -> bool:
+    """Whether any taint of the Node means something, unless the pod tolerates it."""
+    return any(level for _, level in _taints_of(node))
 
 
 def _device_list(data: Mapping[str, object], reading: Reading) -> Mapping[str, object]:
@@ -178,9 +196,11 @@ def _fault(entry: Mapping[str, object], key: str, reading: Reading) -> None:
 def _ascend_level(handling: object, reading: Reading) -> int:
     if not handling:
         return UNHEALTHY_LEVEL
-    if handling not in ASCEND_LEVELS:
+    level = ASCEND_LEVELS.get(handling) if isinstance(handling, str) else None
+    if level is None:
         _complain(reading, f"fault level {handling!r} is unknown: taken as L{UNKNOWN_ASCEND_LEVEL}")
-    return ASCEND_LEVELS.get(str(handling), UNKNOWN_ASCEND_LEVEL)
+        return UNKNOWN_ASCEND_LEVEL
+    return level
 
 
 def _chips(text: object, level: int, code: str, reading: Reading, but: Iterable[str] = ()) -> None:
@@ -205,7 +225,7 @@ def _conditions(conditions: object, reading: Reading) -> None:
         if kind == "Ready":
             level = NOT_READY_LEVEL if status in ("False", "Unknown") else 0
         else:
-            level = CONDITION_LEVELS.get(kind, 0) if status == "True" else 0
+            level = CONDITION_LEVEL if kind in CONDITIONS and status == "True" else 0
         if level:
             said = f"{condition.get('reason') or ''} {condition.get('message') or ''}"
             _add(
@@ -217,19 +237,29 @@ def _conditions(conditions: object, reading: Reading) -> None:
             )
 
 
-def _taints(taints: object, reading: Reading) -> None:
-    for taint in _mappings(taints):
-        key, effect = str(taint.get("key")), taint.get("effect")
-        other = NO_EXECUTE_LEVEL if effect == "NoExecute" else 0
-        level = TAINT_LEVELS.get(key, other)
-        if level:
-            _add(reading, reading.ranks.all, level, key, f"node taint {key}:{effect}")
+def _taints(
+    node: Mapping[str, object], tolerations: Sequence[Mapping[str, object]], reading: Reading
+) -> None:
+    for taint, level in _taints_of(node):
+        key, said = str(taint.get("key")), f"node taint {taint.get('key')}:{taint.get('effect')}"
+        stays_s = tolerated_s(taint, tolerations)
+        if stays_s and level > TOLERATED_LEVEL:
+            level, said = TOLERATED_LEVEL, f"{said}, which the pod tolerates for {stays_s:.0f} s"
+        if level and stays_s < float("inf"):
+            _add(reading, reading.ranks.all, level, key, said)
 
 
-def _add(reading: Reading, ranks: Iterable[RankId], level: int, code: str, detail: str) -> None:
-    detail = " ".join(detail.split())[:MAX_DETAIL]
-    code = code[:MAX_DETAIL]
-    reading.reports += [DeviceReport(rank, level, code, detail, SOURCE) for rank in ranks]
+def _taints_of(node: Mapping[str, object]) -> Iterator[tuple[Mapping[str, object], int]]:
+    """Each with its level; 0: it says nothing to those who run there already."""
+    for taint in _mappings(_mapping(node.get("spec")).get("taints")):
+        other = NO_EXECUTE_LEVEL if taint.get("effect") == "NoExecute" else 0
+        yield taint, TAINT_LEVELS.get(str(taint.get("key")), other)
+
+
+def _add(reading: Reading, ranks: Sequence[RankId], level: int, code: str, detail: str) -> None:
+    told = (level, code[:MAX_DETAIL], " ".join(detail.split())[:MAX_DETAIL], SOURCE)
+    shared = tuple(ranks) if len(ranks) > 1 else ()
+    reading.reports += [DeviceReport(rank, *told, shared) for rank in ranks]
 
 
 def _complain(reading: Reading, line: str) -> None:

@@ -10,25 +10,27 @@
 | `reset-required` | 5 | queries are refused until a reset |
 | `gpu-lost` | 6 | fallen off the bus: any query says so |
 
-Names of the library: "NVML API Reference", docs.nvidia.com/deploy/nvml-api.
+Names of the library: "NVML API Reference", docs.nvidia.com/deploy/nvml-api. What an older one, or
+the driver, lacks is left out, call by call (`nvml_library`). A device whose name nobody knows is
+not watched, and that is said: it is no fault of a device.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
-from typing import TypeVar
 
+from revivemoe.health.nvml_library import DeviceId, Library, Unknown
 from revivemoe.health.source import Changes
 from revivemoe.health.xids import xid_level
 from revivemoe.ids import RankId
 from revivemoe.recovery.faults import DeviceReport
 
-T = TypeVar("T")
+log = logging.getLogger("revivemoe.health")
+
 _NO_FIELDS: list[SimpleNamespace] = []
-DeviceId = int | str
-"""NVML's index of a device, or its UUID (`GPU-...`)."""
 
 WAIT_MS = 100
 """For a first event; what else is queued is taken without waiting."""
@@ -74,7 +76,7 @@ class NvmlSource:
         ranks_of_device: Mapping[DeviceId, Sequence[RankId]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._nvml = nvml
+        self._library = Library(nvml)
         self._ranks_of_device = {d: tuple(ranks) for d, ranks in ranks_of_device.items()}
         self._clock = clock
         self._session: Session | None = None
@@ -83,6 +85,8 @@ class NvmlSource:
         self._fewest_ecc: dict[DeviceId, int] = {}
         """Uncorrected errors that were there before we watched, or are left after a reset."""
         self._changes = Changes()
+        self._unknown: set[DeviceId] = set()
+        """Of which it has been said that they cannot be watched."""
 
     def poll(self) -> list[DeviceReport]:
         """See `HealthSource`. Takes at most `WAIT_MS` beside the driver's own time.
@@ -90,12 +94,14 @@ class NvmlSource:
         Raises NVMLError for what says nothing about a device (no driver, no permission).
         """
         if self._session is None:
-            self._session = Session(self._nvml, tuple(self._ranks_of_device))
+            self._session = Session(self._library, tuple(self._ranks_of_device))
         now = self._clock()
         for device, xid in self._session.xids():
             self._xids[device, xid] = now
         return self._changes.to(
-            DeviceReport(rank, c.level, c.code, c.detail, self.name)
+            DeviceReport(
+                rank, c.level, c.code, c.detail, self.name, ranks if len(ranks) > 1 else ()
+            )
             for device, ranks in self._ranks_of_device.items()
             for c in self._conditions(self._session, device, now)
             for rank in ranks
@@ -110,10 +116,18 @@ class NvmlSource:
         yield from self._of_xids(device, now)
         try:
             yield from self._of_queries(session, device)
-        except session.lost_errors as error:
+        except Unknown as error:
+            self._say(device, str(error))
+        except self._library.lost as error:
             yield Condition("gpu-lost", 6, f"GPU {device} is lost: {error}")
-        except self._nvml.NVMLError_ResetRequired as error:
+        except self._library.reset_required as error:
             yield Condition("reset-required", 5, f"GPU {device}: {error}")
+
+    def _say(self, device: DeviceId, why: str) -> None:
+        """Once."""
+        if device not in self._unknown:
+            self._unknown.add(device)
+            log.warning("%s: the health of %s stays unknown: %s", self.name, device, why)
 
     def _of_xids(self, device: DeviceId, now: float) -> Iterator[Condition]:
         for (where, xid), seen in self._xids.items():
@@ -142,88 +156,86 @@ class NvmlSource:
 class Session:
     """The library, initialised, with an event set and the handles of the watched devices."""
 
-    def __init__(self, nvml: ModuleType, devices: Sequence[DeviceId]) -> None:
+    def __init__(self, library: Library, devices: Sequence[DeviceId]) -> None:
         """Raises NVMLError; then nothing is left open."""
-        self._nvml = nvml
+        self._library = library
         self._events: object = None
         self._handles: dict[DeviceId, object] = {}
         self._device_of_uuid: dict[str, DeviceId] = {}
-        self.lost_errors: tuple[type[Exception], ...] = (
-            nvml.NVMLError_GpuIsLost,
-            nvml.NVMLError_GpuNotFound,
-            nvml.NVMLError_NotFound,
-        )
-        """What the library raises for a device that is gone."""
-        nvml.nvmlInit()
+        library.nvml.nvmlInit()
         try:
-            self._events = nvml.nvmlEventSetCreate()
+            self._events = library.ask("nvmlEventSetCreate", otherwise=None)
             for device in devices:
                 # One that cannot be had now is not given up: its queries say why, and look again.
-                with suppress(*self.lost_errors, nvml.NVMLError_ResetRequired):
+                with suppress(Unknown, *library.lost, *library.reset_required):
                     self._handle(device)
-        except nvml.NVMLError:
+        except library.nvml.NVMLError:
             self.close()
             raise
 
     def close(self) -> None:
         try:
             if self._events is not None:
-                self._nvml.nvmlEventSetFree(self._events)
+                self._library.nvml.nvmlEventSetFree(self._events)
         finally:
-            self._nvml.nvmlShutdown()
+            self._library.nvml.nvmlShutdown()
 
     def _handle(self, device: DeviceId) -> object:
-        """Found, and registered for events, the first time it can be had."""
+        """Found, and registered for events, the first time it can be had. Raises Unknown."""
         if device not in self._handles:
-            nvml, by_index = self._nvml, isinstance(device, int)
-            find = nvml.nvmlDeviceGetHandleByIndex if by_index else nvml.nvmlDeviceGetHandleByUUID
-            handle = find(device)
-            uuid, xids = nvml.nvmlDeviceGetUUID(handle), nvml.nvmlEventTypeXidCriticalError
-            with suppress(nvml.NVMLError_NotSupported):  # some virtual devices have no events
-                nvml.nvmlDeviceRegisterEvents(handle, xids, self._events)
+            library = self._library
+            handle, xids = library.find(device), library.name("nvmlEventTypeXidCriticalError", 0)
+            uuid = library.nvml.nvmlDeviceGetUUID(handle)
+            if self._events is not None and xids:  # some virtual devices have no events
+                library.ask("nvmlDeviceRegisterEvents", handle, xids, self._events, otherwise=None)
             self._device_of_uuid[uuid] = device
             self._handles[device] = handle
         return self._handles[device]
 
     def xids(self) -> Iterator[tuple[DeviceId, int]]:
         """Xids since the last call, in their order."""
-        nvml, wait_ms = self._nvml, WAIT_MS
+        library, wait_ms = self._library, WAIT_MS
+        if self._events is None:
+            return
         for _ in range(MAX_EVENTS_PER_POLL):
             try:
-                event = nvml.nvmlEventSetWait_v2(self._events, wait_ms)
-            except (nvml.NVMLError_Timeout, *self.lost_errors):
+                event = library.ask(library.event_wait, self._events, wait_ms, otherwise=None)
+            except (*library.timeout, *library.lost):
                 return  # of a device that is lost, the queries find out which
+            if event is None:
+                return
             wait_ms = 0
             try:
-                device = self._device_of_uuid.get(nvml.nvmlDeviceGetUUID(event.device))
-            except nvml.NVMLError:
+                device = self._device_of_uuid.get(library.nvml.nvmlDeviceGetUUID(event.device))
+            except library.nvml.NVMLError:
                 continue  # it cannot be asked any more: then the queries find it lost
-            if device is not None and event.eventType == nvml.nvmlEventTypeXidCriticalError:
+            if device is not None and event.eventType == library.nvml.nvmlEventTypeXidCriticalError:
                 yield device, int(event.eventData)
-
-    def _ask(self, query: str, device: DeviceId, *args: object, otherwise: T) -> T:
-        """`otherwise` where the device, or the driver, does not support the query."""
-        handle = self._handle(device)
-        try:
-            answer: T = getattr(self._nvml, query)(handle, *args)
-        except self._nvml.NVMLError_NotSupported:
-            return otherwise
-        return answer
 
     def uncorrected_ecc(self, device: DeviceId) -> int:
         """Uncorrected errors since the driver was loaded; 0 if the device does not count them."""
-        which = (self._nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, self._nvml.NVML_VOLATILE_ECC)
-        return int(self._ask("nvmlDeviceGetTotalEccErrors", device, *which, otherwise=0))
+        library, handle = self._library, self._handle(device)
+        kind = library.name("NVML_MEMORY_ERROR_TYPE_UNCORRECTED", None)
+        counter = library.name("NVML_VOLATILE_ECC", None)
+        if kind is None or counter is None:
+            return 0
+        which = (handle, kind, counter)
+        return int(library.ask("nvmlDeviceGetTotalEccErrors", *which, otherwise=0))
 
     def row_remapping(self, device: DeviceId) -> tuple[bool, bool]:
         """(pending, failed); both False where rows are not remapped, or with MIG instances."""
-        rows = self._ask("nvmlDeviceGetRemappedRows", device, otherwise=(0, 0, 0, 0))
+        handle = self._handle(device)
+        rows = self._library.ask("nvmlDeviceGetRemappedRows", handle, otherwise=(0, 0, 0, 0))
         return bool(rows[2]), bool(rows[3])
 
     def recovery_action(self, device: DeviceId) -> int:
-        """NVML_GPU_RECOVERY_ACTION_*; 0 where the driver does not know the field."""
-        wanted = [self._nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]
-        for field in self._ask("nvmlDeviceGetFieldValues", device, wanted, otherwise=_NO_FIELDS):
-            if field.nvmlReturn == self._nvml.NVML_SUCCESS:
+        """NVML_GPU_RECOVERY_ACTION_*; 0 where library or driver do not know the field."""
+        library, handle = self._library, self._handle(device)
+        wanted = library.name("NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)
+        if wanted is None:
+            return 0
+        asked = ("nvmlDeviceGetFieldValues", handle, [wanted])
+        for field in library.ask(*asked, otherwise=_NO_FIELDS):
+            if field.nvmlReturn == 0:  # NVML_SUCCESS
                 return int(field.value.uiVal)
         return 0

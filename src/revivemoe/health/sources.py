@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Mapping
 
-from revivemoe.config import cuda_device_id
+from revivemoe.config import cuda_device_id, this_pod
 from revivemoe.health.kubernetes import KubernetesSource, connect
 from revivemoe.health.kubernetes_state import Ranks
-from revivemoe.health.nvml import DeviceId, NvmlSource
+from revivemoe.health.nvml import NvmlSource
+from revivemoe.health.nvml_library import DeviceId
 from revivemoe.health.source import HealthSource
 from revivemoe.ids import RankId
 
@@ -30,7 +31,8 @@ def sources_for(
         sources += nvml_sources(rank_devices)
     if kubernetes_node is not None:
         api = connect()
-        sources.append(KubernetesSource(api, kubernetes_node, Ranks(by_index(rank_devices))))
+        ranks = Ranks(by_index(rank_devices))
+        sources.append(KubernetesSource(api, kubernetes_node, ranks, this_pod()))
     return sources
 
 

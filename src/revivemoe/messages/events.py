@@ -156,6 +156,18 @@ class DeviceReported(Event, event="device"):
     source: str
 
 
+class DeviceFaultRefused(Event, event="device_refused"):
+    """What a monitor says of these ranks asks for them to go, and the instance cannot go on without
+    all of them: nobody is touched. Tried again in every later epoch until it is taken back."""
+
+    ids: list[RankId]
+    source: str
+    code: str
+    level: int
+    action: str
+    reason: str
+
+
 class SymptomSeen(Event, event="symptom"):
     id: RankId
     detail: str

@@ -53,6 +53,10 @@ class DeviceReport:
     detail: str
     source: str
     """nvml | kubernetes | report | injected"""
+    shared: tuple[RankId, ...] = ()
+    """All ranks that this one signal speaks of, if there are several: those of a Node, or those
+    that share a device. Each of them gets a report of its own."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.level <= ISOLATE, f"level {self.level}"
+        assert not self.shared or self.rank in self.shared, f"{self} is not of its own ranks"

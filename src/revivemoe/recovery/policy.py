@@ -111,6 +111,12 @@ class Policy:
     # ---- device health
     levels: tuple[LevelAction, ...] = DEFAULT_LEVELS
     """Action for a device fault of level L1 .. L6."""
+    codes: tuple[tuple[str, int], ...] = ()
+    """Fault codes, each with the level that it has here, whatever its source says; 0: ignored."""
+
+    def level_of(self, code: str, level: int) -> int:
+        """The level (1 to 6) of a device fault of this code, told with this one; 0: ignore it."""
+        return dict(self.codes).get(code, level)
 
     def action_of(self, level: int) -> LevelAction:
         """What a device fault of this level (1 to 6) asks for. Raises ValueError."""

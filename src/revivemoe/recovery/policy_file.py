@@ -12,18 +12,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from revivemoe.recovery.policy import LEVEL_ACTIONS, REPAIRS, LevelAction, Policy
+from revivemoe.recovery.policy import (
+    DEFAULT_LEVELS,
+    LEVEL_ACTIONS,
+    REPAIRS,
+    LevelAction,
+    Policy,
+)
 
 T = TypeVar("T")
+LEVEL_NAMES = tuple(f"L{number}" for number in range(1, len(DEFAULT_LEVELS) + 1))
+IGNORE = "ignore"
+MAX_COUNT, MAX_SECONDS = 1_000_000, 1e9
+"""More than that is for ever, and what is reckoned with it stays finite."""
 Check = Callable[[object], object]
 """The value as `Policy` keeps it. Raises ValueError: what it must be."""
 
 
 def _number(value: object) -> float:
     """bool is an int to Python, and TOML has inf and nan."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _has_a_float(value):
         raise ValueError("must be a number")
     return float(value)
+
+
+def _has_a_float(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int of more than 308 digits
+        return False
 
 
 def _bounded(holds: Callable[[float], bool], must: str) -> Callable[[object], float]:
@@ -36,14 +53,16 @@ def _bounded(holds: Callable[[float], bool], must: str) -> Callable[[object], fl
     return check
 
 
-_seconds = _bounded(lambda seconds: seconds > 0, "above 0 (seconds)")
+_seconds = _bounded(
+    lambda seconds: 0 < seconds <= MAX_SECONDS, f"above 0, and at most {MAX_SECONDS:.0e} (seconds)"
+)
 _fraction = _bounded(lambda fraction: 0 <= fraction < 1, "0 or more, and below 1")
 _factor = _bounded(lambda factor: factor >= 1, "1 or more")
 
 
 def _count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError("must be a whole number, 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"must be a whole number from 0 to {MAX_COUNT}")
     return value
 
 
@@ -66,6 +85,14 @@ def _action(value: object) -> LevelAction:
         if value == action:
             return action
     raise ValueError(f"must be one of {_quoted(LEVEL_ACTIONS)}")
+
+
+def _level(value: object) -> int:
+    if value == IGNORE:
+        return 0
+    if value not in LEVEL_NAMES:
+        raise ValueError(f"must be one of {_quoted((IGNORE, *LEVEL_NAMES))}")
+    return 1 + LEVEL_NAMES.index(value)
 
 
 def _quoted(names: tuple[str, ...]) -> str:
@@ -119,7 +146,8 @@ SECTIONS: dict[str, dict[str, Check]] = {
         "isolate_slow": _switch,  # take slow ranks out, or only report them
     },
 }
-"""TOML table -> name -> setting. The table `levels` has names of its own: L1 to L6."""
+"""TOML table -> name -> setting. Tables with names of their own: `levels`, L1 to L6 (each with an
+action); `codes`, codes of device faults (each with the level that it has here, or "ignore")."""
 
 FIELDS = {
     "rejoin.auto": "auto_rejoin",
@@ -129,7 +157,7 @@ FIELDS = {
 }
 """Settings whose field in `Policy` has another name."""
 
-LEVELS = "levels"
+LEVELS, CODES = "levels", "codes"
 
 
 def load_policy(path: Path, base: Policy) -> Policy:
@@ -155,12 +183,15 @@ def parse_policy(document: Mapping[str, object], base: Policy) -> Policy:
     """`base` with what a parsed document sets. Raises ValueError: one line."""
     values: dict[str, Any] = {}  # each is of its field's type: `check` sees to that
     for section, content in document.items():
-        if section not in (*SECTIONS, LEVELS):
+        if section not in (*SECTIONS, LEVELS, CODES):
             raise ValueError(_unknown_section(section))
         if not isinstance(content, dict):
             raise ValueError(f"{section} must be a table: write [{section}]")
         if section == LEVELS:
             values["levels"] = _levels(content, base)
+            continue
+        if section == CODES:
+            values["codes"] = _codes(content, base)
             continue
         for name, value in content.items():
             if name not in SECTIONS[section]:
@@ -175,12 +206,22 @@ def parse_policy(document: Mapping[str, object], base: Policy) -> Policy:
 def _levels(content: Mapping[str, object], base: Policy) -> tuple[LevelAction, ...]:
     """The levels that the table leaves out keep their action."""
     levels = list(base.levels)
-    names = [f"L{number}" for number in range(1, len(levels) + 1)]
     for name, value in content.items():
-        if name not in names:
-            raise ValueError(f"{LEVELS}.{name} is unknown: the levels are {', '.join(names)}")
-        levels[names.index(name)] = _checked(f"{LEVELS}.{name}", value, _action)
+        if name not in LEVEL_NAMES:
+            known = ", ".join(LEVEL_NAMES)
+            raise ValueError(f"{LEVELS}.{name} is unknown: the levels are {known}")
+        levels[LEVEL_NAMES.index(name)] = _checked(f"{LEVELS}.{name}", value, _action)
     return tuple(levels)
+
+
+def _codes(content: Mapping[str, object], base: Policy) -> tuple[tuple[str, int], ...]:
+    """The codes that the table leaves out keep their level."""
+    levels = dict(base.codes)
+    for code, value in content.items():
+        if isinstance(value, dict):
+            raise ValueError(f"{CODES}.{code} is a table: a code with dots must stand in quotes")
+        levels[code] = _checked(f"{CODES}.{code}", value, _level)
+    return tuple(levels.items())
 
 
 def _checked(where: str, value: object, check: Callable[[object], T]) -> T:
@@ -202,7 +243,7 @@ def _unknown_section(name: str) -> str:
     for section, settings in SECTIONS.items():
         if name in settings:
             return f"{name} belongs into a table: write it below [{section}]"
-    return f"[{name}] is unknown: {_nearest(name, [*SECTIONS, LEVELS], '[{}]')}"
+    return f"[{name}] is unknown: {_nearest(name, [*SECTIONS, LEVELS, CODES], '[{}]')}"
 
 
 def _unknown_name(section: str, name: str) -> str:
@@ -229,5 +270,7 @@ def _shown(value: object) -> str:
             return '"' + value.replace("\\", "\\\\").replace('"', '\\"')[:80] + '"'
         case list() | tuple():
             return f"[{', '.join(_shown(v) for v in value)}]"[:200]
+        case int() if abs(value) >= 10**80:
+            return hex(value)[:80]  # Python writes no very long one in decimal
         case _:
             return repr(value)[:80]

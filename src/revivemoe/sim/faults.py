@@ -19,6 +19,8 @@ FaultKind = Literal[
     "nan",  # a rank turns finite numbers into NaN, once
     "nan-twice",  # ... and when the step is done again
     "health",  # a monitor reports the device of a rank
+    "health-two",  # ... of two ranks that share one
+    "health-node",  # ... the whole node, and takes it back later
     "poison",  # a request brings down whoever runs it, by an error
     "poison-hang",  # ... by a hang
     "load-fails",  # the next load of experts or weights fails
@@ -84,7 +86,7 @@ class FaultSpec:
     level: int = 6
     """Of a device report."""
     seconds: float = 3.0
-    """Of a stall or a pause, or until a zombie goes on."""
+    """Of a stall or a pause, or until a zombie goes on or a node is well again."""
 
     def is_at(self, rank: int, step: int, phase: str, layer: int) -> bool:
         """Whether it waits for this place. Later steps match too: a step that the rank did not take

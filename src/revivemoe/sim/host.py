@@ -135,6 +135,7 @@ def is_settled(engine: Engine) -> bool:
     epochs = engine.epochs
     return epochs.serving and not (
         engine.maintenance.drains.pending
+        or engine.devices.signals.unsettled
         or epochs.loads.loading
         or epochs.loads.loaded
         or any(_is_moving(view.life) for view in engine.ranks.values())

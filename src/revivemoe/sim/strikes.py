@@ -26,6 +26,8 @@ NUM_RETRIES = 6
 BETWEEN_RETRIES_S = 0.08
 RETRY_S = 0.3
 MOST_RETRIES = 10
+NODE = "node"
+"""The code of what is said of all ranks at once: nothing may come of it."""
 
 Struck = list[tuple[FaultSpec, str]]
 
@@ -276,6 +278,11 @@ class Strikes(Mishaps):
         match fault.kind:
             case "health":
                 self._report_health(rank, fault.level)
+            case "health-two":
+                two = tuple(sorted((rank, RankId(fault.peer))))
+                self._report_shared(f"device of {two}", two, fault)
+            case "health-node":
+                self._report_shared(NODE, tuple(sorted(self._host.engine.ranks)), fault)
             case "drain":
                 self.drained.add(rank)
                 self._instruct("isolate", {"id": rank})
@@ -307,6 +314,23 @@ class Strikes(Mishaps):
             self.drained.add(rank)
         report = DeviceReport(rank, level, "sim", "drawn by the seed", "injected")
         self._host.call(lambda: self._host.engine.on_health(report, self._clock.now))
+
+    def _report_shared(self, code: str, ranks: tuple[RankId, ...], fault: FaultSpec) -> None:
+        """One signal about several ranks, told of each; that of a node is over after a while."""
+        action = self._host.engine.config.policy.action_of(fault.level)
+        if code != NODE and action in ("drain", "isolate", "retry"):  # retries may be too many
+            self.drained.update(ranks)
+        self._tell_health(code, ranks, fault.level)
+        if code == NODE:
+            self._later(fault.seconds, partial(self._tell_health, code, ranks, 0))
+
+    def _tell_health(self, code: str, ranks: tuple[RankId, ...], level: int) -> None:
+        for rank in ranks:
+            report = DeviceReport(rank, level, code, "drawn by the seed", "injected", ranks)
+            self._host.call(partial(self._on_health, report))
+
+    def _on_health(self, report: DeviceReport) -> None:
+        self._host.engine.on_health(report, self._clock.now)
 
     def _rejoin(self, retries: int) -> None:
         """Let the first rank that is out come back; if there is none, look again later."""

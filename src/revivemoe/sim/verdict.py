@@ -12,7 +12,7 @@ from revivemoe.sim.cluster import SimCluster
 from revivemoe.sim.host import stage_of
 from revivemoe.sim.process import Process
 from revivemoe.sim.scenario import Scenario
-from revivemoe.sim.strikes import Strikes
+from revivemoe.sim.strikes import NODE, Strikes
 
 POISONED = "poison"
 """Id of the request that brings down whoever runs it."""
@@ -45,6 +45,7 @@ class Verdict:
                 self._fence_timeouts += event.kind == "fence_timeout"
                 self._check_accusation(event)
             case events.DrainBegun():
+                self._check_refused(event.id, event.detail)
                 going_home = event.kind == "going_home"
                 assert going_home or event.id in self._strikes.drained, f"for nothing: {event}"
             case events.Convicted():
@@ -71,6 +72,7 @@ class Verdict:
         """Whoever is accused has a fault in this scenario; of a link, one end only."""
         process = self._cluster.processes[event.id]
         self._accused.add(process)
+        self._check_refused(event.id, event.detail)
         if process in self._strikes.guilty | self._cluster.never_started | self._cluster.doomed:
             return
         if event.kind in ("device_fault", "isolate") and event.id in self._strikes.drained:
@@ -82,6 +84,13 @@ class Verdict:
         raise AssertionError(
             f"rank {process.rank} is accused of {event.kind} ({event.detail}), but is healthy"
         )
+
+    def _check_refused(self, rank: RankId, detail: str) -> None:
+        """Nobody goes for what is said of all at once, or was found to be too much."""
+        code = detail.partition(":")[0]
+        refused = [one.signal for one in self._engine.devices.signals.refused]
+        too_much = code == NODE or any(s.code == code and rank in s.ranks for s in refused)
+        assert not too_much, f"rank {rank} goes for {detail!r}, which the instance cannot afford"
 
     def _check_load(self, event: events.ExpertsTaken) -> None:
         """A rank loads before a resume what the plan has named, and no more: the plan knows what

@@ -217,6 +217,20 @@ def test_what_is_drained_may_die_meanwhile() -> None:
     assert [r.cause for r in instance.engine.epochs.records] == ["process_exit"]
 
 
+def test_a_drain_that_cannot_be_ended_is_called_off() -> None:
+    """A load beside the steps was never answered: at the boundary nobody had the leaver's experts,
+    and the instance failed for what an operator had asked for."""
+    instance = serving(redundant=0, policy=Policy(drain_timeout_s=5.0), spare=2)
+    device(instance, 4)
+    assert instance.engine.ranks[RankId(1)].draining
+    assert instance.cluster.commands(LoadExperts)
+    instance.wait(10)
+    assert isinstance(instance.engine.state, Serving)
+    assert members(instance) == (0, 1, 2, 3)
+    assert not instance.engine.ranks[RankId(1)].draining
+    assert instance.named("drain_refused")
+
+
 # ---- levels ---------------------------------------------------------------------------------
 
 

@@ -42,11 +42,16 @@ DOCUMENT = {
     "engines": list,
     "experts": dict,
     "dense_ffn_groups": list,
+    "device_faults_refused": list,
     "obligations": list,
     "recoveries": list,
 }
 LIFE = {"state": str, "since_s": NUMBER | None, "due_s": NUMBER | None, "waits_for": str}
 OBLIGATION = {"what": str, "for": int | str | None, "due_s": NUMBER, "then": str}  # fmt: skip
+REFUSED = {
+    "ids": list, "source": str, "code": str, "level": int, "action": str, "reason": str,
+    "since_s": NUMBER,
+}  # fmt: skip
 FAULT = {"id": int, "kind": str, "level": int, "detail": str}
 PHASES = ["fence", "rollback", "plan", "migrate", "experts", "domain", "graphs", "resume"]
 STATUSES = ("healthy", "suspect", "unhealthy", "draining", "joining", "dead")
@@ -75,6 +80,8 @@ def status(instance: Instance) -> dict[str, Any]:
             check(engine["fault_info"], FAULT)
     for obligation in document["obligations"]:
         check(obligation, OBLIGATION)
+    for refused in document["device_faults_refused"]:
+        check(refused, REFUSED)
     for recovery in document["recoveries"]:
         check(recovery, RECOVERY)
         assert list(recovery["phases"]) == PHASES

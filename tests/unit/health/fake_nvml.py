@@ -33,6 +33,9 @@ class NVMLError_GpuIsLost(NVMLError): ...
 class NVMLError_ResetRequired(NVMLError): ...
 
 
+class NVMLError_FunctionNotFound(NVMLError): ...
+
+
 class NVMLError_Timeout(NVMLError): ...
 
 
@@ -58,12 +61,16 @@ class Gpu:
     """Raised by every query of it."""
     lacks: set[str] = field(default_factory=set)
     """Functions that it does not support."""
+    old_driver: set[str] = field(default_factory=set)
+    """Functions that the driver lacks."""
 
     def asked(self, what: str) -> None:
         if self.error is not None:
             raise self.error
         if what in self.lacks:
             raise NVMLError_NotSupported()
+        if what in self.old_driver:
+            raise NVMLError_FunctionNotFound()
 
 
 class FakeNvml:
@@ -77,8 +84,17 @@ class FakeNvml:
         self.queue: deque[SimpleNamespace] = deque()
         self.waits_ms: list[int] = []
         self.no_driver = False
+        self.absent: set[str] = set()
+        """Names that this version of the module lacks."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name in object.__getattribute__(self, "__dict__").get("absent", ()):
+            raise AttributeError(name)
+        return object.__getattribute__(self, name)
 
     def __getattr__(self, name: str) -> object:
+        if name in self.absent or name not in globals():
+            raise AttributeError(name)
         return globals()[name]
 
     def xid(self, gpu: Gpu, xid: int) -> None:
@@ -101,6 +117,9 @@ class FakeNvml:
 
     def nvmlShutdown(self) -> None:
         self.opened -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> Gpu:
         if index >= len(self.gpus):
@@ -143,6 +162,9 @@ class FakeNvml:
         event = self.queue.popleft()
         assert event.device.uuid in eventSet, "an event of a device that was not registered"
         return event
+
+    def nvmlEventSetWait(self, eventSet: set[str], timeoutms: int) -> SimpleNamespace:
+        return FakeNvml.nvmlEventSetWait_v2(self, eventSet, timeoutms)
 
     def nvmlDeviceGetTotalEccErrors(self, handle: Gpu, errorType: int, counterType: int) -> int:
         handle.asked("nvmlDeviceGetTotalEccErrors")

@@ -122,6 +122,30 @@ def test_the_config_map_of_the_device_plugin(server: ApiServer, source: Kubernet
     assert levels(source.poll()) == {(rank, code, 0) for rank, code, _ in FROM_DEVICE_LIST}
 
 
+POD_PATH = "/api/v1/namespaces/serving/pods/moe-0"
+
+
+def test_its_own_pods_tolerations_are_read_while_there_are_taints(
+    server: ApiServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = server.server_address[:2]
+    api = connect(Configuration(host=f"http://{host!s}:{port}"))
+    source = KubernetesSource(api, "worker-1", RANKS, ("serving", "moe-0"))
+    assert source.poll() == []
+    assert POD_PATH not in server.asked, "its taint means nothing to us"
+    server.node["spec"]["taints"].append({"key": "a.b/c", "effect": "NoExecute"})
+    assert levels(source.poll()) == {(r, "a.b/c", 4) for r in range(4)}
+    (line,) = caplog.messages
+    assert "cannot read its own Pod serving/moe-0" in line
+    body = {"spec": {"tolerations": [{"key": "a.b/c", "operator": "Exists"}]}}
+    server.objects[POD_PATH] = (200, body)
+    assert levels(source.poll()) == {(r, "a.b/c", 0) for r in range(4)}
+    server.objects[POD_PATH] = (500, status(500, "Refused"))
+    with pytest.raises(Refused, match="moe-0"):
+        source.poll()
+    source.close()
+
+
 def test_a_config_map_that_may_not_be_read_is_said_once(
     server: ApiServer, source: KubernetesSource, caplog: pytest.LogCaptureFixture
 ) -> None:

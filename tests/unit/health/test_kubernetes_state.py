@@ -149,6 +149,48 @@ def test_an_unknown_level_is_watched_and_said() -> None:
     assert reading.complaints == ["fault level 'ExplodeNPU' is unknown: taken as L2"]
 
 
+@pytest.mark.parametrize("thing", [3, True, ["SeparateNPU"], {"level": "SeparateNPU"}, "L\n6"])
+def test_a_level_of_another_form_is_watched_and_said(thing: Any) -> None:
+    """A list where a name belongs raised TypeError, and the whole Node went unread."""
+    for part in (
+        {"fault_handling": thing},
+        {"fault_time_and_level_map": {"A": {"fault_level": thing}}},
+    ):
+        entry = {"npu_name": "Ascend910-1", "fault_code": "A", "fault_handling": "NotHandle"} | part
+        reading = reports_of(annotated(**{"Ascend910-Fault": json.dumps([entry])}), RANKS)
+        assert found(reading) == {(1, "A", 2)}
+        assert "is unknown: taken as L2" in reading.complaints[0]
+
+
+@pytest.mark.parametrize("thing", [3, True, ["x"], {"a": 1}, None, 1.5])
+@pytest.mark.parametrize(
+    "name", ["npu_name", "fault_code", "fault_type", "fault_level", "fault_time_and_level_map"]
+)
+def test_no_field_of_another_form_raises(name: str, thing: Any) -> None:
+    entry = {"npu_name": "Ascend910-1", "fault_code": "A", "fault_level": "NotHandle"} | {
+        name: thing
+    }
+    reports_of(annotated(**{"Ascend910-Fault": json.dumps([entry])}), RANKS)
+    node = {
+        "status": {
+            "conditions": [
+                {"type": thing, "status": thing, "reason": thing},
+                {"type": "Ready", "status": thing},
+            ]
+        },
+        "spec": {"taints": [{"key": thing, "effect": thing, "value": thing}]},
+    }
+    reports_of(node, RANKS, {"data": {"ManuallySeparateNPU": thing}})
+    reports_of(
+        {
+            "metadata": {
+                "annotations": {"huawei.com/x-Unhealthy": thing, "huawei.com/x-Fault": thing}
+            }
+        },
+        RANKS,
+    )
+
+
 def test_a_node_fault_holds_for_all_ranks() -> None:
     entry = {
         "fault_type": "NodeUnhealthy",
@@ -228,18 +270,19 @@ def test_foreign_text_and_lists_are_cut() -> None:
         ("Ready", "False", 2),
         ("Ready", "Unknown", 2),
         ("MemoryPressure", "True", 2),
-        ("GpuUnhealthy", "True", 4),
-        ("XidCriticalError", "True", 4),
-        ("GpuNvlinkWatch", "True", 4),
-        ("SysLogsGPUFallenOff", "True", 5),
+        ("GpuUnhealthy", "True", 2),
+        ("XidCriticalError", "True", 2),
+        ("GpuNvlinkWatch", "True", 2),
+        ("SysLogsGPUFallenOff", "True", 2),
         ("GpuUnhealthy", "Unknown", 0),
     ],
 )
-def test_conditions_hold_for_all_ranks(kind: str, status: str, level: int) -> None:
+def test_conditions_are_watched_and_hold_for_all_ranks(kind: str, status: str, level: int) -> None:
     condition = {"type": kind, "status": status, "reason": "Because", "message": "of this"}
     reading = reports_of({"status": {"conditions": [condition]}}, RANKS)
     assert found(reading) == ({(r, kind, level) for r in range(4)} if level else set())
     assert all(r.detail.endswith("Because of this") for r in reading.reports)
+    assert all(r.shared == (0, 1, 2, 3) for r in reading.reports), "one signal"
 
 
 @pytest.mark.parametrize(
@@ -256,3 +299,57 @@ def test_conditions_hold_for_all_ranks(kind: str, status: str, level: int) -> No
 def test_taints_hold_for_all_ranks(key: str, effect: str, level: int) -> None:
     reading = reports_of({"spec": {"taints": [{"key": key, "effect": effect}]}}, RANKS)
     assert found(reading) == ({(r, key, level) for r in range(4)} if level else set())
+
+
+def pod(*tolerations: Any) -> dict[str, Any]:
+    return {"spec": {"tolerations": list(tolerations)}}
+
+
+def toleration(key: str | None = None, effect: str | None = None, **more: Any) -> dict[str, Any]:
+    given = {"key": key, "effect": effect, **more}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+DRAIN = {"key": "somebody.io/maintenance", "value": "now", "effect": "NoExecute"}
+
+
+@pytest.mark.parametrize(
+    ("given", "level"),
+    [
+        (toleration(operator="Exists"), 0),
+        (toleration("somebody.io/maintenance", operator="Exists"), 0),
+        (toleration("somebody.io/maintenance", "NoExecute", operator="Equal", value="now"), 0),
+        (toleration("somebody.io/maintenance", value="now"), 0),
+        (toleration("somebody.io/maintenance", "NoExecute", value="later"), 4),
+        (toleration("somebody.io/maintenance"), 4),
+        (toleration("somebody.io/maintenance", "NoSchedule", operator="Exists"), 4),
+        (toleration("somebody.io/other", operator="Exists"), 4),
+        (toleration("somebody.io/maintenance", operator="Lt", value="now"), 4),
+        (toleration(value="now"), 4),
+        (toleration(operator="Exists", effect="NoExecute", tolerationSeconds=300), 2),
+        (toleration(operator="Exists", effect="NoExecute", tolerationSeconds=0), 4),
+        (3, 4),
+        (toleration("somebody.io/maintenance", operator=["Exists"], effect={}), 4),
+    ],
+)
+def test_a_taint_that_the_pod_tolerates_is_ignored(given: Any, level: int) -> None:
+    """Ranks were drained for a NoExecute taint beside which their pod may run for ever."""
+    node = {"spec": {"taints": [DRAIN]}}
+    expected = {(r, DRAIN["key"], level) for r in range(4)} if level else set()
+    assert found(reports_of(node, RANKS, None, pod(given))) == expected
+    both = reports_of(node, RANKS, None, pod(given, toleration("x", operator="Exists")))
+    assert found(both) == expected
+    assert found(reports_of(node, RANKS)) == {(r, DRAIN["key"], 4) for r in range(4)}
+
+
+@pytest.mark.parametrize(
+    "thing", [None, 3, "x", [], [3], {}, {"spec": 3}, {"spec": {"tolerations": 3}}]
+)
+def test_a_pod_of_another_form_tolerates_nothing(thing: Any) -> None:
+    reading = reports_of({"spec": {"taints": [DRAIN]}}, RANKS, None, thing)
+    assert {level for _, _, level in found(reading)} == {4}
+
+
+def test_which_ranks_one_signal_speaks_of() -> None:
+    reading = reports_of(HEALTHY, RANKS, CONFIG_MAP)
+    assert {(int(r.rank), r.shared) for r in reading.reports} == {(0, ()), (2, (2, 3)), (3, (2, 3))}

@@ -65,6 +65,13 @@ def test_an_xid_is_reported_once_for_each_rank_of_its_device(bench: Bench) -> No
     assert bench.poll() == {(1, "xid-79"): 6, (1, "xid-9999"): 2}
 
 
+def test_ranks_that_share_a_device_are_told_of_together(bench: Bench) -> None:
+    bench.poll()
+    bench.nvml.xid(bench.gpus[0], 95)
+    bench.nvml.xid(bench.gpus[1], 95)
+    assert {(r.rank, r.shared) for r in bench.source.poll()} == {(0, (0, 2)), (2, (0, 2)), (1, ())}
+
+
 def test_a_mild_xid_passes_and_a_severe_one_stays(bench: Bench) -> None:
     bench.poll()
     bench.nvml.xid(bench.gpus[1], 31)
@@ -149,6 +156,78 @@ def test_what_a_device_does_not_support_is_left_out(bench: Bench) -> None:
     }
     assert bench.poll() == {}
     assert bench.nvml.sets == [{"GPU-a"}]
+
+
+EVENTS = {"nvmlEventSetCreate", "nvmlEventSetWait_v2", "nvmlEventSetWait"}
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [
+        {"NVML_FI_DEV_GET_GPU_RECOVERY_ACTION"},
+        {"NVMLError_ResetRequired"},
+        {"NVMLError_GpuNotFound"},
+        {"NVMLError_FunctionNotFound"},
+        {"NVML_VOLATILE_ECC"},
+        {"nvmlDeviceGetRemappedRows"},
+        {"nvmlDeviceGetFieldValues"},
+        {"nvmlDeviceGetTotalEccErrors"},
+        {"nvmlEventSetWait_v2"},
+        EVENTS,
+        {"nvmlEventTypeXidCriticalError"},
+    ],
+)
+def test_an_older_module_is_asked_for_what_it_has(bench: Bench, absent: set[str]) -> None:
+    """One absent name raised at every poll, and nothing was watched for ever."""
+    bench.nvml.absent = absent
+    bench.source = NvmlSource(bench.nvml, {0: [R0, R2], "GPU-b": [R1]}, bench.clock)
+    assert bench.poll() == {}
+    no_events = absent & {"nvmlEventTypeXidCriticalError", "nvmlEventSetCreate"}
+    if not no_events:
+        bench.nvml.xid(bench.gpus[1], 79)
+    bench.gpus[0].error = fake_nvml.NVMLError_GpuIsLost("lost")
+    expected = {(0, "gpu-lost"): 6, (2, "gpu-lost"): 6}
+    assert bench.poll() == (expected if no_events else expected | {(1, "xid-79"): 6})
+
+
+def test_functions_that_the_driver_lacks_are_left_out(bench: Bench) -> None:
+    bench.gpus[1].old_driver = {"nvmlDeviceGetRemappedRows", "nvmlDeviceGetTotalEccErrors"}
+    assert bench.poll() == {}
+    bench.nvml.xid(bench.gpus[1], 79)
+    assert bench.poll() == {(1, "xid-79"): 6}
+
+
+A, B = "GPU-8e9f2a3c-1b2d-4c5e-8f90-a1b2c3d4e5f6", "GPU-8e9f7777-1b2d-4c5e-8f90-a1b2c3d4e5f6"
+
+
+@pytest.mark.parametrize(
+    ("name", "watched"),
+    [
+        (B, True),
+        ("GPU-8e9f7", True),
+        ("gpu-8E9F7", True),
+        ("GPU-8e9f", False),
+        ("GPU-1234", False),
+        ("-1", False),
+        (7, False),
+    ],
+)
+def test_a_device_by_the_name_that_cuda_takes(
+    name: str | int, watched: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The beginning of a UUID in CUDA_VISIBLE_DEVICES read as a lost GPU, L6."""
+    nvml = FakeNvml(Gpu(A), Gpu(B))
+    source = NvmlSource(nvml, {name: [R1]})
+    assert source.poll() == source.poll() == []
+    assert len(caplog.messages) == (0 if watched else 1), "said once"
+    nvml.gpus[1].error = fake_nvml.NVMLError_GpuIsLost("lost")
+    found = [(r.rank, r.code, r.level) for r in source.poll()]
+    assert found == ([(1, "gpu-lost", 6)] if watched else [])
+
+
+def test_a_whole_uuid_that_is_not_there_is_a_lost_device() -> None:
+    source = NvmlSource(FakeNvml(Gpu(A)), {B: [R1]})
+    assert [(r.code, r.level) for r in source.poll()] == [("gpu-lost", 6)]
 
 
 def test_an_error_that_names_no_device_is_raised_and_loses_no_event(bench: Bench) -> None:

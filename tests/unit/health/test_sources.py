@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from revivemoe import config
 from revivemoe.health.kubernetes import KubernetesSource
 from revivemoe.health.nvml import NvmlSource
 from revivemoe.health.sources import by_index, sources_for
@@ -90,3 +91,16 @@ def test_neither_torch_nor_a_client_is_loaded_before_it_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+def test_the_pod_that_this_runs_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(config, "SERVICE_ACCOUNT", tmp_path)
+    for name in ("POD_NAME", "POD_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOSTNAME", "moe-0")
+    assert config.this_pod() is None
+    (tmp_path / "namespace").write_text("serving\n")
+    assert config.this_pod() == ("serving", "moe-0")
+    monkeypatch.setenv("POD_NAME", "moe-1")
+    monkeypatch.setenv("POD_NAMESPACE", "other")
+    assert config.this_pod() == ("other", "moe-1")

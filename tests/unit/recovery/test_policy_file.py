@@ -23,7 +23,7 @@ def load(tmp_path: Path, text: str, base: Policy | None = None) -> Policy:
 
 def test_every_field_of_the_policy_can_be_set() -> None:
     named = {field_of(s, name) for s, settings in SECTIONS.items() for name in settings}
-    named |= {"levels"}
+    named |= {"levels", "codes"}
     assert named == {field.name for field in dataclasses.fields(Policy)}
 
 
@@ -41,6 +41,7 @@ OTHER = Policy(
     slow_factor=1.5,
     isolate_slow=True,
     levels=("watch", "log", "isolate", "retry", "drain", "isolate"),
+    codes=(("xid-79", 4), ("node.kubernetes.io/unreachable", 0)),
 )
 
 
@@ -52,7 +53,9 @@ def written(policy: Policy) -> str:
         values = {name: getattr(policy, field_of(section, name)) for name in settings}
         lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     levels = [f"L{n} = {json.dumps(action)}" for n, action in enumerate(policy.levels, 1)]
-    return "\n".join([*lines, "[levels]", *levels])
+    names = ("ignore", "L1", "L2", "L3", "L4", "L5", "L6")
+    codes = [f"{json.dumps(code)} = {json.dumps(names[level])}" for code, level in policy.codes]
+    return "\n".join([*lines, "[levels]", *levels, "[codes]", *codes])
 
 
 @pytest.mark.parametrize("policy", [Policy(), OTHER, Policy(repair=())])
@@ -73,6 +76,13 @@ def test_what_is_left_out_stays(tmp_path: Path) -> None:
     assert found == expected
     assert isinstance(found.fence_timeout_s, float)
     assert load(tmp_path, "", base) == base
+
+
+def test_a_code_has_the_level_that_the_file_gives_it(tmp_path: Path) -> None:
+    base = Policy(codes=(("xid-79", 3), ("xid-13", 4)))
+    found = load(tmp_path, '[codes]\nxid-79 = "L1"\n"a.b/c" = "ignore"', base)
+    codes = ("xid-79", "xid-13", "a.b/c", "xid-31")
+    assert [found.level_of(code, 6) for code in codes] == [1, 4, 0, 6]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +127,16 @@ def test_what_is_left_out_stays(tmp_path: Path) -> None:
         ('[levels]\nL7 = "log"', "levels.L7 is unknown: the levels are L1, L2, L3, L4, L5, L6"),
         ('[levels]\nL1 = "panic"', 'must be one of "log", "watch", "retry", "drain", "isolate"'),
         ("[levels]\nL1 = []", "must be one of"),
+        ("[codes]\nxid-79 = 4", 'codes.xid-79 = 4 must be one of "ignore", "L1", "L2"'),
+        ('[codes]\nxid-79 = "L7"', "must be one of"),
+        ("[codes]\nxid-79 = []", "must be one of"),
+        ('[codes]\na.b/c = "L1"', "is not TOML"),
+        ('[codes]\na.b.c = "L1"', "codes.a is a table: a code with dots must stand in quotes"),
+        pytest.param(f"[limits]\nwindow_s = 1{'0' * 400}", "must be a number", id="huge"),
+        pytest.param(f"[limits]\nwindow_s = 0x{'F' * 9000}", "must be a number", id="vast"),
+        ("[limits]\nwindow_s = 1e300", "at most 1e+09"),
+        pytest.param(f"[limits]\nmax_restarts = 1{'0' * 400}", "must be a whole", id="many"),
+        pytest.param(f"[limits]\nmax_restarts = 1{'0' * 9000}", "digits", id="not read"),
         ("[levels\n", "is not TOML"),
         ("[levels]\nL1 = 2026-01-01", "must be one of"),
     ],

@@ -1,0 +1,193 @@
+"""Signals of monitors that ask for ranks to go, until they can be done without.
+
+    asked --> tried, in a quiet moment --> under way: drained, or isolated --> all are out
+                                      \\-> refused; tried again in the next epoch
+
+A Node's taint, or a GPU that two ranks share, speaks of several ranks at once. What it asks for is
+planned for all of them together, before anybody is touched: rank by rank each loss might be
+affordable, and nothing left in the end.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from revivemoe.engine.maintenance import Maintenance
+from revivemoe.epochs.epochs import Epochs
+from revivemoe.epochs.fleet import DEVICE_IS_BAD
+from revivemoe.ids import Epoch, RankId
+from revivemoe.messages.events import DeviceFaultRefused, DrainRefused, Tell
+from revivemoe.recovery.faults import Fault
+from revivemoe.recovery.plan import Continue
+from revivemoe.recovery.policy import LevelAction
+
+log = logging.getLogger("revivemoe.engine")
+
+Key = tuple[str, str, tuple[RankId, ...]]
+NEVER = Epoch(-1)
+TURNED_DOWN = "it was begun, and could not be ended: see the event drain_refused"
+MOST_OPEN = 256
+"""Kept at a time; beyond that the oldest is forgotten."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What a monitor says of one device, link or host, and what the policy makes of it."""
+
+    source: str
+    code: str
+    ranks: tuple[RankId, ...]
+    """All that it speaks of."""
+    level: int
+    action: LevelAction
+    detail: str
+
+    @property
+    def key(self) -> Key:
+        return (self.source, self.code, self.ranks)
+
+    @property
+    def shared(self) -> bool:
+        return len(self.ranks) > 1
+
+    def fault(self, rank: RankId) -> Fault:
+        said = f"{self.code}: {self.detail}" if self.detail else self.code
+        return Fault(rank, "device_fault", said, self.level)
+
+
+@dataclass
+class Open:
+    """One that has not been carried out to its end."""
+
+    signal: Signal
+    since: float
+    reason: str = ""
+    """Why it was refused, if it was."""
+    tried: Epoch = NEVER
+    """The epoch in which that was decided: in the same one nothing has changed."""
+    under_way: bool = False
+    """Its ranks go, one after the other."""
+
+
+class DeviceSignals:
+    """Those that ask for ranks to go: drained (L4), or isolated (L5, L6)."""
+
+    def __init__(self, epochs: Epochs, maintenance: Maintenance, tell: Tell) -> None:
+        self._epochs, self._maintenance, self._tell = epochs, maintenance, tell
+        self._views = epochs.fleet.views
+        self._open: dict[Key, Open] = {}
+
+    @property
+    def refused(self) -> Iterator[Open]:
+        """What the instance cannot afford, as long as it is said."""
+        return (one for one in self._open.values() if one.reason)
+
+    def ask(self, signal: Signal, now: float) -> None:
+        """These ranks are to go. One alone that is to be isolated goes at once: what is wrong with
+        it is worse than to be without it."""
+        self.take_back(signal.key)
+        if signal.action == "isolate" and not signal.shared:
+            self._carry_out(signal, now)
+            return
+        self._note(signal, signal.ranks, takes_out=not signal.shared)
+        one = Open(signal, now)
+        while len(self._open) >= MOST_OPEN:
+            del self._open[next(iter(self._open))]
+        self._open[signal.key] = one
+        self.tick(now)
+
+    def take_back(self, key: Key) -> None:
+        """It is over, or something else is said."""
+        self._open.pop(key, None)
+
+    def take_back_of(self, rank: RankId, code: str) -> None:
+        """Those that speak of this rank alone, with this code; with any, without one."""
+        for key in [k for k in self._open if k[2] == (rank,) and code in ("", k[1])]:
+            del self._open[key]
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something may come of one of them in this epoch."""
+        present = self._epochs.membership.epoch
+        return any(one.under_way or one.tried != present for one in self._open.values())
+
+    def tick(self, now: float) -> None:
+        """Try what has not been tried in this epoch, once in each: strength may have come back."""
+        for key, one in list(self._open.items()):
+            if one.under_way:
+                self._follow(key, one, now)
+                continue
+            members = [rank for rank in one.signal.ranks if self._views[rank].member]
+            if members and not self._epochs.quiet:
+                continue
+            if members and one.tried == self._epochs.membership.epoch:
+                continue
+            reason = self._cannot_do_without(one.signal, members)
+            one.tried = self._epochs.membership.epoch
+            if reason is not None:
+                self._refuse(one, reason)
+            else:
+                one.under_way, one.reason = True, ""
+                self._carry_out(one.signal, now)
+
+    def _follow(self, key: Key, one: Open, now: float) -> None:
+        """Whether all are out by now. In another epoch those that are still here are weighed anew,
+        for others may have been lost meanwhile. Whom an operator has brought back may stay.
+        """
+        views = [self._views[rank] for rank in one.signal.ranks]
+        here = [v.rank for v in views if v.member and one.signal.code in v.device_faults]
+        if not here:
+            self.take_back(key)
+        elif not self._epochs.quiet:
+            pass
+        elif not set(here) & {fault.rank for fault in self._maintenance.drains.leaving}:
+            one.under_way, one.reason = False, TURNED_DOWN
+        elif one.tried != self._epochs.membership.epoch:
+            one.tried = self._epochs.membership.epoch
+            reason = self._cannot_do_without(one.signal, here)
+            if reason is not None:
+                one.under_way = False
+                self._maintenance.drains.withdraw(here, now)
+                self._note(one.signal, here, takes_out=not one.signal.shared)
+                self._refuse(one, reason)
+
+    def _cannot_do_without(self, signal: Signal, members: list[RankId]) -> str | None:
+        """Why the instance could not go on without them all; None: it can."""
+        if not members:
+            return None
+        leaving = self._maintenance.drains.leaving
+        plan = self._epochs.plan_for([*map(signal.fault, members), *leaving])
+        return None if isinstance(plan, Continue) else f"without them: {plan.reason}"
+
+    def _refuse(self, one: Open, reason: str) -> None:
+        """Told of once; what the reason becomes in later epochs, the status says."""
+        signal, again, one.reason = one.signal, bool(one.reason), reason
+        if again:
+            return
+        if not signal.shared:
+            self._tell(DrainRefused(signal.ranks[0], reason, None))
+        what = (signal.source, signal.code, signal.level, signal.action)
+        self._tell(DeviceFaultRefused(list(signal.ranks), *what, reason))
+        log.warning(
+            "%s %s: ranks %s stay where they are: %s",
+            signal.source, signal.code, list(signal.ranks), reason,
+        )  # fmt: skip
+
+    def _note(self, signal: Signal, ranks: Iterable[RankId], takes_out: bool) -> None:
+        for rank in ranks:
+            self._views[rank].device_says(signal.code, signal.fault(rank), takes_out)
+
+    def _carry_out(self, signal: Signal, now: float) -> None:
+        """Members drain in good order; others hold nothing that would have to be moved."""
+        self._note(signal, signal.ranks, takes_out=True)
+        views = [self._views[rank] for rank in signal.ranks]
+        drained = [v for v in views if v.member and signal.action == "drain"]
+        accused = [v for v in views if not v.dead and v not in drained]
+        for view in views:
+            if view.dead:
+                self._epochs.fleet.lives.call_off(view, now)
+                if view.fault is None or view.fault.kind not in DEVICE_IS_BAD:
+                    view.fault = signal.fault(view.rank)
+        if accused:
+            self._epochs.accuse([signal.fault(view.rank) for view in accused], now)
+        self._maintenance.drain_all([signal.fault(view.rank) for view in drained], now)
