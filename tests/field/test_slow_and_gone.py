@@ -15,6 +15,7 @@ import pytest
 from revivemoe.server import bodies, openai_routes, sse
 from revivemoe.server.admission import Admission
 from revivemoe.server.lifetime import Lifetime
+from revivemoe.server.run import bind
 from revivemoe.streams import EngineUnavailable, FellBehind
 
 BODY = b'{"prompt": "abc", "max_tokens": 2}'
@@ -171,3 +172,18 @@ def test_a_reader_of_events_that_falls_behind_is_told(http, engine, monkeypatch)
     assert lines[1:3] == ['data: {"event":"signal"}', "event: error"]
     assert "17 events were not read in time" in lines[3]
     assert '"code":"fell_behind"' in lines[3]
+
+
+def test_the_kernel_gives_up_a_client_that_takes_nothing_of_a_whole_answer():
+    """Connections have it from the listener; `tcp(7)`: also where the window stays shut."""
+    with bind("127.0.0.1", 0) as listener, closing(socket.create_connection(_address(listener))):
+        accepted, _ = listener.accept()
+        with accepted:
+            given_up_ms = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    assert given_up_ms == 300_000
+
+
+def _address(listener: socket.socket) -> tuple[str, int]:
+    listener.listen()
+    host, port = listener.getsockname()
+    return host, port

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from revivemoe.host.descriptors import CEILING
 from revivemoe.server.accepting import Acceptor
 from revivemoe.server.lifetime import Lifetime
+from revivemoe.server.sse import STALLED_S
 
 _LAST_WORDS_S = 1.0
 """Time for the error events of the streams that were cut to be written."""
@@ -69,6 +70,8 @@ def _bound(sock: socket.socket, address: tuple[object, ...]) -> socket.socket:
     with contextlib.ExitStack() as on_error:
         on_error.enter_context(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Of every connection: one that takes nothing of what there is to take is given up.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * STALLED_S))
         sock.bind(address)
         on_error.pop_all()
         return sock
