@@ -97,13 +97,18 @@ class DeviceSignals:
         self.tick(now)
 
     def take_back(self, key: Key) -> None:
-        """It is over, or something else is said."""
-        self._open.pop(key, None)
+        """It is over, or something else is said. Who has not begun to go for it stays, unless
+        another code asks for that."""
+        one = self._open.pop(key, None)
+        if one is not None and one.under_way:
+            views = [self._views[rank] for rank in one.signal.ranks]
+            stay = [v.rank for v in views if not set(v.device_faults) - {one.signal.code}]
+            self._maintenance.drains.forget(stay)
 
     def take_back_of(self, rank: RankId, code: str) -> None:
         """Those that speak of this rank alone, with this code; with any, without one."""
         for key in [k for k in self._open if k[2] == (rank,) and code in ("", k[1])]:
-            del self._open[key]
+            self.take_back(key)
 
     @property
     def unsettled(self) -> bool:

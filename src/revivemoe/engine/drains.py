@@ -88,13 +88,17 @@ class Drains:
         self._asked.append(Wanted(fault, view.incarnation, request_id, switch))
         return True
 
+    def forget(self, ranks: Collection[RankId]) -> None:
+        """These need not go for what their devices have said, if they have not begun to."""
+        self._asked = deque(w for w in self._asked if not self._may_stay(w, ranks))
+
     def withdraw(self, ranks: Collection[RankId], now: float) -> None:
         """These are to stay, whatever their devices say."""
+        self.forget(ranks)
         drain = self._drain
         if drain is not None and self._may_stay(drain.wanted, ranks):
             self._drain = None
             self._fleet.lives.drain(self._views[drain.wanted.fault.rank], False, now)
-        self._asked = deque(w for w in self._asked if not self._may_stay(w, ranks))
 
     @staticmethod
     def _may_stay(wanted: Wanted, ranks: Collection[RankId]) -> bool:

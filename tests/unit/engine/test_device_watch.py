@@ -301,6 +301,23 @@ def test_they_come_back_once_it_is_taken_back() -> None:
     assert members(instance) == (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("level", [0, 2])
+def test_who_has_not_begun_to_go_stays_when_it_is_taken_back(level: int) -> None:
+    instance = serving(redundant=24)
+    sinks = loaded(instance, 40)
+    instance.step(2)
+    say_of_all(instance, 4, (R1, R2, R3), "gpu")
+    say(instance, 4, "its own", R3)
+    say_of_all(instance, level, (R1, R2, R3), "gpu")
+    for _ in range(30):
+        instance.step()
+        instance.wait(0.1)
+    assert members(instance) == (0, 2), "one was on its way, and one has a reason of its own"
+    assert refused(instance) == []
+    instance.step(40)
+    assert_whole(sinks, 40)
+
+
 def test_those_under_way_are_weighed_anew_when_another_rank_is_lost() -> None:
     """They could be done without when it was said; one after the other would leave nobody."""
     instance = serving(redundant=24, auto_rejoin=True)
