@@ -12,9 +12,9 @@ GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def test_weights_and_processes_must_fit() -> None:
-    processes = 320 + 2 * 64
+    processes = 512 + 2 * 64
     check(Limit(GROUP, (processes + 101) * MIB, 0), 100 * MIB, 2)
-    with pytest.raises(ValueError, match=r"^548 MiB of memory \(/sys/fs/cgroup/memory.max\)"):
+    with pytest.raises(ValueError, match=r"^740 MiB of memory \(/sys/fs/cgroup/memory.max\)"):
         check(Limit(GROUP, (processes + 100) * MIB, 0), 100 * MIB, 2)
 
 
