@@ -63,7 +63,7 @@ def text_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
     return text
 
 
-def size(config: "PreTrainedConfig", name: str, path: Path) -> int:
+def size(config: "PreTrainedConfig", name: str, path: Path | str) -> int:
     """A whole number above 0 by its common name (`attribute_map` translates). ValueError."""
     value = getattr(config, name, None)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -98,7 +98,7 @@ def refuse_states(config: "PreTrainedConfig", model_dir: Path) -> None:
         )
 
 
-def max_positions(config: "PreTrainedConfig", model_dir: Path) -> tuple[int, str]:
+def max_positions(config: "PreTrainedConfig", model_dir: Path | str) -> tuple[int, str]:
     """How long a text may become, and why not longer (empty: as the configuration says).
 
     `dynamic` and `longrope` turn every position by other angles once the longest text of a batch

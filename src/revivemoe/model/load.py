@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from revivemoe.checkpoint.config import read_config
+from revivemoe.checkpoint.config import read_config, text_config
 from revivemoe.checkpoint.files import EXPERT_KEY, tensors
 from revivemoe.ids import LayerId
 from revivemoe.membership.placement import EMPTY
@@ -71,11 +71,12 @@ def load_model(
         prepare(model)
     experts = find_experts(model)
     routers = {i: _find_router(model, module) for i, module in experts.items() if attention}
+    config = text_config(model.config)
     num_slots = len(next(iter(slots.values()))) if slots else 0
     for module in experts.values():
         set_num_experts(module, num_slots)
     with ExitStack() as stack:
-        state = _lazy_state(model_dir, model.config.num_hidden_layers, slots, dtype, stack)
+        state = _lazy_state(model_dir, config.num_hidden_layers, slots, dtype, stack)
         if not attention:
             state = {key: value for key, value in state.items() if EXPERT_KEY.match(key)}
         problems = convert(model, state, dtype)
@@ -87,7 +88,7 @@ def load_model(
     _refuse(model_dir, problems, parts)
     for part in parts.values():
         part.to(device).eval()
-    return LoadedModel(model if attention else None, model.config, experts, routers, num_slots)
+    return LoadedModel(model if attention else None, config, experts, routers, num_slots)
 
 
 def _refuse(model_dir: Path, problems: list[str], parts: dict[str, nn.Module]) -> None:
