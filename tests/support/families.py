@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 from revivemoe.checkpoint.tokenizer import save_tokenizer
 from revivemoe.checkpoint.weights import fill_weights
 from revivemoe.core.limits import RankLimits
+from revivemoe.ids import ExpertId, SlotId
+from revivemoe.model.load import load_model
 from revivemoe.sampling_params import SamplingParams
 
 VOCABULARY, LAYERS = 512, 4
@@ -214,7 +216,24 @@ def judge(name: str, directory: Path) -> Verdict:
         off = _logits_off(solo, whole, prompt, tokens)
         if off > LOGITS_OFF:
             return Verdict(name, class_name, wrong=f"the tokens are right, logits off by {off:.1e}")
+    _check_experts_alone(solo, directory)
     return Verdict(name, class_name, equal=True, maskable=solo.runner.maskable)
+
+
+def _check_experts_alone(solo: SoloRank, directory: Path) -> None:
+    """What an expert rank loads, and what a recovery reads, is what lies in the slots of a rank
+    that has all of them.
+    """
+    layers = solo.runner.exchange.layers
+    slots = dict.fromkeys(layers, (6, -1, 1))
+    loaded = load_model(directory, slots, torch.float32, torch.device("cpu"), attention=False)
+    for number, layer in layers.items():
+        rows = solo.runner.worker._reader.read(number, [ExpertId(6), ExpertId(1)])
+        for at, expert in enumerate((6, 1)):
+            for name, held in layer.read_slot(SlotId(expert)).items():
+                assert torch.equal(rows[name][at], held), f"layer {number}: {name} read alone"
+                part = getattr(loaded.experts[number], name)[2 * at]
+                assert torch.equal(part, held), f"layer {number}: {name} of an expert rank"
 
 
 @torch.inference_mode()

@@ -11,7 +11,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 EXPERT_KEY = re.compile(
     r"^(?P<head>(?:.*\.)?layers\.(?P<layer>\d+)\."
-    r"(?:.*\bexperts|block_sparse_moe(?=\.(?:input|output)_linear\.))\.)(?P<rest>.+)$"
+    r"(?:.*\bexperts|block_sparse_moe(?=\.(?:input|output)_linear\.))\.)"
+    r"(?P<rest>(?!e_score_correction_bias$).+)$"  # the router's, wherever it is published
 )
 """A tensor of one routed expert (`rest` begins with its number), or of all of a layer's in one."""
 
