@@ -9,7 +9,7 @@ CLIENTS_STAMP := $(CLIENTS)/.installed
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-matrix test-clients soak lint type fmt unit figures api gpu-check clean
+.PHONY: setup demo test test-matrix test-clients test-models soak lint type fmt unit figures api gpu-check clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ test: lint type
 # Every kind of fault at every point of a step, over both transports: about 25 minutes.
 test-matrix: setup
 	$(BIN)/python -m pytest -q -m matrix tests/dist/test_matrix.py
+
+# Every MoE architecture of the installed transformers, tiny, against generate: writes docs/models.md,
+# half a minute.
+test-models: setup
+	$(BIN)/python -m pytest -q -m models tests/models
 
 # Clients of other projects (openai, litellm, langchain, lm-eval, aiperf, curl, nginx, a browser) against
 # a served checkpoint: 3 to 4 minutes.

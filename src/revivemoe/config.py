@@ -135,7 +135,7 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
     if max_model_len > info.max_positions:
         raise ValueError(
             f"--max-model-len {max_model_len} is more than the {info.max_positions} positions "
-            "the model was made for: lower it"
+            f"the model was made for{info.positions_end}: lower it"
         )
     topology = config.topology()
     holders = len(topology.experts)
@@ -212,7 +212,7 @@ def _check_positive(config: EngineConfig) -> None:
     for flag, value_str, known in (
         ("--comm-backend", config.comm_backend, ("auto", "shm", "gloo", "nccl")),
         ("--device", config.device, ("auto", "cpu", "cuda")),
-        ("--dtype", config.dtype, ("auto", "float32", "bfloat16")),
+        ("--dtype", config.dtype, ("auto", "float32", "bfloat16", "float16")),
         ("--device-health", config.device_health, ("auto", "off")),
     ):
         if value_str not in known:

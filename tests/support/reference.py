@@ -121,6 +121,9 @@ def _generate(
 @contextmanager
 def masked_experts(model: Any, masked: Masked) -> Iterator[None]:
     """While inside, the routers of `masked` layers choose among the other experts only."""
+    if not masked:
+        yield
+        return
     patched = [r for layer, r in routers(model).items() if layer in masked]
     before = [r.__dict__.get("forward") for r in patched]
     try:

@@ -92,6 +92,12 @@ def test_auto_becomes_something() -> None:
     assert resolve(CONFIG, replace(INFO, max_positions=100)).max_model_len == 100
 
 
+def test_why_a_text_may_not_be_longer() -> None:
+    info = replace(INFO, max_positions=100, positions_end="; beyond them longrope ...")
+    with pytest.raises(ValueError, match="100 positions the model was made for; beyond them long"):
+        resolve(replace(CONFIG, max_model_len=101), info)
+
+
 def test_what_is_said_stays() -> None:
     said = replace(
         CONFIG, served_model_name="m", comm_backend="gloo", dtype="float32", max_model_len=8192

@@ -64,7 +64,7 @@ def serve(
     comm_backend: Annotated[str, typer.Option(help="auto, shm, gloo or nccl.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16.")
+        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")
     ] = "auto",
     max_model_len: Annotated[
         int | None,

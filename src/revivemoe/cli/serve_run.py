@@ -78,7 +78,7 @@ def configure_logging() -> None:
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
-    """The checkpoint's fast tokenizer. Raises ValueError if there is none."""
+    """The checkpoint's fast tokenizer, which neither cuts nor pads. ValueError if there is none."""
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -92,6 +92,8 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
         raise ValueError(
             f"{model_dir} has no usable tokenizer: only fast ones (tokenizer.json) are supported"
         )
+    tokenizer.backend_tokenizer.no_truncation()  # what it was trained with may have been saved
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -106,6 +108,7 @@ async def _serve(config: EngineConfig, info: CheckpointInfo, listen: Listen) -> 
     with bind(listen.host, listen.port):  # whether it can be had is known before loading
         pass
     tokenizer = load_tokenizer(info.model_dir)
+    info = info.ending_with(tokenizer.eos_token_id)
     defaults = sampling_defaults(listen.generation_config, info.model_dir)
     template = None if listen.chat_template is None else read_template(listen.chat_template)
     stop, cut = asyncio.Event(), asyncio.Event()

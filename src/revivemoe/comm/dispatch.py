@@ -137,9 +137,10 @@ class Dispatcher:
     def dispatch(self, hidden_TH: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         """Send each token to the ranks that hold its experts; return the rows sent here.
 
-        `hidden_TH`: float32 or bfloat16, the same on all members; T may be 0. `slot_ids_TK`:
-        integers, physical slots over the whole domain, logical rank * S + slot, or -1 for none (the
-        choice is dropped). `weights_TK`: any float. Raises DomainLeft, CommunicationFailed.
+        `hidden_TH`: float32, bfloat16 or float16, the same on all members; T may be 0.
+        `slot_ids_TK`: integers, physical slots over the whole domain, logical rank * S + slot, or
+        -1 for none (the choice is dropped). `weights_TK`: any float. Raises DomainLeft,
+        CommunicationFailed.
         """
         return self.receive(self.send(hidden_TH, slot_ids_TK, weights_TK))
 

@@ -38,7 +38,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_experts: int
     top_k: int
     dtype: str
-    """float32 | bfloat16"""
+    """float32 | bfloat16 | float16"""
     device: str
     """cpu | cuda:N"""
     threads: int

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from revivemoe.checkpoint.files import EXPERT_KEY
 from revivemoe.ids import ExpertId, LayerId
 from revivemoe.model.expert_recipe import Recipe, learn
 from revivemoe.model.load import (
-    EXPERT_KEY,
     CheckpointError,
     ExpertSlice,
     Lazy,

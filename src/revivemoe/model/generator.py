@@ -18,7 +18,8 @@ from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
 from revivemoe.model.head import Head, KeptRow, in_slices, kept_rows
 from revivemoe.model.load import LoadedModel
-from revivemoe.model.paged import AttentionBatch, PagedCache, ProbeCache, plan_attention
+from revivemoe.model.paged import AttentionBatch, PagedCache, plan_attention
+from revivemoe.model.probe import KVShape, probe
 from revivemoe.model.router import MaskableRouter
 from revivemoe.model.sampling import SamplingRow, sample, token_logprobs
 from revivemoe.model.turns import Turns
@@ -214,20 +215,15 @@ class Generator:
                 results.append(StepResult(None, None, part))
         return results
 
-    @torch.inference_mode()
-    def _probe(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Run one token with stand-ins for cache and experts, to learn the KV shapes."""
-        probe = ProbeCache()
-        for module in self._attention_modules():
-            module.revive_cache = probe
-        zero = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        self.model(input_ids=zero, position_ids=zero, past_key_values=probe, use_cache=True)
+    def _probe(self) -> list[KVShape]:
+        """Learn the KV shapes; from now on the experts are called for real."""
+        shapes = probe(self.model, self._attention_modules(), self._device)
         for layer in self._exchange.layers.values():
             layer.module.revive_exchange = self._exchange
         for module in self.model.modules():
             if isinstance(module, ShardedMlp):
                 module.run = self._exchange.run_dense
-        return [probe.shapes[i] for i in sorted(probe.shapes)]
+        return shapes
 
     def _attention_modules(self) -> list[nn.Module]:
         return [

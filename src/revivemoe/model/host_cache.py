@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from revivemoe.checkpoint.files import EXPERT_KEY
 from revivemoe.comm.shm import create_memfd, round_up
 from revivemoe.ids import ExpertId, LayerId
-from revivemoe.model.load import EXPERT_KEY, checkpoint_files
+from revivemoe.model.load import checkpoint_files
 
 _MAGIC = 0x7265_7669_7665_0002
 _PAGE = 4096

@@ -5,7 +5,6 @@ the checkpoint's keys are renumbered from experts to slots; and `transformers`' 
 (`core_model_loading`) does the renaming and merging that each family needs.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,23 +15,24 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from revivemoe.checkpoint.config import read_config, text_config
+from revivemoe.checkpoint.files import EXPERT_KEY, tensors
 from revivemoe.ids import LayerId
 from revivemoe.membership.placement import EMPTY
 
 ATTENTION = "revivemoe_paged"
 EXPERTS = "revivemoe_dispatch"
 
-EXPERT_KEY = re.compile(r"^(?P<head>.*\.layers\.(?P<layer>\d+)\..*\bexperts\.)(?P<rest>.+)$")
 _EXPERTS_MARKS = ("num_experts", "is_transposed", "has_bias", "_apply_gate")
 """What the experts interface of `transformers` gives every module that goes through it."""
-_LAYER_KEY = re.compile(r"\.layers\.(\d+)\.")
+_LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class CheckpointError(ValueError):
@@ -71,23 +71,24 @@ def load_model(
         prepare(model)
     experts = find_experts(model)
     routers = {i: _find_router(model, module) for i, module in experts.items() if attention}
+    config = text_config(model.config)
     num_slots = len(next(iter(slots.values()))) if slots else 0
     for module in experts.values():
         set_num_experts(module, num_slots)
     with ExitStack() as stack:
-        state = _lazy_state(model_dir, model.config.num_hidden_layers, slots, dtype, stack)
+        state = _lazy_state(model_dir, config.num_hidden_layers, slots, dtype, stack)
         if not attention:
             state = {key: value for key, value in state.items() if EXPERT_KEY.match(key)}
         problems = convert(model, state, dtype)
     parts: dict[str, nn.Module] = {f"experts of layer {i}: ": m for i, m in experts.items()}
     if attention:
         parts = {"": model}
-        model.tie_weights()
+        _tie(model)
         _materialise_empty(model)
     _refuse(model_dir, problems, parts)
     for part in parts.values():
         part.to(device).eval()
-    return LoadedModel(model if attention else None, model.config, experts, routers, num_slots)
+    return LoadedModel(model if attention else None, config, experts, routers, num_slots)
 
 
 def _refuse(model_dir: Path, problems: list[str], parts: dict[str, nn.Module]) -> None:
@@ -137,17 +138,17 @@ def construct(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{model_dir}/config.json: {_first_line(error)}") from None
-    with no_init_weights(), _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
-        )
+        config = read_config(model_dir)
+        with no_init_weights(), _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
+            )
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(_one_line(error)) from None
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 @contextmanager
@@ -188,18 +189,13 @@ def _names_of_rows(experts: nn.Module) -> tuple[str, ...]:
 
 
 def checkpoint_files(model_dir: Path) -> dict[str, Path]:
-    """Tensor name to safetensors file. Raises CheckpointError if there is none."""
-    index = model_dir / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {name: model_dir / file for name, file in weight_map.items()}
-    single = model_dir / "model.safetensors"
-    if not single.exists():
-        raise CheckpointError(
-            f"{model_dir} holds neither model.safetensors nor model.safetensors.index.json"
-        )
-    with safe_open(single, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), single)
+    """Tensor name to safetensors file. Raises CheckpointError for one that cannot be read: what is
+    missing may be none of this rank's.
+    """
+    try:
+        return {name: tensor.file for name, tensor in tensors(model_dir, complete=False).items()}
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 class Lazy(Protocol):
@@ -284,6 +280,14 @@ def add_expert(
         for slot, held in enumerate(in_slots):
             if held == EMPTY:
                 state[f"{match['head']}{slot}.{rest}"] = _Zeros(source.get_shape(), dtype)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """As `from_pretrained` does it: what the class and the configuration tie is one, unless the
+    checkpoint holds both and they differ; either may be the one that is there.
+    """
+    every = model.named_parameters(remove_duplicate=False)
+    model.tie_weights(missing_keys={n for n, p in every if p.is_meta}, recompute_mapping=False)
 
 
 def _materialise_empty(model: PreTrainedModel) -> None:

@@ -11,9 +11,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from revivemoe.core.step import ScheduledSequence
+from revivemoe.model.probe import KVShape, ProbeCache
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ class PagedCache:
 
     def __init__(
         self,
-        shapes: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+        shapes: Sequence[KVShape],
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`shapes[layer]` is ((key heads, key dim), (value heads, value dim))."""
+        """`shapes`: by layer."""
 
         def pages(heads: int, dim: int) -> Tensor:
             shape = (num_blocks, block_size, heads, dim)
@@ -148,28 +149,6 @@ class PagedCache:
         )
 
 
-class ProbeCache:
-    """Stands in for the pages once, to learn each layer's shapes from the model itself."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        self.shapes[layer_idx] = (
-            (key.shape[1], key.shape[3]),
-            (value.shape[1], value.shape[3]),
-        )
-        return key, value
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-_UNSUPPORTED = ("s_aux", "softcap")
-
-
 def paged_attention(
     module: nn.Module,
     query: Tensor,
@@ -178,18 +157,18 @@ def paged_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention of [1, Hq, T, D] queries over the pages; returns ([1, T, Hq, Dv], None).
 
+    `s_aux`, [Hq]: sinks, logits of nothing that take their share of each softmax.
     Registered with `ALL_ATTENTION_FUNCTIONS`. `module.revive_cache` is set by the runner.
-    Raises NotImplementedError for attention features whose meaning would be lost here.
+    What would be lost here is refused by the probe.
     """
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"attention with {name} is not supported")
     cache = module.revive_cache
     if isinstance(cache, ProbeCache):
+        cache.attend(module.layer_idx, attention_mask, sliding_window, kwargs)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     batch = cache.batch
     cache.on_attention(module.layer_idx, query.shape[2])
@@ -197,10 +176,10 @@ def paged_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     read = partial(cache.read, module, module.layer_idx)
     if len(batch.decode_rows_B):
-        out_THD[batch.decode_rows_B] = _decode(read, batch, query, scale, sliding_window)
+        out_THD[batch.decode_rows_B] = _decode(read, batch, query, scale, sliding_window, s_aux)
     for item in batch.prefills:
         rows = slice(item.row, item.row + item.count)
-        out_THD[rows] = _prefill(read, item, query[0, :, rows], scale, sliding_window)
+        out_THD[rows] = _prefill(read, item, query[0, :, rows], scale, sliding_window, s_aux)
     return out_THD[None], None
 
 
@@ -208,8 +187,27 @@ Read = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`PagedCache.read` of one layer."""
 
 
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One more key and value of zeros, that all may see, and whose logit is the head's sink: one
+    more dimension in which only that key and the queries are not 0.
+
+    `sinks` fits the query but for its last dimension; the others as attention takes them.
+    """
+    query = torch.cat([query, (sinks / scale).expand(query.shape[:-1])[..., None]], -1)
+    key, value = (pad(x, (0, 1, 0, 1)) for x in (key, value))
+    key[..., -1, -1] = 1
+    return query, key, value[..., :-1], pad(mask, (0, 1), value=True)
+
+
 def _decode(
-    read: Read, batch: AttentionBatch, query: Tensor, scale: float, window: int | None
+    read: Read,
+    batch: AttentionBatch,
+    query: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """One query per sequence: the G query heads of a KV head take the place of query positions."""
     rows = batch.decode_rows_B
@@ -220,18 +218,25 @@ def _decode(
     if window is not None:
         last = batch.positions_T[rows][:, None]
         mask_BL = mask_BL & (torch.arange(mask_BL.shape[1], device=rows.device) > last - window)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if sinks is not None:
+        of_heads = sinks.to(query.dtype).view(kv_heads, -1)
+        query_BHGD, key, value, mask_BL = _with_sinks(
+            query_BHGD, key, value, mask_BL, of_heads, scale
+        )
     out = scaled_dot_product_attention(
-        query_BHGD,
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask_BL[:, None, None, :],
-        scale=scale,
+        query_BHGD, key, value, attn_mask=mask_BL[:, None, None, :], scale=scale
     )
     return out.reshape(len(rows), -1, out.shape[-1])
 
 
 def _prefill(
-    read: Read, item: PrefillItem, query: Tensor, scale: float, window: int | None
+    read: Read,
+    item: PrefillItem,
+    query: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """A chunk of one sequence: causal over everything before it."""
     key, value = read(item.blocks)
@@ -244,11 +249,15 @@ def _prefill(
     mask = seen <= at
     if window is not None:
         mask = mask & (seen > at - window)
+    key, value = key.transpose(0, 1), value.transpose(0, 1)
+    if sinks is not None:
+        of_heads = sinks.to(query.dtype).view(kv_heads, -1, 1)
+        query_HGCD, key, value, mask = _with_sinks(query_HGCD, key, value, mask, of_heads, scale)
     groups = query_HGCD.shape[1]
     out = scaled_dot_product_attention(
         query_HGCD,
-        key.transpose(0, 1)[:, None].expand(-1, groups, -1, -1),
-        value.transpose(0, 1)[:, None].expand(-1, groups, -1, -1),
+        key[:, None].expand(-1, groups, -1, -1),
+        value[:, None].expand(-1, groups, -1, -1),
         attn_mask=mask,
         scale=scale,
     )

@@ -62,7 +62,7 @@ def segment_spec(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:
         channels=config.num_microbatches or 1,
         max_tokens=config.max_num_batched_tokens,
         hidden=info.hidden_size,
-        itemsize=2 if config.dtype == "bfloat16" else 4,
+        itemsize=4 if config.dtype == "float32" else 2,
         top_k=max(info.top_k, config.dense_ffn_tp),
     )
 

@@ -10,6 +10,7 @@ from revivemoe.checkpoint.inspect import inspect_checkpoint
 
 CONFIG = {
     "architectures": ["SomeMoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "vocab_size": 32,
     "hidden_size": 4,
     "num_hidden_layers": 2,
@@ -121,16 +122,79 @@ def test_bytes_that_are_no_text(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
-def test_a_config_without_dimensions(model_dir: Path, key: str) -> None:
-    edit(model_dir, **{key: None})
-    assert f"has no {key}" in refusal(model_dir)
-    edit(model_dir, **{key: "many"})
-    assert f"has no {key}" in refusal(model_dir)
+@pytest.mark.parametrize("value", ["many", 0, -1, [3]])
+def test_dimensions_that_cannot_be(model_dir: Path, key: str, value: Any) -> None:
+    edit(model_dir, **{key: value})
+    message = refusal(model_dir)
+    assert "config.json" in message
+    assert key in message or "layer" in message
 
 
-def test_a_config_without_top_k(model_dir: Path) -> None:
-    edit(model_dir, num_experts_per_tok=None)
-    assert "how many experts a token uses" in refusal(model_dir)
+def test_what_the_config_does_not_say_is_the_familys(model_dir: Path) -> None:
+    from transformers import Qwen3MoeConfig
+
+    edit(model_dir, vocab_size=None, num_experts_per_tok=None, max_position_embeddings=None)
+    info, default = inspect_checkpoint(model_dir), Qwen3MoeConfig()
+    assert info.vocab_size == default.vocab_size
+    assert info.top_k == default.num_experts_per_tok
+    assert info.max_positions == default.max_position_embeddings
+
+
+@pytest.mark.parametrize("model_type", [None, "", "nobody_knows"])
+def test_a_family_nobody_knows(model_dir: Path, model_type: str | None) -> None:
+    edit(model_dir, model_type=model_type)
+    assert "model_type" in refusal(model_dir) or "nobody_knows" in refusal(model_dir)
+
+
+def test_code_of_the_checkpoints_own_is_not_run(model_dir: Path) -> None:
+    edit(model_dir, model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (model_dir / "own.py").write_text("raise SystemExit('run')\n")
+    assert "config.json" in refusal(model_dir)
+
+
+def test_names_that_the_family_translates(model_dir: Path) -> None:
+    """`attribute_map`: the name in the file is the family's, the one we ask for is common."""
+    edit(
+        model_dir, model_type="longcat_flash", num_layers=2, moe_topk=3, num_hidden_layers=None,
+        num_experts_per_tok=None,
+    )  # fmt: skip
+    info = inspect_checkpoint(model_dir)
+    assert (info.moe_layers, info.top_k) == ((0, 1), 3)
+
+
+def test_layers_that_keep_another_state(model_dir: Path) -> None:
+    edit(model_dir, model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+    assert "has layers of linear_attention: only attention over" in refusal(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("rope", "most", "why"),
+    [
+        ({"rope_type": "default"}, 128, ""),
+        ({"rope_type": "linear", "factor": 4.0}, 128, ""),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256, ""),
+        ({"rope_type": "yarn", "factor": 4.0}, 512, ""),
+        ({"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 16}, 128, ""),
+        ({"rope_type": "dynamic", "factor": 4.0}, 128, "dynamic"),
+        (
+            {
+                "rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0],
+                "original_max_position_embeddings": 32, "factor": 4.0,
+            },
+            32,
+            "longrope",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_how_long_a_text_may_become(
+    model_dir: Path, field: str, rope: dict[str, Any], most: int, why: str
+) -> None:
+    edit(model_dir, head_dim=2, **{field: rope | {"rope_theta": 1e4}})
+    info = inspect_checkpoint(model_dir)
+    assert info.max_positions == most
+    assert why in info.positions_end
+    assert bool(why) == bool(info.positions_end)
 
 
 @pytest.mark.parametrize("value", ["many", [64], True])
@@ -186,15 +250,48 @@ def test_garbage_in_a_header(model_dir: Path, header: bytes) -> None:
 
 
 def test_a_missing_shard(model_dir: Path) -> None:
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
-    (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    index = {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}
+    shard(model_dir, json.dumps({"weight_map": index}))
     assert "model-00002.safetensors is missing: the checkpoint is incomplete" in refusal(model_dir)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def shard(model_dir: Path, index: str) -> None:
+    """The one file becomes a shard beside this index."""
+    (model_dir / "model.safetensors").rename(model_dir / "model-00001.safetensors")
+    (model_dir / "model.safetensors.index.json").write_text(index)
+
+
+GARBAGE = ("", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}')
+
+
+@pytest.mark.parametrize("text", [*GARBAGE, '{"weight_map": {"a": "../x.safetensors"}}'])
 def test_garbage_in_the_index(model_dir: Path, text: str) -> None:
-    (model_dir / "model.safetensors.index.json").write_text(text)
+    shard(model_dir, text)
     assert "model.safetensors.index.json" in refusal(model_dir)
+
+
+def test_the_single_file_goes_before_an_index(model_dir: Path) -> None:
+    """As in `transformers`: an index beside it may be left over from before a merge."""
+    (model_dir / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
+    assert inspect_checkpoint(model_dir).moe_layers == (0, 1)
+
+
+@pytest.mark.parametrize("empty", [b"", safetensors({})], ids=["no bytes", "no tensors"])
+def test_a_shard_that_is_named_and_empty(model_dir: Path, empty: bytes) -> None:
+    held = "model.layers.0.mlp.experts.0.up_proj.weight"
+    index = {held: "model-00001.safetensors", "b": "model-00002.safetensors"}
+    shard(model_dir, json.dumps({"weight_map": index}))
+    (model_dir / "model-00002.safetensors").write_bytes(empty)
+    message = refusal(model_dir)
+    assert "model-00002.safetensors" in message
+    assert "empty" in message or "lacks b, which" in message
+
+
+def test_tensors_that_the_index_forgets_are_there(model_dir: Path) -> None:
+    """As in `transformers`: it reads whole shards."""
+    held = "model.layers.0.mlp.experts.0.up_proj.weight"
+    shard(model_dir, json.dumps({"weight_map": {held: "model-00001.safetensors"}}))
+    assert inspect_checkpoint(model_dir).num_experts == 3
 
 
 @pytest.mark.parametrize(
@@ -235,7 +332,10 @@ def test_ids_that_no_token_has_are_named_in_the_log(
 @pytest.mark.parametrize("ids", ["two", True, [True], 2.5, [2, None], [[2]], {"a": 1}, [2.0]])
 def test_what_is_no_token_id_is_refused(model_dir: Path, ids: Any) -> None:
     edit(model_dir, eos_token_id=ids)
-    assert "config.json: eos_token_id must be" in refusal(model_dir)
+    message = refusal(model_dir)
+    assert "config.json" in message
+    assert "eos_token_id" in message
+    edit(model_dir)
     (model_dir / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     assert "generation_config.json: eos_token_id must be" in refusal(model_dir)
 
@@ -258,6 +358,8 @@ def test_the_end_is_the_named_folders(model_dir: Path, tmp_path: Path) -> None:
     "name", ["config.json", "generation_config.json", "model.safetensors.index.json"]
 )
 def test_a_file_that_nests_too_deep(model_dir: Path, name: str) -> None:
+    if "index" in name:
+        shard(model_dir, "")
     (model_dir / name).write_text("[" * 10**5)
     assert name in refusal(model_dir)
 
@@ -270,7 +372,12 @@ def test_garbage_in_the_generation_config(model_dir: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
+    [
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("float64", "bfloat16"),
+    ],
 )
 def test_the_dtype(model_dir: Path, given: str, expected: str) -> None:
     edit(model_dir, dtype=None, torch_dtype=given)

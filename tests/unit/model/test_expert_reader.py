@@ -157,14 +157,15 @@ def test_a_tensor_that_is_missing(
 
 @pytest.mark.parametrize("part", ["up_", "down_", ""])
 def test_an_index_without_the_tensor(made: dict[str, Path], tmp_path: Path, part: str) -> None:
-    """Keys that the index no longer names: nobody would miss them while reading."""
+    """It is in a shard all the same, where `transformers` finds it too."""
     path = Path(shutil.copytree(made["qwen3_moe"], tmp_path / "m"))
     index = path / "model.safetensors.index.json"
     index.write_text(
         index.read_text().replace(f".3.mlp.experts.7.{part}", f".3.mlp.experts.77.{part}")
     )
-    with pytest.raises(CheckpointError, match="lacks experts"):
-        ExpertReader(path, torch.float32).read(LAST, ids(7))
+    whole = ExpertReader(made["qwen3_moe"], torch.float32).read(LAST, ids(7))
+    read = ExpertReader(path, torch.float32).read(LAST, ids(7))
+    assert all(torch.equal(read[name], whole[name]) for name in whole)
 
 
 def test_a_file_that_has_gone(made: dict[str, Path], tmp_path: Path) -> None:

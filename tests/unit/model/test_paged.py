@@ -15,7 +15,8 @@ from revivemoe.core.sequence import Sequence
 from revivemoe.core.step import ScheduledSequence
 from revivemoe.ids import BlockId, SeqId
 from revivemoe.messages.tokens import SequenceSpec
-from revivemoe.model.paged import PagedCache, ProbeCache, paged_attention, plan_attention
+from revivemoe.model.paged import PagedCache, paged_attention, plan_attention
+from revivemoe.model.probe import ProbeCache
 from revivemoe.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -55,6 +56,7 @@ class Case:
     held: list[int]
     new: list[int]
     seed: int
+    sinks: bool = False
 
     @property
     def lengths(self) -> list[int]:
@@ -74,7 +76,14 @@ def scheduled(number: int, start: int, count: int, table: tuple[BlockId, ...]) -
     return ScheduledSequence(Sequence.from_spec(spec), start, count, table, True)
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | None) -> Tensor:
+def dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    window: int | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The definition: [Hq, C, D] queries at positions start.. over [Hk, L, D]; [Hq, C, Dv]."""
     groups = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
@@ -84,7 +93,9 @@ def dense(query: Tensor, key: Tensor, value: Tensor, start: int, window: int | N
         for column in range(key.shape[1]):
             if column > at or (window is not None and column <= at - window):
                 scores[:, row, column] = -math.inf
-    return scores.softmax(-1) @ value
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+    return scores.softmax(-1)[..., : key.shape[1]] @ value
 
 
 def filled(cache: PagedCache, tables: list[Any], keys: list[Tensor], values: list[Tensor]) -> None:
@@ -123,13 +134,15 @@ def check(case: Case) -> None:
         return torch.cat(new).transpose(0, 1)[None]
 
     key, value = cache.update(row_of(keys), row_of(values), 0)
+    sinks = torch.randn(case.kv_heads * case.groups) if case.sinks else None
+    query = torch.cat(queries, 1)[None]
     out, weights = paged_attention(
-        Attention(cache), torch.cat(queries, 1)[None], key, value, None, sliding_window=case.window
+        Attention(cache), query, key, value, None, sliding_window=case.window, s_aux=sinks
     )
     assert weights is None
     expected = torch.cat(
         [
-            dense(q, k.transpose(0, 1), v.transpose(0, 1), h, case.window).transpose(0, 1)
+            dense(q, k.transpose(0, 1), v.transpose(0, 1), h, case.window, sinks).transpose(0, 1)
             for q, k, v, h in zip(queries, keys, values, case.held, strict=True)
         ]
     )
@@ -146,6 +159,7 @@ CASES = st.builds(
     held=st.lists(st.integers(0, 20), min_size=1, max_size=5),
     new=st.just([]),
     seed=st.integers(0, 10**6),
+    sinks=st.booleans(),
 ).flatmap(
     lambda case: st.lists(
         st.sampled_from([1, 1, 2, 7]), min_size=len(case.held), max_size=len(case.held)
@@ -160,8 +174,9 @@ def test_pages_equal_whole_sequences(case: Case) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_decodes_and_prefills_of_one_step(window: int | None) -> None:
-    check(Case(4, 2, 2, 8, window, held=[9, 0, 4, 0, 31], new=[1, 6, 3, 1, 1], seed=1))
+@pytest.mark.parametrize("sinks", [False, True])
+def test_decodes_and_prefills_of_one_step(window: int | None, sinks: bool) -> None:
+    check(Case(4, 2, 2, 8, window, [9, 0, 4, 0, 31], [1, 6, 3, 1, 1], seed=1, sinks=sinks))
 
 
 def test_a_table_may_be_longer_than_the_sequence() -> None:
@@ -223,7 +238,7 @@ def test_pages_begin_as_zeros() -> None:
     assert all(not p.any() and p.dtype == torch.bfloat16 for p in cache.pages[0])
 
 
-@pytest.mark.parametrize("feature", ["s_aux", "softcap"])
+@pytest.mark.parametrize("feature", ["bias", "softcap"])
 def test_features_that_would_be_lost_are_refused(feature: str) -> None:
     zeros = torch.zeros(1, 1, 1, 4)
     with pytest.raises(NotImplementedError, match=feature):

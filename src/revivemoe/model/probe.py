@@ -1,0 +1,115 @@
+"""One token through a loaded model, with stand-ins for cache and experts: what its layers keep, and
+whether their attention is one that pages can be read for.
+
+A model that would compute something else over pages than over its own cache is refused here, by
+what it does and not by its name: what it asks its cache for, and what it hands to its attention.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from revivemoe.checkpoint.config import max_positions, text_config
+from revivemoe.model.load import CheckpointError
+
+KVShape = tuple[tuple[int, int], tuple[int, int]]
+"""((key heads, key dim), (value heads, value dim))"""
+
+_WITHOUT_MEANING_HERE = (
+    "dropout", "position_ids", "cache_position", "is_causal", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits",
+)  # fmt: skip
+"""What models hand on to any attention. Anything else says something that would be lost."""
+
+
+class ProbeCache:
+    """Stands in for the pages once, to learn each layer's shapes from the model itself."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KVShape] = {}
+        self.windows: dict[int, int | None] = {}
+        """Of the layers whose attention is ours."""
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx in self.shapes:
+            raise NotImplementedError(f"layer {layer_idx} keeps keys and values twice")
+        self.shapes[layer_idx] = (
+            (key.shape[1], key.shape[3]),
+            (value.shape[1], value.shape[3]),
+        )
+        return key, value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def attend(
+        self,
+        layer_idx: int,
+        mask: Tensor | None,
+        window: int | None,
+        others: Mapping[str, object],
+    ) -> None:
+        """A layer's attention is called. Raises NotImplementedError for what would be lost."""
+        given = {name for name, value in others.items() if value is not None}
+        given -= set(_WITHOUT_MEANING_HERE)
+        if mask is not None:
+            given.add("a mask of its own")
+        if others.get("is_causal") is False:
+            given.add("no causal order")
+        if given:
+            raise NotImplementedError(f"attention with {', '.join(sorted(given))}")
+        self.windows[layer_idx] = window
+
+    def __getattr__(self, name: str) -> object:
+        raise AttributeError(f"its layers ask their cache for {name}")
+
+
+@torch.inference_mode()
+def probe(
+    model: PreTrainedModel, attention: Sequence[nn.Module], device: torch.device
+) -> list[KVShape]:
+    """What each layer keeps of a position. Raises CheckpointError for a model whose attention is
+    not, or not only, what `paged_attention` computes.
+    """
+    name = type(model).__name__
+    cache = ProbeCache()
+    for module in attention:
+        module.revive_cache = cache
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    try:
+        model(input_ids=zero, position_ids=zero, past_key_values=cache, use_cache=True)
+    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name} is not supported: {said}") from None
+    if problem := _problem(model, cache):
+        raise CheckpointError(f"{name} is not supported: {problem}")
+    return [cache.shapes[layer] for layer in sorted(cache.shapes)]
+
+
+def _problem(model: PreTrainedModel, cache: ProbeCache) -> str | None:
+    layers = set(range(text_config(model.config).num_hidden_layers))
+    if left := sorted(layers - cache.windows.keys()):
+        return f"layers {left[:8]} have no attention over keys and values that can be paged"
+    if others := sorted((layers - cache.shapes.keys()) | (cache.windows.keys() - layers)):
+        return f"layers {others[:8]} do not keep keys and values of their own"
+    for layer, meant in enumerate(_windows(model)):
+        if meant is not None and cache.windows[layer] is None:
+            return f"layer {layer} does not tell its attention of its sliding window of {meant}"
+    return None
+
+
+def _windows(model: PreTrainedModel) -> list[int | None]:
+    """The window that the configuration gives each layer; None: it sees all that there can be."""
+    config = text_config(model.config)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or []
+    if not isinstance(window, int) or window >= max_positions(config, model.config.name_or_path)[0]:
+        window = None
+    return [
+        window if not kinds or kinds[layer] == "sliding_attention" else None
+        for layer in range(config.num_hidden_layers)
+    ]

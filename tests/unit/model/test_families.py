@@ -1,0 +1,104 @@
+"""Families that `make-model` does not make, tiny, against `transformers`; all that it has are
+walked by `make test-models`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.families import GREEDY, LIMITS, VARIANTS, judge, moe_types, prompts, save_tiny
+from support.models_page import PAGE
+from support.solo import SoloRank
+
+from revivemoe.model import paged
+
+SERVED = (
+    "afmoe", "deepseek_v2", "dots1", "ernie4_5_moe", "flex_olmo", "gemma4_text", "glm4_moe_lite",
+    "gpt_oss", "granitemoe", "hunyuan_v1_moe", "mellum", "mimo_v2_flash", "minimax_m2", "phimoe",
+    "qwen2_moe", "qwen3_moe, yarn", "qwen3_moe, longrope", "deepseek_v2, limited to groups",
+)  # fmt: skip
+REFUSED = {
+    "minimax": "layers of linear_attention",
+    "qwen3_next": "layers of linear_attention",
+    "llama4_text": "layers of chunked_attention",
+    "deepseek_v32": "layers of indexed_attention",
+    "jetmoe": "no experts module",
+    "doge": "no routed experts",
+    "phimoe, a window shorter than texts": "does not tell its attention of its sliding window",
+    "gemma4_text, layers that share keys and values": "do not keep keys and values of their own",
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_it_is_served_as_transformers_does(name: str, tmp_path: Path) -> None:
+    verdict = judge(name, tmp_path / "model")
+    assert verdict.equal, verdict
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    verdict = judge(name, tmp_path / "model")
+    assert REFUSED[name] in verdict.refusal, verdict
+
+
+def rows() -> dict[str, bool]:
+    """Every row of the page: name, and whether it is served."""
+    served, refused = PAGE.read_text().split("## Refused")
+    names = [re.findall(r"^\| ([a-z][^|]*) \| \w+ \|", part, re.M) for part in (served, refused)]
+    return dict.fromkeys(names[0], True) | dict.fromkeys(names[1], False)
+
+
+def test_the_page_names_every_family() -> None:
+    """It is written by `make test-models`: to be run again for another `transformers`."""
+    assert rows().keys() == {*moe_types(), *VARIANTS}
+    assert all(rows()[name] for name in SERVED)
+    assert not any(rows()[name] for name in REFUSED)
+
+
+# ---- the walk would notice ------------------------------------------------------------------
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, **replaced: Any) -> None:
+    original = paged.paged_attention
+
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, **replaced})
+
+    monkeypatch.setattr("revivemoe.model.runner.paged_attention", attention)
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("gpt_oss", {"s_aux": None}),
+        ("mellum", {"sliding_window": 17}),
+        ("granitemoe", {"scaling": 0.25 * 1.01}),
+    ],
+)
+def test_an_attention_that_loses_something_is_noticed(
+    name: str, lost: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed(monkeypatch, **lost)
+    assert judge(name, tmp_path / "model").wrong
+
+
+@pytest.mark.parametrize("told", [{"softcap": 5.0}, {"bias": 1}, {"is_causal": False}])
+def test_an_attention_that_is_told_more_than_we_know_is_refused(
+    told: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed(monkeypatch, **told)
+    save_tiny("qwen2_moe", tmp_path / "model")
+    with pytest.raises(ValueError, match="Qwen2MoeForCausalLM is not supported: attention with"):
+        SoloRank(tmp_path / "model", LIMITS)
+
+
+def test_one_request_does_not_change_anothers_numbers(tmp_path: Path) -> None:
+    """Scaled rotary angles that follow the longest text: up to the original length they do not."""
+    for name in (n for n in VARIANTS if "NTK" in n or "longrope" in n or "yarn" in n):
+        path = tmp_path / name
+        save_tiny(name, path)
+        short, long = prompts()
+        alone = SoloRank(path, LIMITS).run([short], GREEDY)
+        long = (long * 2)[: LIMITS.max_model_len - GREEDY.max_tokens]
+        assert SoloRank(path, LIMITS).run([short, long], GREEDY)[:1] == alone
