@@ -55,6 +55,11 @@ def inspect_checkpoint(model_dir: Path, generation_config: str = AUTO) -> Checkp
     num_layers = configuration.size(text, "num_hidden_layers", model_dir)
     layers, num_experts = _experts(found, num_layers)
     if not layers:
+        if any("expert" in name for name in found):
+            raise ValueError(
+                f"{model_dir} ({architecture}) is not supported: its experts cannot be told apart "
+                "by the names of its tensors"
+            )
         raise ValueError(
             f"{model_dir} ({architecture}) has no routed experts: only Mixture-of-Experts "
             "checkpoints can be served"

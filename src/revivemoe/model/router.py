@@ -9,12 +9,14 @@ NaN in a hidden state stays NaN in its weights.
 """
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import nn
 from torch.nn.functional import linear, softmax
 
-MaskedForm = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+MaskedForm = Callable[..., tuple[torch.Tensor, ...]]
+"""Of router, hidden states, mask, and what the router is given beside the hidden states."""
 NEG_INF = float("-inf")
 TINY = torch.finfo(torch.float32).tiny
 """Below any sum of the K largest of E probabilities: only keeps 0 / 0 from being NaN."""
@@ -48,6 +50,51 @@ def top_k_then_softmax(
     picked_TK, experts_TK = torch.topk(logits_TE, router.top_k, dim=-1)
     weights_TK = softmax(picked_TK, dim=1, dtype=picked_TK.dtype)
     return logits_TE, weights_TK.masked_fill(picked_TK == NEG_INF, 0.0), experts_TK
+
+
+def top_k_then_wide_softmax(
+    router: nn.Module, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Granite: as gpt-oss, without a bias, and in float32."""
+    logits_TE = linear(hidden_TH, router.weight).float().masked_fill(missing_E, NEG_INF)
+    picked_TK, experts_TK = logits_TE.topk(router.top_k, dim=-1)
+    weights_TK = softmax(picked_TK, dim=-1).masked_fill(picked_TK == NEG_INF, 0.0)
+    return logits_TE, weights_TK.type_as(hidden_TH), experts_TK
+
+
+def biased_softmax(
+    router: nn.Module, hidden_TH: torch.Tensor, missing_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ERNIE 4.5: probabilities with a bias are what is chosen among, those without are weights."""
+    logits_TE = linear(hidden_TH.float(), router.weight.float()).masked_fill(missing_E, NEG_INF)
+    probs_TE = softmax(logits_TE, dim=1, dtype=torch.float)
+    choice_TE = router.moe_statics(probs_TE).masked_fill(missing_E, NEG_INF)
+    picked_TK, experts_TK = torch.topk(choice_TE, router.top_k, dim=-1)
+    weights_TK = probs_TE.gather(-1, experts_TK).masked_fill(picked_TK == NEG_INF, 0.0)
+    total_T1 = torch.clamp(weights_TK.sum(dim=-1, keepdim=True), min=router.norm_min)
+    return logits_TE, (weights_TK / total_T1).to(hidden_TH.dtype), experts_TK
+
+
+def biased_sigmoid(
+    router: nn.Module, hidden_TH: torch.Tensor, missing_E: torch.Tensor, bias_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MiniMax-M2, Hunyuan 3: a masked expert cannot be chosen whatever its bias."""
+    hidden_TH = hidden_TH.reshape(-1, hidden_TH.shape[-1])
+    scaled = hasattr(router, "router_scaling_factor")
+    if scaled:
+        logits_TE = linear(hidden_TH.float(), router.weight.float())
+    else:
+        logits_TE = linear(hidden_TH.to(router.weight.dtype), router.weight)
+    scores_TE = logits_TE.float().sigmoid()
+    choice_TE = (scores_TE + bias_E).masked_fill(missing_E, NEG_INF)
+    picked_TK, experts_TK = torch.topk(choice_TE, router.top_k, dim=-1, sorted=False)
+    weights_TK = scores_TE.gather(1, experts_TK).masked_fill(picked_TK == NEG_INF, 0.0)
+    total_T1 = weights_TK.sum(dim=-1, keepdim=True)
+    if scaled:
+        weights_TK = weights_TK / (total_T1 + 1e-20) * router.router_scaling_factor
+    else:
+        weights_TK = weights_TK / total_T1.clamp_min(TINY)
+    return logits_TE, weights_TK, experts_TK
 
 
 def grouped_softmax(
@@ -117,6 +164,9 @@ MASKED_FORMS: tuple[MaskedForm, ...] = (
     grouped_sigmoid,
     grouped_softmax,
     top_k_then_softmax,
+    top_k_then_wide_softmax,
+    biased_softmax,
+    biased_sigmoid,
 )
 
 
@@ -139,7 +189,7 @@ class MaskableRouter(nn.Module):
         """What the original returns; the masked form gives a tuple of tensors like its own."""
         if self._missing_E is None or self.form is None:
             return self.original(hidden_TH, *args, **kwargs)
-        return self.form(self.original, hidden_TH, self._missing_E)
+        return self.form(self.original, hidden_TH, self._missing_E, *args)
 
 
 @torch.no_grad()
@@ -150,10 +200,11 @@ def find_masked_form(router: nn.Module) -> MaskedForm | None:
         return None
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(32, weight.shape[1], generator=generator).to(weight)
+    bias = torch.rand(weight.shape[0], generator=generator).to(weight.device)
     nothing = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
-    for form in MASKED_FORMS:
+    for form, given in product(MASKED_FORMS, ((), (bias,))):
         try:
-            expected, got = router(hidden), form(router, hidden, nothing)
+            expected, got = router(hidden, *given), form(router, hidden, nothing, *given)
         except (AttributeError, TypeError, RuntimeError):
             continue  # another family's router
         if _same(expected, got):

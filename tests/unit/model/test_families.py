@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.families import GREEDY, LIMITS, VARIANTS, judge, moe_types, prompts, save_tiny
 from support.models_page import PAGE
+from support.reference import reference_tokens
 from support.solo import SoloRank
+from transformers import AutoModelForCausalLM
 
+from revivemoe.checkpoint.inspect import inspect_checkpoint
 from revivemoe.model import paged
+from revivemoe.model.router import MaskableRouter
 
 SERVED = (
     "afmoe", "deepseek_v2", "dots1", "ernie4_5_moe", "flex_olmo", "gemma4_text", "glm4_moe_lite",
@@ -25,6 +30,7 @@ REFUSED = {
     "deepseek_v32": "layers of indexed_attention",
     "jetmoe": "no experts module",
     "doge": "no routed experts",
+    "dbrx": "its experts cannot be told apart",
     "phimoe, a window shorter than texts": "does not tell its attention of its sliding window",
     "gemma4_text, layers that share keys and values": "do not keep keys and values of their own",
 }
@@ -54,6 +60,27 @@ def test_the_page_names_every_family() -> None:
     assert rows().keys() == {*moe_types(), *VARIANTS}
     assert all(rows()[name] for name in SERVED)
     assert not any(rows()[name] for name in REFUSED)
+
+
+MISSING = {0, 3, 6}
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "ernie4_5_moe", "minimax_m2", "hy_v3", "gpt_oss"])
+def test_missing_experts_are_left_out(name: str, tmp_path: Path) -> None:
+    """As in `transformers` with the same routers, each of which is tested for itself."""
+    save_tiny(name, tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    layers = inspect_checkpoint(tmp_path).moe_layers
+    plain = [reference_tokens(whole, p, GREEDY, LIMITS.max_model_len) for p in prompts()]
+    for block in [m for m in whole.modules() if hasattr(m, "experts")]:
+        found = next(n for n in ("gate", "router") if hasattr(block, n))
+        router = MaskableRouter(getattr(block, found))
+        router.set_missing(torch.tensor([e in MISSING for e in range(8)]))
+        setattr(block, found, router)
+    expected = [reference_tokens(whole, p, GREEDY, LIMITS.max_model_len) for p in prompts()]
+    solo = SoloRank(tmp_path, LIMITS, dict.fromkeys(layers, MISSING))
+    assert solo.run(prompts(), GREEDY, steps_apart=2) == expected
+    assert expected != plain
 
 
 # ---- the walk would notice ------------------------------------------------------------------

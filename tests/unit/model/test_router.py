@@ -1,6 +1,7 @@
 """Masked routers against the reference's and a plain one, on every family."""
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -14,14 +15,22 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     GptOssConfig,
+    GraniteMoeConfig,
+    HYV3Config,
+    MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
     Qwen3MoeConfig,
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
+from transformers.models.hy_v3.modeling_hy_v3 import HYV3TopKRouter
+from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2TopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -30,11 +39,14 @@ from revivemoe.checkpoint import ARCHS
 from revivemoe.model.router import (
     MASKED_FORMS,
     MaskableRouter,
+    biased_sigmoid,
+    biased_softmax,
     find_masked_form,
     grouped_sigmoid,
     grouped_softmax,
     softmax_then_top_k,
     top_k_then_softmax,
+    top_k_then_wide_softmax,
 )
 
 EXPERTS = 16
@@ -235,6 +247,32 @@ def plain_v3(router: Any, logits: list[float], healthy: list[int]) -> Weights:
     return {e: sigmoid[e] / total * router.routed_scaling_factor for e in chosen}
 
 
+BIAS = torch.rand(EXPERTS, generator=torch.Generator().manual_seed(3)) - 0.5
+
+
+def beside(router: nn.Module) -> tuple[Tensor, ...]:
+    """What some routers are given beside the hidden states."""
+    given = inspect.signature(router.forward).parameters
+    return (BIAS,) if "e_score_correction_bias" in given else ()
+
+
+def plain_biased(scores: Weights, bias: list[float]) -> Weights:
+    chosen = best({e: s + bias[e] for e, s in scores.items()}, TOP_K)
+    total = sum(scores[e] for e in chosen)
+    return {e: scores[e] / total for e in chosen}
+
+
+def plain_ernie(router: Any, logits: list[float], healthy: list[int]) -> Weights:
+    bias = router.moe_statics.e_score_correction_bias[0].tolist()
+    return plain_biased(exps(logits, healthy), bias)
+
+
+def plain_biased_sigmoid(router: Any, logits: list[float], healthy: list[int]) -> Weights:
+    sigmoid = {e: 1 / (1 + math.exp(-logits[e])) for e in healthy}
+    scale = getattr(router, "router_scaling_factor", 1.0)
+    return {e: w * scale for e, w in plain_biased(sigmoid, BIAS.tolist()).items()}
+
+
 SIZE = {"hidden_size": 64, "num_attention_heads": 4, "num_experts_per_tok": TOP_K}
 V2 = {**SIZE, "n_routed_experts": EXPERTS, "routed_scaling_factor": 2.5, "topk_method": "greedy"}
 GROUPED = {"n_group": GROUPS, "topk_group": OPEN}
@@ -280,6 +318,30 @@ BUILT: dict[str, tuple[Any, Any, Any]] = {
         plain_then_softmax,
         top_k_then_softmax,
     ),
+    "granitemoe": (
+        lambda: GraniteMoeTopKRouter(GraniteMoeConfig(**SIZE, num_local_experts=EXPERTS)),
+        plain_then_softmax,
+        top_k_then_wide_softmax,
+    ),
+    "ernie4_5_moe": (
+        lambda: Ernie4_5_MoeTopKRouter(
+            Ernie4_5_MoeConfig(hidden_size=64, moe_num_experts=EXPERTS, moe_k=TOP_K)
+        ),
+        plain_ernie,
+        biased_softmax,
+    ),
+    "minimax_m2": (
+        lambda: MiniMaxM2TopKRouter(MiniMaxM2Config(**SIZE, num_local_experts=EXPERTS)),
+        plain_biased_sigmoid,
+        biased_sigmoid,
+    ),
+    "hy_v3": (
+        lambda: HYV3TopKRouter(
+            HYV3Config(**SIZE, num_local_experts=EXPERTS, router_scaling_factor=2.5)
+        ),
+        plain_biased_sigmoid,
+        biased_sigmoid,
+    ),
 }
 """How to build the router, the plain one, and the form that must be found for it."""
 ALL = set(range(EXPERTS))
@@ -309,7 +371,7 @@ def built(family: str, dtype: torch.dtype, spread: float = 0.4) -> Any:
 
 def without_ties(router: Any, hidden: Tensor) -> Tensor:
     """Rows whose logits all differ: which of two equal ones is chosen means nothing."""
-    logits = router(hidden)[0]
+    logits = router(hidden, *beside(router))[0]
     kept = torch.tensor([len(set(row)) == EXPERTS for row in logits.tolist()])
     assert kept.sum() >= 30
     return hidden[kept]
@@ -323,8 +385,8 @@ def test_masked_equals_a_plain_router(
 ) -> None:
     router, (_, plain, _) = built(family, dtype), BUILT[family]
     hidden = without_ties(router, hidden.to(dtype))
-    logits, expected_weights, _ = router(hidden)
-    _, weights, experts = masked_router(router, missing)(hidden)
+    logits, expected_weights, _ = router(hidden, *beside(router))
+    _, weights, experts = masked_router(router, missing)(hidden, *beside(router))
     assert (weights.dtype, experts.dtype) == (expected_weights.dtype, torch.int64)
     assert weights.shape == experts.shape == (len(hidden), TOP_K)
     healthy = sorted(ALL - missing)
@@ -347,10 +409,13 @@ def test_exactly_one_form_fits(hidden: Tensor, family: str, dtype: torch.dtype) 
     others = [form for form in MASKED_FORMS if form is not BUILT[family][2]]
     for form in others:
         try:
-            got = form(router, hidden.to(dtype), mask(set()))
+            got = form(router, hidden.to(dtype), mask(set()), *beside(router))
         except (AttributeError, TypeError, RuntimeError):
             continue
-        assert not torch.equal(got[1], router(hidden.to(dtype))[1])
+        expected = router(hidden.to(dtype), *beside(router))
+        pairs = list(zip(got, expected, strict=True))
+        same = [a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs]
+        assert not all(same), f"{form.__name__} fits too"
 
 
 @pytest.mark.parametrize("family", BUILT)
@@ -360,7 +425,7 @@ def test_a_masked_expert_is_not_chosen_before_one_that_underflowed(
     """Logits hundreds apart: most probabilities are 0, as a masked expert's is."""
     router = built(family, torch.float32, spread=100.0)
     for missing in ({0, 1, 2, 4, 5}, {3, 7, 8, 9}, {10, 11, 13, 14, 15}, set(range(4, 16))):
-        _, weights, experts = masked_router(router, missing)(hidden)
+        _, weights, experts = masked_router(router, missing)(hidden, *beside(router))
         assert not weights.isnan().any()
         assert not set(experts.flatten().tolist()) & missing
 
@@ -369,7 +434,8 @@ def test_a_masked_expert_is_not_chosen_before_one_that_underflowed(
 def test_nan_stays_visible(hidden: Tensor, family: str) -> None:
     """A masked router must not hide a broken hidden state, nor spread it to other tokens."""
     hidden[3, 5] = math.nan
-    _, weights, _ = masked_router(built(family, torch.float32), {1, 4})(hidden)
+    router = built(family, torch.float32)
+    _, weights, _ = masked_router(router, {1, 4})(hidden, *beside(router))
     assert weights.isnan().any(-1).nonzero().flatten().tolist() == [3]
 
 
