@@ -109,7 +109,8 @@ class Episodes:
         """What an operator does about a rank that is not lost."""
         (rank, *_) = fault.ranks
         if fault.kind.mend == "clear":
-            await self._instance.apply("report", id=rank, level=0, code="mended")
+            code = fault.kind.params["code"]  # a level of 0 takes back that code alone
+            await self._instance.apply("report", id=rank, level=0, code=code)
         elif fault.kind.mend == "isolate":
             before = await self._until(partial(member, rank), f"rank {rank} is out", fault)
             await self._instance.apply("isolate", id=rank)
