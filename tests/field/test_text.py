@@ -208,7 +208,7 @@ def named_and_not(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_and_tokens_agree(kind):
-    @settings(max_examples=2000, deadline=None)
+    @settings(max_examples=600, deadline=None)
     @given(outputs(kind))
     @named_and_not(kind)
     def holds(case):

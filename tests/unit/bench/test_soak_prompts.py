@@ -22,26 +22,31 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def drawn(model_dir: Path) -> list[Request]:
+    return screened_requests(model_dir, 3)
+
+
 def prompt_of(request: Request) -> list[int]:
     prompt: Any = request.body["prompt"]
     return list(prompt)
 
 
-def test_prompts_are_safe_and_yield_what_is_expected(model_dir: Path) -> None:
-    requests = screened_requests(model_dir, 3)
-    lengths = [len(prompt_of(request)) for request in requests]
+def test_prompts_are_safe_and_yield_what_is_expected(
+    model_dir: Path, drawn: list[Request]
+) -> None:
+    lengths = [len(prompt_of(request)) for request in drawn]
     assert lengths == list(LENGTHS) * OF_EACH_LENGTH
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    for request in requests:
+    for request in drawn:
         expected = request.expected
         params = SamplingParams(seed=0, temperature=0.0, max_tokens=len(expected))
         assert is_safe(model, prompt_of(request), expected, params)
-    for request in requests[: len(LENGTHS)]:
+    for request in drawn[: len(LENGTHS)]:
         params = SamplingParams(seed=0, temperature=0.0, max_tokens=len(request.expected))
         assert reference_tokens(model, prompt_of(request), params, 512) == request.expected
 
 
-def test_a_seed_says_which(model_dir: Path) -> None:
+def test_a_seed_says_which(model_dir: Path, drawn: list[Request]) -> None:
     same, other = screened_requests(model_dir, 3), screened_requests(model_dir, 4)
-    assert [r.body for r in same] == [r.body for r in screened_requests(model_dir, 3)]
-    assert [r.body for r in same] != [r.body for r in other]
+    assert [r.body for r in same] == [r.body for r in drawn] != [r.body for r in other]
