@@ -38,6 +38,8 @@ class EngineConfig:
     comm_backend: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    dequantize: bool = False
+    """Float8 weights are welcome: they are turned back into `dtype` on load."""
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512

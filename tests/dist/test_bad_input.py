@@ -192,7 +192,7 @@ def drop_tokenizer(path: Path) -> None:
         (garble_config, "config.json cannot be read"),
         (cut_short, "cut short (an interrupted download?)"),
         (drop_shard, "is missing: the checkpoint is incomplete"),
-        (quantise, "is quantised (fp8): quantised checkpoints are not supported yet"),
+        (quantise, "is quantised (fp8): --dequantize turns its float8 weights back"),
         (make_dense, "no routed experts: only Mixture-of-Experts checkpoints can be served"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

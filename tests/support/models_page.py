@@ -54,7 +54,14 @@ _FOOT = """
   may be as large as the original length times the factor.
 * **Sliding windows** are honoured layer by layer. A window that the model keeps to itself (in its
   mask only) is refused, unless it is as long as a text may be.
-* **Types.** float32, bfloat16 and float16. Quantised checkpoints are refused.
+* **Types.** float32, bfloat16 and float16. Float8 weights with a scale for each block, row or
+  tensor (DeepSeek's and Qwen's block FP8, compressed-tensors) are served with `--dequantize`, which
+  turns them back into `--dtype` on load: at that type's size in memory. All else that is quantised
+  is refused.
+* **Where it lies.** A directory, or `ORG/NAME` (with `--revision`) of the Hugging Face hub: its
+  safetensors, configuration and tokenizer are fetched into the hub's cache, or taken from there.
+  `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_ENDPOINT` count. A configuration that is not served
+  is refused before the weights are fetched.
 * **Code of a checkpoint's own** (`trust_remote_code`) is not run.
 """
 

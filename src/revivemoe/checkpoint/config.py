@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from revivemoe.checkpoint.quantization import quantization_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -36,17 +38,12 @@ PAGED = ("full_attention", "sliding_attention", "attention")
 
 
 def read_config(model_dir: Path) -> "PreTrainedConfig":
-    """Raises ValueError, one line, for what is no checkpoint, quantised, or not understood."""
+    """Of the model with plain weights, however they are stored. Raises ValueError, one line, for
+    what is no checkpoint, quantised in a way that is not read, or not understood.
+    """
     path = model_dir / "config.json"
-    raw = _raw(model_dir, path)
-    quantization = raw.get("quantization_config") or raw.get("compression_config")
-    if quantization is not None:
-        known = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
-        method = known.get("quant_method", "unknown")
-        raise ValueError(
-            f"{model_dir} is quantised ({method}): quantised checkpoints are not supported yet; "
-            "use a bfloat16 or float32 one"
-        )
+    raw = raw_config(model_dir)
+    quantization_of(raw, model_dir)
     if not raw.get("model_type"):
         raise ValueError(f"{path} has no model_type: say what family the checkpoint belongs to")
     config = _parsed(path)
@@ -54,6 +51,8 @@ def read_config(model_dir: Path) -> "PreTrainedConfig":
         for name, value in FORCED.items():
             if getattr(part, name, value) != value:
                 setattr(part, name, value)
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config  # what is built holds weights turned back
     return config
 
 
@@ -139,11 +138,13 @@ def _parts(config: "PreTrainedConfig") -> list["PreTrainedConfig"]:
     return [config] if text is config else [config, text]
 
 
-def _raw(model_dir: Path, path: Path) -> dict[str, object]:
+def raw_config(model_dir: Path) -> dict[str, object]:
+    """`config.json` as it stands. Raises ValueError, one line."""
+    path = model_dir / "config.json"
     if not model_dir.is_dir():
         raise ValueError(
             f"{model_dir} is not a directory: give a local checkpoint in the Hugging Face layout "
-            "('revivemoe make-model DIR' makes one)"
+            "('revivemoe make-model DIR' makes one), or ORG/NAME of the hub"
         )
     try:
         raw = json.loads(path.read_text())

@@ -4,8 +4,17 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from revivemoe.checkpoint.config import raw_config
+from revivemoe.checkpoint.quantization import (
+    SCALES,
+    Block,
+    Quantization,
+    quantization_of,
+    scale_block,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -15,6 +24,8 @@ EXPERT_KEY = re.compile(
     r"(?P<rest>(?!e_score_correction_bias$).+)$"  # the router's, wherever it is published
 )
 """A tensor of one routed expert (`rest` begins with its number), or of all of a layer's in one."""
+
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 _UNREADABLE = (
     OSError,
@@ -29,20 +40,79 @@ _UNREADABLE = (
 
 
 @dataclass(frozen=True)
+class ScaleInfo:
+    """Where a tensor's scales are, and how many of its rows and columns share one."""
+
+    name: str
+    file: Path
+    block: Block
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     file: Path
     shape: tuple[int, ...]
     dtype: str
     """As safetensors spells it: F32, BF16, F16, ..."""
+    scale: ScaleInfo | None = None
+    """What its numbers are to be multiplied by."""
 
 
 def tensors(model_dir: Path, complete: bool = True) -> dict[str, TensorInfo]:
     """All tensors by name, as `transformers` finds them: in `model.safetensors`, or else in all
-    shards that the index names, whatever it says of what lies where.
+    shards that the index names, whatever it says of what lies where. Scales are no tensors of their
+    own, but belong to those that they scale.
 
-    Raises ValueError, one line, for shards that are missing, cut short or empty, and, where it
-    must be `complete`, for tensors that the index names and no shard holds.
+    Raises ValueError, one line, for shards that are missing, cut short or empty, for float8 numbers
+    without scales that fit, and, where it must be `complete`, for tensors that the index names and
+    no shard holds.
     """
+    return _scaled(_stored(model_dir, complete), quantization(model_dir), model_dir)
+
+
+def quantization(model_dir: Path) -> Quantization | None:
+    """Raises ValueError, one line, for what is quantised in a way that is not read."""
+    return quantization_of(raw_config(model_dir), model_dir)
+
+
+def _scaled(
+    stored: dict[str, TensorInfo], quantised: Quantization | None, model_dir: Path
+) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for name, tensor in stored.items():
+        if tensor.dtype.startswith("F8_") and not name.endswith(SCALES):
+            found[name] = _with_scale(name, tensor, stored, quantised, model_dir)
+        elif quantised is None or not name.endswith(SCALES):
+            found[name] = tensor
+    return found
+
+
+def _with_scale(
+    name: str,
+    tensor: TensorInfo,
+    stored: Mapping[str, TensorInfo],
+    quantised: Quantization | None,
+    model_dir: Path,
+) -> TensorInfo:
+    if quantised is None:
+        raise ValueError(
+            f"{model_dir}: {name} is stored in float8, and config.json says nothing of a "
+            "quantisation: convert the checkpoint to bfloat16"
+        )
+    scale = next((name + end for end in SCALES if name + end in stored), None)
+    if scale is None:
+        raise ValueError(f"{model_dir} lacks the scales of {name}: the checkpoint is incomplete")
+    of = stored[scale]
+    try:
+        if of.dtype not in SCALE_DTYPES:
+            raise ValueError(f"scales of type {of.dtype} are not supported")
+        block = scale_block(tensor.shape, of.shape, quantised.block)
+    except ValueError as error:
+        raise ValueError(f"{model_dir}: {name}: {error}") from None
+    return replace(tensor, scale=ScaleInfo(scale, of.file, block))
+
+
+def _stored(model_dir: Path, complete: bool) -> dict[str, TensorInfo]:
     if (model_dir / SINGLE).is_file():
         return _header(model_dir / SINGLE)
     weight_map = _index(model_dir / INDEX)

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from revivemoe.checkpoint import config as configuration
-from revivemoe.checkpoint.files import EXPERT_KEY, TensorInfo, tensors
+from revivemoe.checkpoint.files import EXPERT_KEY, TensorInfo, quantization, tensors
 from revivemoe.checkpoint.generation import AUTO, end_token_ids
 
 _DENSE = re.compile(r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -30,6 +32,8 @@ class CheckpointInfo:
     """Decoder layers with a plain gated feed-forward part instead of experts."""
     dense_width: int = 0
     """Inner width of these; 0 if there are none."""
+    num_parameters: int = 0
+    """Of all its tensors."""
     positions_end: str = ""
     """Why `max_positions` is less than what the configuration says, if it is."""
 
@@ -41,14 +45,23 @@ class CheckpointInfo:
         return replace(self, eos_token_ids=tuple(ids))
 
 
-def inspect_checkpoint(model_dir: Path, generation_config: str = AUTO) -> CheckpointInfo:
+def inspect_checkpoint(
+    model_dir: Path, generation_config: str = AUTO, dequantize: bool = False
+) -> CheckpointInfo:
     """Read the configuration, the safetensors headers, and which tokens end a text
-    (`generation_config`: see `generation.end_token_ids`).
+    (`generation_config`: see `generation.end_token_ids`). `dequantize`: float8 weights are welcome.
 
     Raises ValueError, one line that says what is wrong and how to mend it, for a directory that is
     no checkpoint, a quantised or incomplete one, or a model without routed experts.
     """
     config = configuration.read_config(model_dir)
+    quantised = quantization(model_dir)
+    if quantised is not None and not dequantize:
+        raise ValueError(
+            f"{model_dir} is quantised ({quantised.method}): --dequantize turns its float8 weights "
+            "back into --dtype on load, at twice their size or more; or use a bfloat16 or float32 "
+            "one"
+        )
     text = configuration.text_config(config)
     found = tensors(model_dir)
     architecture = str((config.architectures or ["unknown"])[0])
@@ -87,6 +100,9 @@ def inspect_checkpoint(model_dir: Path, generation_config: str = AUTO) -> Checkp
         eos_token_ids=end_token_ids(
             generation_config, model_dir, {"eos_token_id": text.eos_token_id}, vocab_size
         ),
+        num_parameters=sum(
+            prod(tensor.shape) for name, tensor in found.items() if _below(name, num_layers)
+        ),
         positions_end=why,
     )
 
@@ -107,6 +123,12 @@ def _experts(found: Mapping[str, TensorInfo], num_layers: int) -> tuple[tuple[in
             "such models are not supported, or the checkpoint is incomplete"
         )
     return tuple(sorted(counts)), max(counts.values(), default=0)
+
+
+def _below(name: str, num_layers: int) -> bool:
+    """Not of the layers behind the decoder (multi-token prediction)."""
+    match = _LAYER.search(name)
+    return match is None or int(match.group(1)) < num_layers
 
 
 def _dtype(said: str | None, found: Mapping[str, TensorInfo]) -> str:

@@ -11,7 +11,17 @@ if TYPE_CHECKING:
 
 
 def serve(
-    model_dir: Annotated[Path, typer.Argument(help="Checkpoint in the Hugging Face layout.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint in the Hugging Face layout: a directory, or ORG/NAME of the hub "
+            "(fetched into its cache)."
+        ),
+    ],
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a model of the hub; default: main."),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 or ::: all.")
     ] = "127.0.0.1",
@@ -25,7 +35,8 @@ def serve(
         typer.Option(help="Key for fault_tolerance/apply and /inject, printable ASCII."),
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="Model name in the API; default: the directory's name.")
+        str | None,
+        typer.Option(help="Model name in the API; default: ORG/NAME, or the directory's name."),
     ] = None,
     data_parallel_size: Annotated[int, typer.Option(help="Attention ranks (processes).")] = 1,
     expert_ranks: Annotated[
@@ -66,6 +77,13 @@ def serve(
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")
     ] = "auto",
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Serve a float8 checkpoint: its weights are turned back into --dtype on load.",
+        ),
+    ] = False,
     max_model_len: Annotated[
         int | None,
         typer.Option(help="Prompt plus output, tokens; default: the model's own, at most 4096."),
@@ -133,14 +151,17 @@ def serve(
 ) -> None:
     """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""
     del enforce_eager
+    from dataclasses import replace
+
+    from revivemoe.checkpoint.hub import is_hub_id, local_directory
     from revivemoe.cli.serve_run import Listen, run
     from revivemoe.config import EngineConfig
 
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port} is out of range: 0 to 65535")
     config = EngineConfig(
-        model_dir=model_dir,
-        served_model_name=served_model_name or "",
+        model_dir=Path(model),
+        served_model_name=served_model_name or (model if is_hub_id(model) else ""),
         data_parallel_size=data_parallel_size,
         expert_ranks=expert_ranks,
         dense_ffn_tp=dense_ffn_tp,
@@ -151,6 +172,7 @@ def serve(
         comm_backend=comm_backend,
         device=device,
         dtype=dtype,
+        dequantize=dequantize,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -175,6 +197,7 @@ def serve(
         keep_alive_timeout_s=_seconds("--timeout-keep-alive", timeout_keep_alive, 1.0),
         shutdown_timeout_s=_seconds("--shutdown-timeout", shutdown_timeout, 0.0),
     )
+    config = replace(config, model_dir=local_directory(model, revision))
     status = run(config, listen)
     raise typer.Exit(status)
 

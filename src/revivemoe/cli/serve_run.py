@@ -53,9 +53,9 @@ def run(config: EngineConfig, listen: Listen) -> int:
     """
     configure_logging()
     find_temporary_directory()
-    info = inspect_checkpoint(config.model_dir, listen.generation_config)
+    info = inspect_checkpoint(config.model_dir, listen.generation_config, config.dequantize)
     config = resolve(config, info)
-    check_memory(config, info.dtype)
+    check_memory(config, info)
     _descriptors_below(config)
     return asyncio.run(_serve(config, info, listen))
 

@@ -7,18 +7,20 @@ shards of a layer, G healthy groups, R rows received, H hidden size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from revivemoe.checkpoint.files import TensorInfo
 from revivemoe.ids import LayerId, RankId
 from revivemoe.membership.dense_groups import DenseGroups
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.topology import Topology
-from revivemoe.model.load import CheckpointError, checkpoint_files
+from revivemoe.model.load import CheckpointError, checkpoint_tensors
+from revivemoe.model.tensor_files import TensorFiles
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Weights = dict[str, Tensor]
@@ -123,20 +125,20 @@ class DenseReader:
     def load(self, layers: Iterable[DenseLayer], shards: Iterable[int]) -> int:
         """Add shards not held yet, all or none; returns how many. Raises CheckpointError."""
         wanted = [(layer, s) for layer in layers for s in sorted(shards) if s not in layer.shards]
-        files = checkpoint_files(self._model_dir) if wanted else {}
+        files = checkpoint_tensors(self._model_dir) if wanted else {}
         read = [self._read(files, layer.layer, shard) for layer, shard in wanted]
         for (layer, shard), weights in zip(wanted, read, strict=True):
             layer.shards[shard] = weights
         return len(wanted)
 
-    def _read(self, files: Mapping[str, Path], layer: LayerId, shard: int) -> Weights:
+    def _read(self, files: Mapping[str, TensorInfo], layer: LayerId, shard: int) -> Weights:
         weights = {}
         for name in PROJECTIONS:
             key = f"model.layers.{layer}.mlp.{name}.weight"
             if key not in files:
                 raise CheckpointError(f"{self._model_dir} lacks {key}, which --dense-ffn-tp needs")
-            with safe_open(files[key], framework="pt") as handle:
-                source = handle.get_slice(key)
+            with ExitStack() as stack:
+                source = TensorFiles(stack).slice(key, files[key])
                 axis = 1 if name == "down_proj" else 0
                 share = source.get_shape()[axis] // self._num_shards
                 span = slice(shard * share, (shard + 1) * share)

@@ -12,22 +12,21 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from revivemoe.checkpoint.files import EXPERT_KEY
+from revivemoe.checkpoint.files import EXPERT_KEY, TensorInfo
 from revivemoe.ids import ExpertId, LayerId
 from revivemoe.model.expert_recipe import Recipe, learn
 from revivemoe.model.load import (
     CheckpointError,
-    ExpertSlice,
-    Lazy,
     add_expert,
-    checkpoint_files,
+    checkpoint_tensors,
     construct,
     convert,
     find_experts,
     set_num_experts,
 )
+from revivemoe.model.tensor_files import Lazy, TensorFiles, TensorSlice
 
 Signature = frozenset[tuple[str, tuple[int, ...]]]
 """Names and shapes of one expert's tensors."""
@@ -176,24 +175,22 @@ class ExpertReader:
 
     def _sources(
         self, layer: LayerId, experts: tuple[ExpertId, ...], stack: ExitStack
-    ) -> Iterator[tuple[str, ExpertSlice, re.Match[str]]]:
+    ) -> Iterator[tuple[str, TensorSlice, re.Match[str]]]:
         """Each tensor with some of the experts in it: its name within an expert, the slice that
         reads when indexed, and what was matched.
         """
-        opened: dict[Path, safe_open] = {}
-        for match, path in self._keys.get(layer, ()):
+        files = TensorFiles(stack)
+        for match, tensor in self._keys.get(layer, ()):
             number, _, rest = match["rest"].partition(".")
             if number.isdigit() and int(number) not in experts:
                 continue
-            if path not in opened:
-                opened[path] = stack.enter_context(safe_open(path, framework="pt"))
             name = rest if number.isdigit() else match["rest"]
-            yield name, opened[path].get_slice(match.group(0)), match
+            yield name, files.slice(match.group(0), tensor), match
 
 
-def _expert_keys(model_dir: Path) -> dict[LayerId, list[tuple[re.Match[str], Path]]]:
-    keys: dict[LayerId, list[tuple[re.Match[str], Path]]] = {}
-    for key, path in checkpoint_files(model_dir).items():
+def _expert_keys(model_dir: Path) -> dict[LayerId, list[tuple[re.Match[str], TensorInfo]]]:
+    keys: dict[LayerId, list[tuple[re.Match[str], TensorInfo]]] = {}
+    for key, tensor in checkpoint_tensors(model_dir).items():
         if match := EXPERT_KEY.match(key):
-            keys.setdefault(LayerId(int(match["layer"])), []).append((match, path))
+            keys.setdefault(LayerId(int(match["layer"])), []).append((match, tensor))
     return keys

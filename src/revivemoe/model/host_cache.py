@@ -22,12 +22,11 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from revivemoe.checkpoint.files import EXPERT_KEY
 from revivemoe.comm.shm import create_memfd, round_up
 from revivemoe.ids import ExpertId, LayerId
-from revivemoe.model.load import checkpoint_files
+from revivemoe.model.load import checkpoint_tensors
 
 _MAGIC = 0x7265_7669_7665_0002
 _PAGE = 4096
@@ -44,13 +43,11 @@ def expert_bytes(model_dir: Path, dtype: torch.dtype) -> int:
     Raises CheckpointError.
     """
     values: dict[str, int] = {}
-    for key, path in checkpoint_files(model_dir).items():
+    for key, tensor in checkpoint_tensors(model_dir).items():
         if match := EXPERT_KEY.match(key):
             number, _, _ = match["rest"].partition(".")
             if not number.isdigit() or number == "0":
-                with safe_open(path, framework="pt") as handle:
-                    shape = handle.get_slice(key).get_shape()
-                size = prod(shape if number == "0" else shape[1:])
+                size = prod(tensor.shape if number == "0" else tensor.shape[1:])
                 values[match["layer"]] = values.get(match["layer"], 0) + size
     return max(values.values(), default=0) * dtype.itemsize
 

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,9 +21,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from revivemoe.checkpoint.config import read_config, text_config
-from revivemoe.checkpoint.files import EXPERT_KEY, tensors
+from revivemoe.checkpoint.files import EXPERT_KEY, TensorInfo, tensors
 from revivemoe.ids import LayerId
 from revivemoe.membership.placement import EMPTY
+from revivemoe.model.tensor_files import Lazy, TensorFiles, TensorSlice
 
 ATTENTION = "revivemoe_paged"
 EXPERTS = "revivemoe_dispatch"
@@ -188,26 +187,14 @@ def _names_of_rows(experts: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, p in params if p.shape[:1] == (experts.num_experts,))
 
 
-def checkpoint_files(model_dir: Path) -> dict[str, Path]:
-    """Tensor name to safetensors file. Raises CheckpointError for one that cannot be read: what is
-    missing may be none of this rank's.
+def checkpoint_tensors(model_dir: Path) -> dict[str, TensorInfo]:
+    """Raises CheckpointError for one that cannot be read: what is missing may be none of this
+    rank's.
     """
     try:
-        return {name: tensor.file for name, tensor in tensors(model_dir, complete=False).items()}
+        return tensors(model_dir, complete=False)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-
-
-class Lazy(Protocol):
-    """A tensor that is read when indexed, as the converter does it."""
-
-    def __getitem__(self, index: object, /) -> torch.Tensor: ...
-
-
-class ExpertSlice(Lazy, Protocol):
-    """A slice of safetensors, or what stands for one."""
-
-    def get_shape(self) -> list[int]: ...
 
 
 class _Zeros:
@@ -223,7 +210,7 @@ class _Zeros:
 class _SlotRows:
     """Rows of a fused [E, ...] tensor, one per slot."""
 
-    def __init__(self, source: ExpertSlice, experts: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, source: TensorSlice, experts: tuple[int, ...], dtype: torch.dtype) -> None:
         self._source, self._experts, self._dtype = source, experts, dtype
 
     def __getitem__(self, _: object) -> torch.Tensor:
@@ -243,28 +230,24 @@ def _lazy_state(
     stack: ExitStack,
 ) -> dict[str, Lazy]:
     """Checkpoint keys, experts renumbered to slots, to slices that read only when indexed."""
-    files = checkpoint_files(model_dir)
-    opened = {
-        path: stack.enter_context(safe_open(path, framework="pt"))
-        for path in sorted(set(files.values()))
-    }
+    files = TensorFiles(stack)
     state: dict[str, Lazy] = {}
-    for key, path in files.items():
+    for key, tensor in checkpoint_tensors(model_dir).items():
         layer = _LAYER_KEY.search(key)
         if layer is not None and int(layer.group(1)) >= num_layers:
             continue  # multi-token-prediction layers behind the decoder
         match = EXPERT_KEY.match(key)
         if match is None:
-            state[key] = opened[path].get_slice(key)
+            state[key] = files.slice(key, tensor)
         else:
-            add_expert(state, match, opened[path].get_slice(key), slots, dtype)
+            add_expert(state, match, files.slice(key, tensor), slots, dtype)
     return state
 
 
 def add_expert(
     state: dict[str, Lazy],
     match: re.Match[str],
-    source: ExpertSlice,
+    source: TensorSlice,
     slots: dict[LayerId, tuple[int, ...]],
     dtype: torch.dtype,
 ) -> None:

@@ -1,23 +1,18 @@
 """Whether the memory that an instance may take can hold it at all: said before anything loads."""
 
-import json
-from pathlib import Path
-
+from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.config import EngineConfig
 from revivemoe.executor.spec import ENGINE_BYTES, RANK_BYTES
 from revivemoe.host.memory import Limit, capacity
 
 MIB = 1 << 20
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
-INDEX = "model.safetensors.index.json"
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def check_memory(config: EngineConfig, dtype: str) -> None:
-    """`config` is resolved; `dtype`: the checkpoint's own. Raises ValueError."""
-    if config.device != "cpu":
-        return
-    weights = stored_bytes(config.model_dir) * ITEMSIZE[config.dtype] // ITEMSIZE[dtype]
-    check(capacity(), weights, config.num_ranks)
+def check_memory(config: EngineConfig, info: CheckpointInfo) -> None:
+    """`config` is resolved. Raises ValueError."""
+    if config.device == "cpu":
+        check(capacity(), info.num_parameters * ITEMSIZE[config.dtype], config.num_ranks)
 
 
 def check(limit: Limit, weights: int, num_ranks: int) -> None:
@@ -30,14 +25,3 @@ def check(limit: Limit, weights: int, num_ranks: int) -> None:
             f"{processes // MIB} MiB, before any KV cache: raise the limit, or serve with fewer "
             "ranks"
         )
-
-
-def stored_bytes(model_dir: Path) -> int:
-    """Of a checkpoint's weights; 0 if it does not say so."""
-    single, index = model_dir / "model.safetensors", model_dir / INDEX
-    try:
-        if single.exists():
-            return single.stat().st_size
-        return int(json.loads(index.read_text())["metadata"]["total_size"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return 0

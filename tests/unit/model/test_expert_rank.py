@@ -25,7 +25,7 @@ from revivemoe.core.step import Batch, StepResult
 from revivemoe.ids import ExpertId, LayerId, SlotId
 from revivemoe.membership.placement import ExpertPlacement
 from revivemoe.messages.commands import SlotLoad
-from revivemoe.model import load as load_module
+from revivemoe.model import tensor_files
 from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.load import load_model
 from revivemoe.model.runner import NOT_SHARED, DenseSpec, ModelRunner, register_hooks
@@ -150,7 +150,7 @@ def test_an_expert_rank_reads_its_experts_and_nothing_else(
         def get_slice(self, name: str) -> Slice:
             return Slice(name, self.handle.get_slice(name))
 
-    monkeypatch.setattr(load_module, "safe_open", Opened)
+    monkeypatch.setattr(tensor_files, "safe_open", Opened)
     rank = runner(made["deepseek_v3"], (9, 4), attention=False)
     assert {name.split(".experts.")[1].split(".")[0] for name, _ in read} == {"9", "4"}
     assert sum(size for _, size in read) == rank.num_bytes()

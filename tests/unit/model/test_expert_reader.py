@@ -19,9 +19,9 @@ from revivemoe.core.slots import SlotTaken
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
 from revivemoe.membership.placement import ExpertPlacement
 from revivemoe.messages.commands import SlotLoad
-from revivemoe.model import expert_reader
+from revivemoe.model import tensor_files
 from revivemoe.model.expert_reader import ExpertReader
-from revivemoe.model.load import CheckpointError, checkpoint_files, load_model
+from revivemoe.model.load import CheckpointError, load_model
 from revivemoe.model.runner import register_hooks
 from revivemoe.sampling_params import SamplingParams
 
@@ -92,7 +92,7 @@ def test_only_the_experts_asked_for_are_read(
 ) -> None:
     path = fuse(made["qwen3_moe"], tmp_path / "m") if fused else made["qwen3_moe"]
     reader, read = ExpertReader(path, torch.float32), []
-    original = expert_reader.safe_open
+    original = tensor_files.safe_open
 
     class Slice:
         def __init__(self, name: str, inner: Any) -> None:
@@ -118,7 +118,7 @@ def test_only_the_experts_asked_for_are_read(
         def get_slice(self, name: str) -> Slice:
             return Slice(name, self.handle.get_slice(name))
 
-    monkeypatch.setattr(expert_reader, "safe_open", Opened)
+    monkeypatch.setattr(tensor_files, "safe_open", Opened)
     rows = reader.read(LAST, ids(9, 4))
     assert sum(count for _, count in read) == sum(t.nbytes for t in rows.values())
     assert all(f"layers.{LAST}." in name and ".experts." in name for name, _ in read)
@@ -135,7 +135,7 @@ def test_nothing_of_a_read_is_kept(made: dict[str, Path]) -> None:
 def without(path: Path, target: Path, part: str, change: Any) -> Path:
     """A copy in which `change` is applied to the tensors whose names hold `part`; None drops."""
     shutil.copytree(path, target)
-    for shard in set(checkpoint_files(target).values()):
+    for shard in target.glob("*.safetensors"):
         state = {n: change(t) if part in n else t for n, t in load_file(shard).items()}
         kept = {n: t for n, t in state.items() if t is not None}
         save_file(kept, shard, metadata={"format": "pt"})

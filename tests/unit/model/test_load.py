@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from revivemoe.checkpoint import ARCHS
 from revivemoe.ids import LayerId
-from revivemoe.model import load as load_module
-from revivemoe.model.load import CheckpointError, LoadedModel, checkpoint_files, load_model
+from revivemoe.model import tensor_files
+from revivemoe.model.load import CheckpointError, LoadedModel, checkpoint_tensors, load_model
 from revivemoe.model.runner import register_hooks
 
 register_hooks()
@@ -61,7 +61,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.inner, name)
 
-    original = load_module.safe_open
+    original = tensor_files.safe_open
 
     class Opened:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,14 +80,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         def get_slice(self, name: str) -> Slice:
             return Slice(name, self.handle.get_slice(name))
 
-    monkeypatch.setattr(load_module, "safe_open", Opened)
+    monkeypatch.setattr(tensor_files, "safe_open", Opened)
     return read
 
 
 def expert_keys(path: Path) -> dict[str, int | None]:
     """Expert of each expert tensor in the checkpoint; None where all are in one."""
     found: dict[str, int | None] = {}
-    for name in checkpoint_files(path):
+    for name in checkpoint_tensors(path):
         if ".experts." in name:
             number = name.split(".experts.")[1].split(".")[0]
             found[name] = int(number) if number.isdigit() else None
@@ -168,9 +168,9 @@ def test_only_this_ranks_experts_are_read(
     loaded(made[arch], arch, held)
     read = {expert_keys(made[arch])[name] for name in reads if ".experts." in name}
     assert read == {3, 7}
-    files = checkpoint_files(made[arch])
+    files = checkpoint_tensors(made[arch])
     assert reads.keys() >= {name for name in files if ".experts." not in name}
-    sizes = {n: t.nbytes for f in set(files.values()) for n, t in load_file(f).items()}
+    sizes = {n: t.nbytes for f in {f.file for f in files.values()} for n, t in load_file(f).items()}
     assert all(count == sizes[name] for name, count in reads.items()), "each once, and whole"
 
 
@@ -201,13 +201,13 @@ def test_rows_of_a_fused_layout(
 
 
 def test_one_file_or_many(made: dict[str, Path], tmp_path: Path) -> None:
-    assert len(set(checkpoint_files(made["qwen3_moe"]).values())) > 1
+    assert len(list(made["qwen3_moe"].glob("*.safetensors"))) > 1
     path = Path(shutil.copytree(made["qwen3_moe"], tmp_path / "model"))
     state = {n: t for f in sorted(path.glob("*.safetensors")) for n, t in load_file(f).items()}
     for old in path.glob("*.safetensors*"):
         old.unlink()
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    assert set(checkpoint_files(path)) == set(checkpoint_files(made["qwen3_moe"]))
+    assert set(checkpoint_tensors(path)) == set(checkpoint_tensors(made["qwen3_moe"]))
     ours, theirs = (
         loaded(p, "qwen3_moe", (4,)).model.state_dict() for p in (path, made["qwen3_moe"])
     )

@@ -1,0 +1,115 @@
+"""Models of the hub: fetched whole, from the cache where they are, and refused in one line."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.hub import COMMIT, MODEL, hub
+
+from revivemoe.checkpoint.hub import is_hub_id, local_directory
+
+FETCH = """
+import sys
+from revivemoe.checkpoint.hub import local_directory
+for asked in sys.argv[1:]:
+    try:
+        print(local_directory(*asked.split("@")))
+    except ValueError as error:
+        print("refused:", error)
+"""
+NOWHERE = "http://127.0.0.1:9"
+OTHER = "acme/other"
+
+
+def start(cache: Path, endpoint: str, *asked: str, **variables: str) -> subprocess.Popen[str]:
+    """Fetches one after another (MODEL or MODEL@REVISION)."""
+    left = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env = left | {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint} | variables
+    command = [sys.executable, "-c", FETCH, *asked]
+    out = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=out, stderr=out, text=True)
+
+
+def fetched(cache: Path, endpoint: str, *asked: str, **variables: str) -> list[str]:
+    """What was said to each; last of all what was shown meanwhile."""
+    process = start(cache, endpoint, *asked, **variables)
+    out, shown = process.communicate(timeout=60)
+    lines = out.splitlines()
+    assert len(lines) == len(asked), out + shown
+    return [*lines, shown]
+
+
+@pytest.fixture
+def published(made: dict[str, Path], tmp_path: Path) -> Path:
+    """With other formats beside the one that is read."""
+    path = Path(shutil.copytree(made["qwen3_moe"], tmp_path / "published"))
+    (path / "original").mkdir()
+    for other in ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors"):
+        (path / other).write_bytes(b"x")
+    return path
+
+
+def test_from_a_fetch_that_is_killed_to_a_cache_without_a_hub(
+    published: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    with hub(published, chunk_pause_s=1.0) as served:
+        process = start(cache, served.url, MODEL)
+        while not any(n.endswith(".safetensors") for n in served.fetched):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    offline = fetched(cache, NOWHERE, MODEL, OTHER, HF_HUB_OFFLINE="1")
+    for name, told in zip((MODEL, OTHER), offline[:2], strict=True):
+        assert f"{name} is no directory here, and as a model of the hub it is not" in told
+        assert "HF_HUB_OFFLINE is set" in told
+    with hub(published, ("main", "v2")) as served:
+        told, again, absent, other, shown = fetched(
+            cache, served.url, MODEL, f"{MODEL}@v2", f"{MODEL}@v3", OTHER
+        )
+        assert told == again
+        assert told.endswith(f"/snapshots/{COMMIT}")
+        assert "Fetching" in shown
+        assert "v3" in absent
+        assert "RevisionNotFound" in absent
+        assert "RepositoryNotFound" in other
+        assert len(set(served.fetched)) == len(served.fetched), "once for both names"
+        there = {p.name for p in Path(told).iterdir()}
+        wanted = {
+            p.name for p in published.iterdir() if p.suffix in (".json", ".jinja", ".safetensors")
+        }
+        assert there == wanted - {"consolidated.safetensors"}
+    asked = (MODEL, f"{MODEL}@v2", OTHER)
+    unreachable = fetched(cache, NOWHERE, *asked)
+    assert unreachable[:2] == [told, told]
+    assert f"({NOWHERE}) cannot be reached: ConnectError" in unreachable[2]
+    assert fetched(cache, NOWHERE, *asked, HF_HUB_OFFLINE="1")[:2] == [told, told]
+
+
+def test_refused_before_its_weights_are_fetched(published: Path, tmp_path: Path) -> None:
+    (published / "config.json").write_text('{"model_type": "no_such_thing"}')
+    with hub(published) as served:
+        assert "no_such_thing" in fetched(tmp_path / "cache", served.url, MODEL)[0]
+        assert not [n for n in served.fetched if n.endswith(".safetensors")]
+
+
+def test_names() -> None:
+    for name in ("Qwen/Qwen3-30B-A3B", "a/b", "deepseek-ai/DeepSeek-V3.1_x"):
+        assert is_hub_id(name)
+    for name in ("/a/b", "./a", "../b", "a", "a/b/c", "~/b", "a/", "/b", "a/b\n", ".a/b"):
+        assert not is_hub_id(name), name
+
+
+def test_a_directory_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("acme/tiny-moe").mkdir(parents=True)
+    assert local_directory(MODEL) == Path(MODEL)
+    with pytest.raises(ValueError, match="is a local directory, which has no revisions"):
+        local_directory(MODEL, "main")
+    with pytest.raises(ValueError, match=r"is no id of the hub \(ORG/NAME\)"):
+        local_directory("/nowhere", "main")
