@@ -128,20 +128,19 @@ def part(layout: Layout) -> list[Cell]:
     """What runs with every change: each kind, each phase, each level, idle and loaded, once."""
     chosen = {
         "shm-3+2": (
-            "kill-attention-rank0", "kill-experts-rank4", "kill-combine-rank3",
-            "kill-dispatch-rank1", "hang-sample", "nan-experts", "device_fault-4-any",
+            "kill-attention-rank0", "kill-dispatch-rank1", "kill-experts-rank4",
+            "kill-combine-rank3", "kill-commit-rank0", "hang-sample", "nan-experts",
+            "device_fault-4-any",
         ),
-        "shm-2+3": ("kill-schedule-rank2", "kill-commit-rank0"),
-        "shm-2+2": ("kill-experts-rank3", "kill-sample-rank1"),
         "shm": (
-            "kill-schedule", "kill-combine", "error-dispatch", "hang-experts", "hang-sample",
-            "hang-stop-experts", "nan-experts", "nan-sample", "slow-8-experts", "hang-loop-idle",
-            "hang-stop-idle", "device_fault-2-any", "device_fault-3-any", "device_fault-4-any",
-            "device_fault-6-any", "device_fault-4-idle",
+            "kill-schedule", "kill-sample", "error-dispatch", "hang-experts", "hang-stop-experts",
+            "nan-sample", "slow-8-experts", "hang-loop-idle", "hang-stop-idle",
+            "device_fault-2-any", "device_fault-3-any", "device_fault-6-any",
+            "device_fault-4-idle",
         ),
         "gloo": (
-            "kill-attention", "hang-combine", "hang-stop-experts", "nan-attention",
-            "comm-0-dispatch", "comm-0-idle", "kill-idle", "device_fault-5-any",
+            "kill-attention", "hang-combine", "nan-attention", "comm-0-dispatch", "comm-0-idle",
+            "kill-idle", "device_fault-5-any",
         ),
     }.get(layout.name, ())  # fmt: skip
     by_name = {cell.name: cell for cell in cells_of(layout)}

@@ -60,8 +60,8 @@ _FOOT = """
   is refused.
 * **Where it lies.** A directory, or `ORG/NAME` (with `--revision`) of the Hugging Face hub: its
   safetensors, configuration and tokenizer are fetched into the hub's cache, or taken from there.
-  `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_ENDPOINT` count. A configuration that is not served
-  is refused before the weights are fetched.
+  `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_ENDPOINT` count. A configuration that is not
+  served is refused before the weights are fetched.
 * **Code of a checkpoint's own** (`trust_remote_code`) is not run.
 """
 

@@ -32,6 +32,8 @@ def quantization_of(raw: Mapping[str, object], model_dir: Path) -> Quantization 
     section = found if isinstance(found, dict) else {"quant_method": found}
     method = str(section.get("quant_method", "unknown"))
     try:
+        if section is not found:
+            raise ValueError("quantization_config is no object")
         if method == "fp8":
             return Quantization(method, _block(section.get("weight_block_size")))
         if method == "compressed-tensors":

@@ -138,6 +138,11 @@ class Needles:
                 waiting.append(longer)
 
 
+def _first_and_longest(match: tuple[int, int, str]) -> tuple[int, int, int]:
+    end, start, stop = match
+    return end, start, -len(stop)
+
+
 class StopMatcher:
     """Finds the stop string that is completed first; holds back text one may begin in.
 
@@ -170,7 +175,8 @@ class StopMatcher:
         self._end = places.stop
         shown = self._shown.push(text, places[: len(text)])
         marked = self._marked.push(text + mark, places)
-        if armed and (match := min((m for m in (shown, marked) if m is not None), default=None)):
+        found = [m for m in (shown, marked) if m is not None]
+        if armed and (match := min(found, key=_first_and_longest, default=None)):
             end, start, stop = match
             if not self.stops.include:
                 return Released(held[: start - begin], stop)

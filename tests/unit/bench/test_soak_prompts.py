@@ -32,9 +32,7 @@ def prompt_of(request: Request) -> list[int]:
     return list(prompt)
 
 
-def test_prompts_are_safe_and_yield_what_is_expected(
-    model_dir: Path, drawn: list[Request]
-) -> None:
+def test_prompts_are_safe_and_yield_what_is_expected(model_dir: Path, drawn: list[Request]) -> None:
     lengths = [len(prompt_of(request)) for request in drawn]
     assert lengths == list(LENGTHS) * OF_EACH_LENGTH
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
