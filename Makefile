@@ -25,11 +25,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/revivemoe demo
 
-# What starts no deployment on two cores at once, and first: what is broken shows early.
-APART = tests/unit tests/field tests/sim
+# On two cores at once. What starts no deployment comes first, so that what is broken shows early; the
+# others go by files, whose tests share deployments.
+SMALL = tests/unit tests/field tests/sim
 test: lint type
-	$(BIN)/python -m pytest -q -n 2 $(APART)
-	$(BIN)/python -m pytest -q tests/gpu tests/dist
+	$(BIN)/python -m pytest -q -n 2 $(SMALL)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/gpu tests/dist
 
 # Every kind of fault at every point of a step, over both transports: about 25 minutes.
 test-matrix: setup

@@ -11,6 +11,16 @@ from support.warm import Zygote
 from revivemoe.checkpoint.make import make_model
 
 
+LONGEST = ("matrix", "lifecycle", "detection", "soak", "return", "disaggregated", "masking")
+"""Of two workers neither should begin with one of these when the other has nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    last = len(LONGEST)
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, last))
+
+
 @pytest.fixture(autouse=True)
 def processes(warm: Zygote) -> None:
     """All of these tests start some."""

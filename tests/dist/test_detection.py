@@ -189,13 +189,13 @@ def quick_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_noise")
 def test_a_long_prefill_on_big_layers_raises_no_suspicion(tmp_path: Path) -> None:
-    """About a billion parameters, 1,000 tokens at once, four ranks on the cores there are."""
+    """About a billion parameters, 800 tokens at once, four ranks on the cores there are."""
     model_dir = tmp_path / "medium"
     make_model(model_dir, "qwen3_moe", "medium", 0, "bfloat16")
     flags = ["--dtype", "bfloat16", "--max-model-len", "1536", "--max-num-batched-tokens", "1024"]
     with deployed(model_dir, 4, *flags) as server:
         seen: set[str] = set()
-        body = {"model": "medium", "prompt": [7 + i % 90 for i in range(1000)], "max_tokens": 4}
+        body = {"model": "medium", "prompt": [7 + i % 90 for i in range(800)], "max_tokens": 4}
 
         async def ask() -> None:
             async with httpx.AsyncClient(timeout=110) as client:

@@ -6,7 +6,7 @@ from revivemoe.sim.faults import FaultKind
 from revivemoe.sim.report import replay, run_seeds
 from revivemoe.sim.run import run_seed
 
-CHUNK = 30
+CHUNK = 20
 NUM_CHUNKS = 10
 
 

@@ -134,9 +134,8 @@ def part(layout: Layout) -> list[Cell]:
         ),
         "shm": (
             "kill-schedule", "kill-sample", "error-dispatch", "hang-experts", "hang-stop-experts",
-            "nan-sample", "slow-8-experts", "hang-loop-idle", "hang-stop-idle",
-            "device_fault-2-any", "device_fault-3-any", "device_fault-6-any",
-            "device_fault-4-idle",
+            "nan-sample", "slow-8-experts", "hang-loop-idle", "device_fault-2-any",
+            "device_fault-3-any", "device_fault-6-any", "device_fault-4-idle",
         ),
         "gloo": (
             "kill-attention", "hang-combine", "nan-attention", "comm-0-dispatch", "comm-0-idle",
