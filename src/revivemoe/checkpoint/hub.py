@@ -38,21 +38,16 @@ def local_directory(model: str, revision: str | None = None) -> Path:
 
 
 def _fetched(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        XetDownloadError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
+    transport = errors.HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
     try:
         path = snapshot_download(
             model, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(NOT_OURS)
         )
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ValueError(f"{_named(model, revision)} {_why_absent(error)}") from None
-    except (HTTPError, HFValidationError, XetDownloadError) as error:
+    except (transport, errors.HFValidationError, errors.XetDownloadError) as error:
         said = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{_named(model, revision)} cannot be had: {type(error).__name__}: {said}"
