@@ -190,9 +190,9 @@ class DeviceSignals:
         accused = [v for v in views if not v.dead and v not in drained]
         for view in views:
             if view.dead:
-                self._epochs.fleet.lives.call_off(view, now)
                 if view.fault is None or view.fault.kind not in DEVICE_IS_BAD:
                     view.fault = signal.fault(view.rank)
+                self._epochs.fleet.lives.call_off(view, now)
         if accused:
             self._epochs.accuse([signal.fault(view.rank) for view in accused], now)
         self._maintenance.drain_all([signal.fault(view.rank) for view in drained], now)

@@ -20,8 +20,9 @@ class DeviceWatch:
         self._epochs, self._tell = epochs, tell
         self._views = epochs.fleet.views
         self.signals = DeviceSignals(epochs, maintenance, tell)
-        self._said: dict[Key, int] = {}
-        """Levels of the signals about several ranks: each of these is told of it, once will do."""
+        self._said: dict[Key, tuple[int, int]] = {}
+        """Levels, and how often, of the signals about several ranks: each of these is told of it,
+        and once will do."""
         self._early: dict[tuple[RankId, str], DeviceReport] = {}
         """The last of each (rank, code) from before the instance served: monitors tell of changes
         only, and will not say it again."""
@@ -70,15 +71,16 @@ class DeviceWatch:
         self._tell(DeviceReported(*told))
         if action is not None:
             said = (report.source, report.code, ranks, level, action, report.detail)
-            self._act(Signal(*said), now)
+            self._act(Signal(*said), report.times, now)
         elif not report.level:
             self._clear(report, ranks)
 
-    def _act(self, signal: Signal, now: float) -> None:
-        if signal.shared and self._said.get(signal.key) == signal.level:
-            return
+    def _act(self, signal: Signal, times: int, now: float) -> None:
         if signal.shared:
-            self._said[signal.key] = signal.level
+            said = (signal.level, times)
+            if self._said.get(signal.key) == said:
+                return
+            self._said[signal.key] = said
         if signal.action in ("drain", "isolate"):
             self.signals.ask(signal, now)
             return

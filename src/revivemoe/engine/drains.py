@@ -8,7 +8,7 @@ One at a time. A drain belongs to the epoch it began in: in another one it begin
 import logging
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
@@ -82,11 +82,27 @@ class Drains:
         view = self._views[fault.rank]
         asked = any(w.fault.rank == view.rank and self._is_there(w) for w in self._asked)
         if view.dead or view.draining or asked:
+            if fault.kind != "device_fault" and not (switch or view.dead):
+                self._take_over(fault, request_id)
             return False
         if not switch:
             view.fault = fault
         self._asked.append(Wanted(fault, view.incarnation, request_id, switch))
         return True
+
+    def _take_over(self, fault: Fault, request_id: str | None) -> None:
+        """What a device has asked for somebody else asks for, too: he alone takes it back."""
+
+        def his(wanted: Wanted) -> Wanted:
+            same = wanted.fault.rank == fault.rank and wanted.fault.kind == "device_fault"
+            return replace(wanted, fault=fault, request_id=request_id) if same else wanted
+
+        self._asked = deque(map(his, self._asked))
+        if self._drain is not None:
+            self._drain.wanted = his(self._drain.wanted)
+        view = self._views[fault.rank]
+        if view.fault is not None and view.fault.kind == "device_fault":
+            view.fault = fault
 
     def forget(self, ranks: Collection[RankId]) -> None:
         """These need not go for what their devices have said, if they have not begun to."""

@@ -13,7 +13,6 @@ from revivemoe.engine.drains import Drains
 from revivemoe.engine.returns import Returns
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
-from revivemoe.epochs.lives import LAUNCH
 from revivemoe.epochs.rank_life import Condemned, Gone, Leaving
 from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import RankId
@@ -75,7 +74,7 @@ class Maintenance:
         view = self._fleet.views[rank]
         was_out, view.taken_out = view.taken_out, True
         if isinstance(view.life, Gone | Leaving | Condemned):
-            self._fleet.lives.obligations.met(LAUNCH, rank)
+            self._fleet.lives.call_off_launch(rank, now)
             return not was_out
         if self._epochs.matters(rank):  # the change under way counts on it
             self._epochs.accuse([Fault(rank, "isolate", "asked by an operator")], now)

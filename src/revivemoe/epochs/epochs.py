@@ -85,7 +85,7 @@ class Epochs:
         self.stopping = False
         fleet.lives.on_late = self._late
         fleet.on_launch = self.coordinator.renewed
-        fleet.lives.on_unkillable = self.proceed
+        fleet.lives.on_not_coming = self._replan
         self._switch: RankId | None = None
         """The rank whose role the planned change under way is to change."""
 
@@ -272,6 +272,11 @@ class Epochs:
             self._finish(finished, now)
         elif plan is not None and plan is not carried_out:
             self._carry_out(plan)
+
+    def _replan(self, now: float) -> None:
+        """A rank that the change under way may have waited for does not come."""
+        if self.coordinator.active:
+            self.proceed(now)
 
     def _carry_out(self, plan: Continue) -> None:
         self._switch = None

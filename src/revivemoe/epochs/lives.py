@@ -43,8 +43,8 @@ class Lives:
         """A process has missed a deadline of its life: it is to be accused."""
         self.on_launch: Callable[[RankView, float], None] = lambda view, now: None
         """A new process is asked for, with what `table` says in its slots."""
-        self.on_unkillable: Callable[[float], None] = lambda now: None
-        """Nobody waits any longer for a process to be gone: plans may depend on it."""
+        self.on_not_coming: Callable[[float], None] = lambda now: None
+        """Nobody waits any longer for a rank's new process: plans may depend on it."""
         self._closed = False
         """Nothing is launched any more."""
         self._cluster, self._views = cluster, views
@@ -110,7 +110,7 @@ class Lives:
         """A process that does not die cannot be replaced: its memory may still be written to."""
         self._doom(self._views[rank], now, late=True)
         self._tell(Unkillable(rank, self._views[rank].pid))
-        self.on_unkillable(now)
+        self.on_not_coming(now)
 
     # ---- what becomes of them ----------------------------------------------------------------
 
@@ -152,12 +152,19 @@ class Lives:
                 self.end(view, now)
 
     def call_off(self, view: RankView, now: float) -> None:
-        """An operator takes out a rank that is on its way back."""
-        self.obligations.met(LAUNCH, view.rank)
+        """A rank that is on its way back is not to come."""
+        awaited = self.obligations.met(LAUNCH, view.rank) or isinstance(view.life, Queued)
         if not self._move(view, self._dismissed(now), now):
             self.end(view, now)
         elif isinstance(view.life, Leaving):
             self._cluster.send(view.rank, Stop())
+        if awaited:
+            self.on_not_coming(now)
+
+    def call_off_launch(self, rank: RankId, now: float) -> None:
+        """Its process is gone, or on its way out: no other one is to be started."""
+        if self.obligations.met(LAUNCH, rank):
+            self.on_not_coming(now)
 
     def drain(self, view: RankView, on: bool, now: float) -> None:
         """Nothing new goes there; or, not `on`, again."""

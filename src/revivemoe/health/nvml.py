@@ -59,6 +59,8 @@ class Condition:
     code: str
     level: int
     detail: str
+    times: int = 0
+    """See `DeviceReport`."""
 
 
 class NvmlSource:
@@ -80,8 +82,10 @@ class NvmlSource:
         self._ranks_of_device = {d: tuple(ranks) for d, ranks in ranks_of_device.items()}
         self._clock = clock
         self._session: Session | None = None
-        self._xids: dict[tuple[DeviceId, int], float] = {}
-        """When each Xid was last seen."""
+        self._xids: dict[tuple[DeviceId, int], tuple[float, int]] = {}
+        """When each Xid was last seen, and how often."""
+        self._last: dict[DeviceId, list[Condition]] = {}
+        """What the queries have found of each device."""
         self._fewest_ecc: dict[DeviceId, int] = {}
         """Uncorrected errors that were there before we watched, or are left after a reset."""
         self._changes = Changes()
@@ -91,29 +95,44 @@ class NvmlSource:
     def poll(self) -> list[DeviceReport]:
         """See `HealthSource`. Takes at most `WAIT_MS` beside the driver's own time.
 
-        Raises NVMLError for what says nothing about a device (no driver, no permission).
+        Raises NVMLError if no device can be asked (no driver, no permission); the next call begins
+        with a new session. One that cannot be asked beside others is as it was.
         """
         if self._session is None:
             self._session = Session(self._library, tuple(self._ranks_of_device))
         now = self._clock()
         for device, xid in self._session.xids():
-            self._xids[device, xid] = now
+            _, times = self._xids.get((device, xid), (now, 0))
+            self._xids[device, xid] = now, times + 1
+        self._ask_all(self._session)
         return self._changes.to(
-            DeviceReport(
-                rank, c.level, c.code, c.detail, self.name, ranks if len(ranks) > 1 else ()
-            )
+            DeviceReport(rank, c.level, c.code, c.detail, self.name, shared, c.times)
             for device, ranks in self._ranks_of_device.items()
-            for c in self._conditions(self._session, device, now)
+            for shared in (ranks if len(ranks) > 1 else (),)
+            for c in (*self._of_xids(device, now), *self._last.get(device, ()))
             for rank in ranks
         )
+
+    def _ask_all(self, session: "Session") -> None:
+        failed: dict[DeviceId, Exception] = {}
+        for device in self._ranks_of_device:
+            try:
+                self._last[device] = list(self._conditions(session, device))
+            except self._library.nvml.NVMLError as error:
+                failed[device] = error
+        if failed and len(failed) == len(self._ranks_of_device):
+            with suppress(self._library.nvml.NVMLError):
+                self.close()
+            raise next(iter(failed.values()))
+        for device, why in failed.items():
+            self._say(device, f"{type(why).__name__}: {why}")
 
     def close(self) -> None:
         if self._session is not None:
             self._session.close()
             self._session = None
 
-    def _conditions(self, session: "Session", device: DeviceId, now: float) -> Iterator[Condition]:
-        yield from self._of_xids(device, now)
+    def _conditions(self, session: "Session", device: DeviceId) -> Iterator[Condition]:
         try:
             yield from self._of_queries(session, device)
         except Unknown as error:
@@ -124,16 +143,17 @@ class NvmlSource:
             yield Condition("reset-required", 5, f"GPU {device}: {error}")
 
     def _say(self, device: DeviceId, why: str) -> None:
-        """Once."""
+        """Once in a session."""
         if device not in self._unknown:
             self._unknown.add(device)
             log.warning("%s: the health of %s stays unknown: %s", self.name, device, why)
 
     def _of_xids(self, device: DeviceId, now: float) -> Iterator[Condition]:
-        for (where, xid), seen in self._xids.items():
+        for (where, xid), (seen, times) in self._xids.items():
             level, meaning = xid_level(xid)
             if where == device and (level > MILD or now - seen < MILD_HOLD_S):
-                yield Condition(f"xid-{xid}", level, f"GPU {device}, Xid {xid}: {meaning}")
+                said = f"GPU {device}, Xid {xid}: {meaning}"
+                yield Condition(f"xid-{xid}", level, said, times if level >= MILD else 0)
 
     def _of_queries(self, session: "Session", device: DeviceId) -> Iterator[Condition]:
         count = session.uncorrected_ecc(device)
@@ -167,7 +187,7 @@ class Session:
             self._events = library.ask("nvmlEventSetCreate", otherwise=None)
             for device in devices:
                 # One that cannot be had now is not given up: its queries say why, and look again.
-                with suppress(Unknown, *library.lost, *library.reset_required):
+                with suppress(Unknown, library.nvml.NVMLError):
                     self._handle(device)
         except library.nvml.NVMLError:
             self.close()

@@ -4,12 +4,15 @@
 older than that: either may lack what the other one knows.
 """
 
+import re
 from types import ModuleType
 from typing import Any
 
 DeviceId = int | str
 """NVML's index of a device, or its UUID (`GPU-...`), which may be cut short as CUDA allows."""
-UUID_LENGTH = len("GPU-8e9f2a3c-1b2d-4c5e-8f90-a1b2c3d4e5f6")
+GPU_UUID = re.compile("GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+MIG_OF_GPU = re.compile(f"MIG-({GPU_UUID.pattern})/[0-9]+/[0-9]+", re.IGNORECASE)
+"""How a MIG instance was named before it had a UUID of its own."""
 Errors = tuple[type[Exception], ...]
 
 
@@ -26,8 +29,8 @@ class Library:
         """What it raises for a device that is gone."""
         self.reset_required = self._errors("ResetRequired")
         self.timeout = self._errors("Timeout")
-        self._unsupported = self._errors("NotSupported", "FunctionNotFound")
-        """Of the device, or of a driver that lacks the function."""
+        self._unsupported = self._errors("NotSupported", "FunctionNotFound", "InvalidArgument")
+        """Of the device (a MIG instance has no events), or of a driver that lacks the function."""
         self._no_such_index = self._errors("InvalidArgument")
         newer = self.name("nvmlEventSetWait_v2", None) is not None
         self.event_wait = "nvmlEventSetWait_v2" if newer else "nvmlEventSetWait"
@@ -57,14 +60,24 @@ class Library:
                 return self.nvml.nvmlDeviceGetHandleByIndex(device)
             except self._no_such_index:
                 raise Unknown(f"NVML has no device {device}") from None
+        if match := MIG_OF_GPU.fullmatch(device):
+            device = match[1]
         try:
-            return self.nvml.nvmlDeviceGetHandleByUUID(device)
+            return self._physical(self.nvml.nvmlDeviceGetHandleByUUID(device))
         except self.lost:
-            if len(device) >= UUID_LENGTH:
+            if GPU_UUID.fullmatch(device):
                 raise
         except self._no_such_index:
             pass
         return self._find_by_prefix(device)
+
+    def _physical(self, handle: object) -> object:
+        """Of a MIG instance the GPU that it is on: errors are counted there."""
+        if self.ask("nvmlDeviceIsMigDeviceHandle", handle, otherwise=0):
+            return self.ask(
+                "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle, otherwise=handle
+            )
+        return handle
 
     def _find_by_prefix(self, prefix: str) -> object:
         """CUDA takes the beginning of a UUID that tells the device; NVML does not."""
@@ -73,7 +86,7 @@ class Library:
             try:
                 handle = self.nvml.nvmlDeviceGetHandleByIndex(index)
                 uuid = str(self.nvml.nvmlDeviceGetUUID(handle))
-            except (*self.lost, *self.reset_required, *self._no_such_index):
+            except self.nvml.NVMLError:  # another's: lost, or not for us to see
                 continue
             if uuid.lower().startswith(prefix.lower()):
                 found.append(handle)

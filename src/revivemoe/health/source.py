@@ -33,7 +33,8 @@ class Changes:
         self._last: dict[tuple[RankId, str], DeviceReport] = {}
 
     def to(self, reports: Iterable[DeviceReport]) -> list[DeviceReport]:
-        """Reports that appeared or changed their level, then a level 0 for each that is gone.
+        """Reports that appeared, changed their level or happened once more, then a level 0 for each
+        that is gone.
 
         Of several for one (rank, code) the highest level counts, and of equals the first.
         """
@@ -43,10 +44,14 @@ class Changes:
             if report.level > (now[key].level if key in now else 0):
                 now[key] = report
         self._last = now
-        risen = [r for k, r in now.items() if k not in before or before[k].level != r.level]
+        risen = [r for k, r in now.items() if k not in before or _news(before[k], r)]
         cleared = [
             replace(report, level=0, detail=f"{report.code} is over")
             for key, report in before.items()
             if key not in now
         ]
         return risen + cleared
+
+
+def _news(before: DeviceReport, now: DeviceReport) -> bool:
+    return (before.level, before.times) != (now.level, now.times)

@@ -56,6 +56,8 @@ class DeviceReport:
     shared: tuple[RankId, ...] = ()
     """All ranks that this one signal speaks of, if there are several: those of a Node, or those
     that share a device. Each of them gets a report of its own."""
+    times: int = 0
+    """How often it has happened, where each time asks for something anew."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.level <= ISOLATE, f"level {self.level}"

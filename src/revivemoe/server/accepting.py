@@ -6,6 +6,7 @@ connections without a request under way make room, the oldest first.
 """
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Callable
@@ -21,6 +22,11 @@ AT_ONCE = 64
 """Connections taken before other work of the event loop gets its turn."""
 LOOK_S = 0.05
 """How often it is seen whether there is room again."""
+OF_ONE_CLIENT = (
+    errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.ENOPROTOOPT,
+    errno.EHOSTDOWN, errno.ENONET, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH,
+)  # fmt: skip
+"""It was gone before it was taken: accept(2) wants the next one to be tried."""
 IDLE_AT_LEAST_S = 1.0
 """A connection younger than this is not closed for room: its request may be on the way."""
 SAY_EVERY_S = 30.0
@@ -70,18 +76,19 @@ class Acceptor:
 
     def _accept(self) -> None:
         for _ in range(AT_ONCE):
+            if (full := self._full()) is not None:
+                self._pause(full)
+                return
             try:
                 client, _ = self._listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):  # none is left, or it has gone again
+            except BlockingIOError:  # none is left
                 return
-            except OSError as error:  # no descriptor, or no memory for one
-                self._pause(str(error))
-                return
-            number = client.fileno()
-            self._begin(client)
-            if number >= self._below:
-                self._pause("the rest is kept for recovery")
-                return
+            except OSError as error:
+                if error.errno not in OF_ONE_CLIENT:
+                    self._pause(str(error))
+                    return
+            else:
+                self._begin(client)
 
     def _begin(self, client: socket.socket) -> None:
         task = self._loop.create_task(self._connect(client))
@@ -99,24 +106,26 @@ class Acceptor:
         now = self._loop.time()
         if self._said_at is None or now >= self._said_at + SAY_EVERY_S:
             self._said_at = now
-            said = "%d descriptors are in use (ulimit -n): no new connections for now; %s"
-            log.warning(said, self._below, why)
+            log.warning("no new connections for now: %s", why)
         self._loop.remove_reader(self._listener)
         self._look = self._loop.call_later(LOOK_S, self._go_on)
 
     def _go_on(self) -> None:
-        if self._has_room():
+        if self._full() is None:
             self._look = None
             self._loop.add_reader(self._listener, self._accept)
             return
         self._make_room()
         self._look = self._loop.call_later(LOOK_S, self._go_on)
 
-    def _has_room(self) -> bool:
+    def _full(self) -> str | None:
+        """Why another connection would be one too many: it gets the lowest number that is free."""
         try:
-            return lowest_free() < self._below
-        except OSError:
-            return False
+            if lowest_free() < self._below:
+                return None
+        except OSError as error:
+            return str(error)
+        return f"{self._below} descriptors are in use (ulimit -n); the rest is kept for recovery"
 
     def _make_room(self) -> None:
         """One that has a request under way is closed once that is answered."""

@@ -11,6 +11,7 @@ from unit.engine.test_engine_recovery import assert_whole, loaded, members, serv
 from revivemoe.engine.metrics import render_metrics
 from revivemoe.engine.operations import Operations
 from revivemoe.engine.status import status_document
+from revivemoe.epochs.rank_life import Condemned
 from revivemoe.epochs.state import Serving
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.messages.commands import Add, Fence
@@ -434,3 +435,45 @@ def test_what_is_refused_is_kept_within_bounds() -> None:
         say(instance, 2, f"watched {number}")
     assert len(refused(instance)) == 256
     assert len(instance.engine.ranks[R1].device_watched) == 64
+
+
+# ---- together with what others want ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["device", "operator"])
+def test_a_rank_the_recovery_waits_for_is_planned_for_anew_when_it_is_called_off(who: str) -> None:
+    """The hang is seen first, the monitor says so a second later, and the corpse dies slowly: all
+    waited for ten minutes for a process that nobody was to start any more.
+    """
+    instance = serving(redundant=0)
+    instance.engine.epochs.accuse([Fault(R1, "hang", "no progress")], instance.now)
+    instance.deliver()
+    assert isinstance(instance.engine.ranks[R1].life, Condemned)
+    if who == "device":
+        say(instance, 6)
+    else:
+        Operations(instance.engine).apply("isolate", {"id": 1}, "r1", instance.now)
+    instance.engine.on_exit(R1, Incarnation(1), "killed", instance.now)
+    instance.wait(20)
+    assert isinstance(instance.engine.state, Serving)
+    assert members(instance) == ALL, "on its own device again: there is no other one"
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["queued", "begun"])
+def test_what_an_operator_asks_for_as_well_no_device_takes_back(begun: bool) -> None:
+    instance = serving(redundant=24, auto_rejoin=True)
+    loaded(instance, 40)
+    instance.step(2)
+    if not begun:
+        instance.engine.maintenance.drain(Fault(R0, "slow", "too slow"), instance.now)
+    say(instance, 4)
+    Operations(instance.engine).apply("isolate", {"id": 1}, "r1", instance.now)
+    say(instance, 0)
+    fault = instance.engine.ranks[R1].fault
+    assert fault is not None
+    assert fault.kind == "isolate"
+    for _ in range(12):
+        instance.step()
+        instance.wait(0.5)
+    assert R1 not in members(instance)
+    assert [r.request_id for r in instance.engine.epochs.records if r.cause == "isolate"] == ["r1"]

@@ -58,8 +58,9 @@ def test_an_xid_is_reported_once_for_each_rank_of_its_device(bench: Bench) -> No
     bench.poll()
     bench.nvml.xid(bench.gpus[0], 95)
     assert bench.poll() == {(0, "xid-95"): 5, (2, "xid-95"): 5}
-    bench.nvml.xid(bench.gpus[0], 95)
     assert bench.poll() == {}
+    bench.nvml.xid(bench.gpus[0], 95)
+    assert bench.poll() == {(0, "xid-95"): 5, (2, "xid-95"): 5}, "of its next process, perhaps"
     bench.nvml.xid(bench.gpus[1], 79)
     bench.nvml.xid(bench.gpus[1], 9999)
     assert bench.poll() == {(1, "xid-79"): 6, (1, "xid-9999"): 2}
@@ -230,14 +231,55 @@ def test_a_whole_uuid_that_is_not_there_is_a_lost_device() -> None:
     assert [(r.code, r.level) for r in source.poll()] == [("gpu-lost", 6)]
 
 
-def test_an_error_that_names_no_device_is_raised_and_loses_no_event(bench: Bench) -> None:
+def test_an_error_of_all_devices_is_raised(bench: Bench) -> None:
     bench.poll()
-    bench.nvml.xid(bench.gpus[0], 95)
-    bench.gpus[1].error = fake_nvml.NVMLError_Unknown()
+    for gpu in bench.gpus:
+        gpu.error = fake_nvml.NVMLError_Unknown()
     with pytest.raises(fake_nvml.NVMLError_Unknown):
         bench.poll()
-    bench.gpus[1].error = None
-    assert bench.poll() == {(0, "xid-95"): 5, (2, "xid-95"): 5}
+    assert bench.nvml.opened == 0, "the next one begins with a new session"
+    for gpu in bench.gpus:
+        gpu.error = None
+    assert bench.poll() == {}
+    assert bench.nvml.opened == 1
+
+
+def test_a_device_that_cannot_be_asked_silences_no_other(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.gpus[0].pending = 1
+    assert bench.poll() == {(0, "row-remap-pending"): 4, (2, "row-remap-pending"): 4}
+    bench.gpus[0].error = fake_nvml.NVMLError_Unknown()
+    bench.nvml.xid(bench.gpus[1], 79)
+    assert bench.poll() == {(1, "xid-79"): 6}, "and it is as it was"
+    assert bench.poll() == {}
+    assert len(caplog.messages) == 1
+    bench.gpus[0].error, bench.gpus[0].pending = None, 0
+    assert bench.poll() == {(0, "row-remap-pending"): 0, (2, "row-remap-pending"): 0}
+
+
+def test_an_xid_that_asks_for_a_retry_asks_each_time(bench: Bench) -> None:
+    """The denser a fault was, the less was done."""
+    for _ in range(3):
+        bench.nvml.xid(bench.gpus[1], 39)
+        assert bench.poll() == {(1, "xid-39"): 3}
+    assert bench.poll() == {}
+
+
+def test_other_devices_that_we_may_not_see() -> None:
+    nvml = FakeNvml(Gpu(A), Gpu(B))
+    nvml.gpus[0].error = fake_nvml.NVMLError_Unknown()
+    nvml.gpus[1].pending = 1
+    assert [r.code for r in NvmlSource(nvml, {B[:10]: [R1]}).poll()] == ["row-remap-pending"]
+
+
+def test_a_part_of_a_gpu_by_its_older_name() -> None:
+    """MIG-GPU-<uuid>/<gi>/<ci> read as a lost GPU, L6."""
+    nvml = FakeNvml(Gpu(A), Gpu(B))
+    source = NvmlSource(nvml, {f"MIG-{B}/1/0": [R1], "MIG-8e9f2a3c-1b2d-4c5e-8f90-0": [R2]})
+    assert source.poll() == []
+    nvml.gpus[1].pending = 1
+    assert [(r.rank, r.code) for r in source.poll()] == [(1, "row-remap-pending")]
 
 
 def test_opening_fails_whole_and_can_be_tried_again(bench: Bench) -> None:
@@ -245,12 +287,14 @@ def test_opening_fails_whole_and_can_be_tried_again(bench: Bench) -> None:
     with pytest.raises(fake_nvml.NVMLError_LibraryNotFound):
         bench.poll()
     bench.nvml.no_driver = False
-    bench.gpus[1].error = fake_nvml.NVMLError_Unknown()
+    for gpu in bench.gpus:
+        gpu.error = fake_nvml.NVMLError_Unknown()
     with pytest.raises(fake_nvml.NVMLError_Unknown):
         bench.poll()
     assert (bench.nvml.opened, bench.nvml.sets) == (0, [])
     bench.source.close()
-    bench.gpus[1].error = None
+    for gpu in bench.gpus:
+        gpu.error = None
     assert bench.poll() == {}
     assert bench.nvml.opened == 1
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import resource
 import socket
 import time
@@ -95,3 +96,48 @@ def test_a_stream_under_way_is_not_closed_for_room(start_server, monkeypatch):
                 assert idle[0].recv(1) == b""
                 assert list(lines)[-2:].count("data: [DONE]") == 1
         assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_the_reserve_is_nobodys_however_clients_come_and_go() -> None:
+    """Whoever left made room for two: one below the reserve, and one of it."""
+    asyncio.run(churn())
+
+
+async def churn() -> None:
+    loop, below = asyncio.get_running_loop(), lowest_free() + 30
+    with socket.socket() as listener, ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        taken: list[Busy] = []
+        acceptor = Acceptor(listener, lambda: Busy(taken), below)
+        acceptor.start()
+        clients = [stack.enter_context(socket.socket()) for _ in range(60)]
+        for number, client in enumerate(clients):
+            os.dup2(client.fileno(), below + 200 + number)  # not among those that are counted
+            client.close()
+            clients[number] = stack.enter_context(socket.socket(fileno=below + 200 + number))
+        for client in clients:
+            client.setblocking(False)
+            await loop.sock_connect(client, listener.getsockname())
+        for _ in range(20):
+            await asyncio.sleep(1.2 * accepting.LOOK_S)
+            numbers = [each.transport.get_extra_info("socket").fileno() for each in taken]
+            assert max(numbers) < below
+            taken.pop(0).transport.close()
+        assert len(taken) > 5
+        acceptor.close()
+        for each in taken:
+            each.transport.close()
+        await acceptor.wait_closed()
+
+
+class Busy(asyncio.Protocol):
+    """With a request under way: it does not make room."""
+
+    def __init__(self, taken: list["Busy"]) -> None:
+        self._taken = taken
+
+    def connection_made(self, transport) -> None:
+        self.transport = transport
+        self._taken.append(self)
+
+    def shutdown(self) -> None: ...
