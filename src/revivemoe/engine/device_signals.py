@@ -25,7 +25,7 @@ log = logging.getLogger("revivemoe.engine")
 
 Key = tuple[str, str, tuple[RankId, ...]]
 NEVER = Epoch(-1)
-TURNED_DOWN = "it was begun, and could not be ended: see the event drain_refused"
+TURNED_DOWN = "it was begun, and could not be ended"
 MOST_OPEN = 256
 """Kept at a time; beyond that the oldest is forgotten."""
 
@@ -92,7 +92,9 @@ class DeviceSignals:
         self._note(signal, signal.ranks, takes_out=not signal.shared)
         one = Open(signal, now)
         while len(self._open) >= MOST_OPEN:
-            del self._open[next(iter(self._open))]
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            log.warning("%s is forgotten: %d signals are open", oldest[:2], MOST_OPEN)
         self._open[signal.key] = one
         self.tick(now)
 
@@ -146,7 +148,8 @@ class DeviceSignals:
         elif not self._epochs.quiet:
             pass
         elif not set(here) & {fault.rank for fault in self._maintenance.drains.leaving}:
-            one.under_way, one.reason = False, TURNED_DOWN
+            one.under_way = False
+            self._refuse(one, TURNED_DOWN, told=True)
         elif one.tried != self._epochs.membership.epoch:
             one.tried = self._epochs.membership.epoch
             reason = self._cannot_do_without(one.signal, here)
@@ -164,12 +167,14 @@ class DeviceSignals:
         plan = self._epochs.plan_for([*map(signal.fault, members), *leaving])
         return None if isinstance(plan, Continue) else f"without them: {plan.reason}"
 
-    def _refuse(self, one: Open, reason: str) -> None:
-        """Told of once; what the reason becomes in later epochs, the status says."""
+    def _refuse(self, one: Open, reason: str, told: bool = False) -> None:
+        """Told of once; what the reason becomes in later epochs, the status says. `told`: the drain
+        itself has said so.
+        """
         signal, again, one.reason = one.signal, bool(one.reason), reason
         if again:
             return
-        if not signal.shared:
+        if not (signal.shared or told):
             self._tell(DrainRefused(signal.ranks[0], reason, None))
         what = (signal.source, signal.code, signal.level, signal.action)
         self._tell(DeviceFaultRefused(list(signal.ranks), *what, reason))

@@ -74,8 +74,9 @@ class RankView:
         self.device_watched.pop(code, None)
         if fault is not None:
             (self.device_faults if takes_out else self.device_watched)[code] = fault
-        while len(self.device_watched) > KEPT_CODES:
-            del self.device_watched[next(iter(self.device_watched))]
+        for codes in (self.device_faults, self.device_watched):
+            while len(codes) > KEPT_CODES:
+                del codes[next(iter(codes))]
         self._show_device()
 
     def _show_device(self) -> None:

@@ -51,7 +51,8 @@ class StartUp:
         views = self._fleet.views.values()
         if now > self._deadline:
             slow = sorted(view.rank for view in views if not view.ready)
-            return f"ranks {slow} did not start within {self._timeout_s:.0f} s"
+            late = f"{slow} did not start" if slow else f"{sorted(self._unmet)} did not meet"
+            return f"ranks {late} within {self._timeout_s:.0f} s"
         ended = [view for view in views if view.fault is not None]
         said = next((view for view in ended if view.last_words), None)
         if said is None and self.exited is not None and now - self._exited_at > LAST_WORDS_S:

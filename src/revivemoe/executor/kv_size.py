@@ -1,17 +1,17 @@
 """How many blocks a rank's KV cache gets.
 
 On CPU all ranks of an instance take from the same memory, and size their caches at about the same
-moment: what is free then is also what the others are about to load. Where a control group limits
-it, what the whole instance will take is therefore reckoned first; a killed process would be the
-price, at some later step.
+moment: what is free then is also what the others are about to load. What the whole instance will
+take is therefore reckoned first; a killed process would be the price, at some later step.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from revivemoe.executor.spec import ENGINE_BYTES, RANK_BYTES, RankSpec
-from revivemoe.host.memory import Limit, free_bytes, tightest
+from revivemoe.host.memory import Limit, capacity, free_bytes
 from revivemoe.model.host_cache import expert_bytes
 from revivemoe.model.runner import ModelRunner
 
@@ -32,15 +32,11 @@ def num_kv_blocks(spec: RankSpec, runner: ModelRunner) -> int:
     limits = spec.limits
     per_sequence = limits.blocks_for(limits.max_model_len)
     per_block = runner.kv_bytes_per_block(limits.block_size)
-    free, why = room(spec, runner)
+    space = room(spec, runner)
+    free, why = space.free, space.why
     if spec.num_kv_blocks is not None:
         num_blocks = spec.num_kv_blocks
-        if num_blocks * per_block > free:
-            raise OutOfMemoryForKV(
-                f"KV cache of rank {spec.rank}: --num-kv-blocks {num_blocks} takes "
-                f"{num_blocks * per_block / MIB:.0f} MiB, and {free / MIB:.0f} MiB are free{why}: "
-                "lower --num-kv-blocks"
-            )
+        _check(num_blocks * per_block, spec, space)
     else:
         affordable = int(free * spec.kv_memory_share) // per_block
         num_blocks = min(affordable, per_sequence * limits.max_num_seqs)
@@ -56,15 +52,40 @@ def num_kv_blocks(spec: RankSpec, runner: ModelRunner) -> int:
     return num_blocks
 
 
-def room(spec: RankSpec, runner: ModelRunner) -> tuple[int, str]:
-    """Bytes for the caches of all ranks that share this rank's memory, and what bounds them, if
-    not what is free now."""
+class Room(NamedTuple):
+    """Bytes for the caches of all ranks that share a memory."""
+
+    free: int
+    """Now: ranks that came earlier have taken theirs."""
+    whole: int | None
+    """With nobody's taken yet; None where that is not known."""
+    why: str
+    """What bounds them, for people."""
+
+
+def room(spec: RankSpec, runner: ModelRunner) -> Room:
     if spec.device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(torch.device(spec.device))[0]), ""
-    free, limit = free_bytes(), tightest()
-    if limit is None:
-        return free, ""
-    return min(free, left_of(limit, spec, runner)), f" ({limit.path} is {limit.total // MIB} MiB)"
+        return Room(int(torch.cuda.mem_get_info(torch.device(spec.device))[0]), None, "")
+    limit = capacity()
+    whole = left_of(limit, spec, runner)
+    why = f" ({limit.path} is {limit.total // MIB} MiB)"
+    return Room(min(free_bytes(), whole), whole, why)
+
+
+def _check(wanted: int, spec: RankSpec, space: Room) -> None:
+    """`--num-kv-blocks` must fit, in every rank. Raises OutOfMemoryForKV."""
+    ranks = spec.instance.attention_ranks
+    asked = f"KV cache of rank {spec.rank}: --num-kv-blocks {spec.num_kv_blocks} takes "
+    if wanted > space.free:
+        raise OutOfMemoryForKV(
+            f"{asked}{wanted / MIB:.0f} MiB, and {space.free / MIB:.0f} MiB are free{space.why}: "
+            "lower --num-kv-blocks"
+        )
+    if space.whole is not None and wanted * ranks > space.whole:
+        raise OutOfMemoryForKV(
+            f"{asked}{wanted / MIB:.0f} MiB in each of {ranks} ranks, and for all of them there "
+            f"are {space.whole / MIB:.0f} MiB{space.why}: lower --num-kv-blocks"
+        )
 
 
 def left_of(limit: Limit, spec: RankSpec, runner: ModelRunner) -> int:

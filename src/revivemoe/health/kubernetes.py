@@ -143,9 +143,10 @@ def connect(configuration: "Configuration | None" = None) -> "CoreV1Api":
                 config.load_incluster_config(client_configuration=configuration)
             except config.ConfigException:
                 config.load_kube_config(client_configuration=configuration)
-        except (config.ConfigException, OSError) as error:
+        except Exception as error:  # a kubeconfig may hold anything
+            said = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"--kubernetes-node found neither a service account nor a kubeconfig: {error}"
+                f"--kubernetes-node found neither a service account nor a kubeconfig: {said}"
             ) from None
     configuration.retries = False
     return client.CoreV1Api(client.ApiClient(configuration))

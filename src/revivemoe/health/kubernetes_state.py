@@ -213,7 +213,7 @@ def _chips(text: object, level: int, code: str, reading: Reading, but: Iterable[
 def _ranks_of_chip(name: str, reading: Reading) -> Sequence[RankId]:
     """`Ascend910-3`: device 3. A chip that carries no rank is none of our business."""
     index = name.rpartition("-")[2]
-    if not (index.isascii() and index.isdigit()):
+    if not (index.isascii() and index.isdigit() and len(index) < 10):
         _complain(reading, f"chip name {name!r} does not end in a number")
         return ()
     return reading.ranks.of_device.get(int(index), ())

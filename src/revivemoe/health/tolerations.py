@@ -11,9 +11,9 @@ Object = Mapping[str, object]
 
 def tolerated_s(taint: Object, tolerations: Iterable[Object]) -> float:
     """For how long a pod with these tolerations may stay: 0 it does not tolerate the taint, or
-    infinity. The longest of those that match counts: the pod has said that it may.
+    infinity. The first of those that match counts.
     """
-    return max((_seconds(t) for t in tolerations if _matches(t, taint)), default=0.0)
+    return next((_seconds(t) for t in tolerations if _matches(t, taint)), 0.0)
 
 
 def _matches(toleration: Object, taint: Object) -> bool:
@@ -31,5 +31,5 @@ def _seconds(toleration: Object) -> float:
     """Only NoExecute has a time; 0 or less is at once."""
     seconds = toleration.get("tolerationSeconds")
     if isinstance(seconds, int | float) and not isinstance(seconds, bool):
-        return max(0.0, float(seconds))
+        return float(min(max(0, seconds), 1 << 60))
     return float("inf")

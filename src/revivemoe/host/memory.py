@@ -61,11 +61,6 @@ def capacity() -> Limit:
     return min([whole, *own_limits()], key=lambda limit: limit.total)
 
 
-def tightest() -> Limit | None:
-    """The lowest limit on this process; None: only the host's memory."""
-    return min(own_limits(), key=lambda limit: limit.total, default=None)
-
-
 def own_limits() -> list[Limit]:
     return limits(own_places("memory"))
 

@@ -18,6 +18,7 @@ from revivemoe.engine.operations import Operations
 from revivemoe.engine.status import status_document
 from revivemoe.epochs.state import FailedState, Paused, Recovering, Serving, Starting, state_name
 from revivemoe.health.monitor import HealthMonitor
+from revivemoe.health.source import HealthSource
 from revivemoe.health.sources import sources_for
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import place
@@ -103,17 +104,21 @@ class Instance:
         self._ticker: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Instance":
+        sources = self._health_sources()
         await self._cluster.__aenter__()
         self.engine.start(time.monotonic())
         self._ticker = asyncio.create_task(self._tick(), name="engine tick")
         self._ticker.add_done_callback(self._on_ticker_done)
-        self._watch_devices()
+        self._watch_devices(sources)
         return self
 
-    def _watch_devices(self) -> None:
+    def _health_sources(self) -> list[HealthSource]:
+        """Before anything is launched: a wrong set-up is said at once. Raises ValueError."""
         config = self.config
         devices = {rank: config.rank_device(rank) for rank in self.engine.ranks}
-        sources = sources_for(config.device, devices, config.kubernetes_node, config.device_health)
+        return sources_for(config.device, devices, config.kubernetes_node, config.device_health)
+
+    def _watch_devices(self, sources: list[HealthSource]) -> None:
         if not sources:
             return
         loop = asyncio.get_running_loop()
@@ -127,13 +132,15 @@ class Instance:
     async def __aexit__(self, *raised: object) -> None:
         assert self._ticker is not None
         self._ticker.cancel()
-        if self._health is not None:
-            self._health.stop()
+        loop, health = asyncio.get_running_loop(), self._health
+        unwatched = None if health is None else loop.run_in_executor(None, health.stop)
         try:
             self.engine.stop()
             deadline = time.monotonic() + STOP_TIMEOUT_S
             while self._cluster.living and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
+            if unwatched is not None:
+                await unwatched
         finally:
             await self._cluster.__aexit__(*raised)
 

@@ -43,11 +43,17 @@ def rank_spec(
             prefill_tokens_beside_decodes=config.prefill_tokens_beside_decodes,
         ),
         num_kv_blocks=config.num_kv_blocks,
-        kv_memory_share=0.5 / config.data_parallel_size,
+        kv_memory_share=0.5 / _caches_beside(config, home, rank),
         instance=_size(config, info, home),
         commands="",
         reports="",
     )
+
+
+def _caches_beside(config: EngineConfig, home: Membership, rank: RankId) -> int:
+    """How many KV caches there are in the memory of this rank's device."""
+    device = config.rank_device(rank)
+    return max(1, sum(config.rank_device(other) == device for other in home.attention))
 
 
 def _size(config: EngineConfig, info: CheckpointInfo, home: Membership) -> InstanceSize:

@@ -82,6 +82,16 @@ def test_a_start_that_takes_too_long() -> None:
     assert sorted(instance.cluster.killed) == [0, 1]
 
 
+def test_a_start_in_which_they_do_not_meet() -> None:
+    instance = Instance(num_ranks=2)
+    instance.engine.start(instance.now)
+    for _ in range(4):
+        instance.engine.on_report(instance.cluster.reports.popleft(), instance.now)
+    instance.engine.tick(instance.now + 600)
+    instance.engine.tick(instance.now + 600.1)
+    assert instance.engine.state == FailedState("ranks [0, 1] did not meet within 600 s")
+
+
 def test_a_rank_that_ends_while_starting() -> None:
     instance = Instance(num_ranks=2)
     instance.engine.start(instance.now)

@@ -32,9 +32,10 @@ class Runner:
 def num_blocks(
     monkeypatch: pytest.MonkeyPatch, free_mib: int, limit_mib: int | None = None, **fields: Any
 ) -> int:
-    limit = None if limit_mib is None else Limit(Path("/group/memory.max"), limit_mib * MIB, 0)
+    path = Path("/proc/meminfo" if limit_mib is None else "/group/memory.max")
+    limit = Limit(path, (1 << 20 if limit_mib is None else limit_mib) * MIB, 0)
     monkeypatch.setattr(kv_size, "free_bytes", lambda: free_mib * MIB)
-    monkeypatch.setattr(kv_size, "tightest", lambda: limit)
+    monkeypatch.setattr(kv_size, "capacity", lambda: limit)
     monkeypatch.setattr(kv_size, "expert_bytes", lambda model_dir, dtype: MIB)
     return num_kv_blocks(msgspec.structs.replace(SPEC, **fields), Runner())  # type: ignore[arg-type]
 
@@ -57,7 +58,11 @@ def test_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         (36, {}, "9 blocks of 16 tokens"),
         (1000, {"limits": replace(LIMITS, max_model_len=1 << 30)}, "lower --max-model-len"),
         (1000, {"num_kv_blocks": 9}, "raise --num-kv-blocks"),
-        (1000, {"num_kv_blocks": 10**9}, "1000 MiB are free: lower --num-kv-blocks"),
+        (
+            1000,
+            {"num_kv_blocks": 10**9},
+            "1000 MiB are free (/proc/meminfo is 1048576 MiB)",
+        ),
     ],
 )
 def test_too_little(
@@ -84,8 +89,17 @@ def test_a_limit_that_is_too_low_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(OutOfMemoryForKV, match=r"/group/memory.max is 500 MiB") as raised:
         num_blocks(monkeypatch, 1000, 500, instance=INSTANCE)
     assert "0 MiB are free for the caches of all ranks" in str(raised.value)
-    with pytest.raises(OutOfMemoryForKV, match=r"20 MiB are free \(/group/memory.max"):
-        num_blocks(monkeypatch, 1000, TAKEN_MIB + 20, instance=INSTANCE, num_kv_blocks=21)
+
+
+def test_as_many_as_asked_for_must_fit_in_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank found room for its own, and the pages of both were written."""
+    limit = TAKEN_MIB + 40
+    assert num_blocks(monkeypatch, 1000, limit, instance=INSTANCE, num_kv_blocks=20) == 20
+    assert num_blocks(monkeypatch, 20, limit, instance=INSTANCE, num_kv_blocks=20) == 20, "back"
+    with pytest.raises(OutOfMemoryForKV, match=r"19 MiB are free \(/group/memory.max"):
+        num_blocks(monkeypatch, 19, limit, instance=INSTANCE, num_kv_blocks=20)
+    with pytest.raises(OutOfMemoryForKV, match=r"21 MiB in each of 2 ranks, .* are 40 MiB"):
+        num_blocks(monkeypatch, 1000, limit, instance=INSTANCE, num_kv_blocks=21)
 
 
 def test_a_gpu_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

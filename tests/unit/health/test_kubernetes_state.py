@@ -339,6 +339,7 @@ DRAIN = {"key": "somebody.io/maintenance", "value": "now", "effect": "NoExecute"
         (toleration(value="now"), 4),
         (toleration(operator="Exists", effect="NoExecute", tolerationSeconds=300), 2),
         (toleration(operator="Exists", effect="NoExecute", tolerationSeconds=0), 4),
+        (toleration(operator="Exists", effect="NoExecute", tolerationSeconds=10**400), 2),
         (3, 4),
         (toleration("somebody.io/maintenance", operator=["Exists"], effect={}), 4),
     ],
@@ -351,6 +352,22 @@ def test_a_taint_that_the_pod_tolerates_is_ignored(given: Any, level: int) -> No
     both = reports_of(node, RANKS, None, pod(given, toleration("x", operator="Exists")))
     assert found(both) == expected
     assert found(reports_of(node, RANKS)) == {(r, DRAIN["key"], 4) for r in range(4)}
+
+
+def test_the_first_toleration_that_matches_counts() -> None:
+    """As in Kubernetes, which evicts this pod after five minutes."""
+    some = toleration("somebody.io/maintenance", operator="Exists", tolerationSeconds=300)
+    ever = toleration(operator="Exists")
+    for tolerations, level in (((some, ever), 2), ((ever, some), 0)):
+        reading = reports_of({"spec": {"taints": [DRAIN]}}, RANKS, None, pod(*tolerations))
+        assert {level for _, _, level in found(reading)} == ({level} if level else set())
+
+
+def test_a_chip_with_a_number_that_none_has() -> None:
+    annotations = {"huawei.com/Ascend910-Unhealthy": "Ascend910-" + "1" * 5000}
+    reading = reports_of({"metadata": {"annotations": annotations}}, RANKS)
+    assert found(reading) == set()
+    assert reading.complaints
 
 
 @pytest.mark.parametrize(
