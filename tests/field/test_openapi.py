@@ -3,7 +3,7 @@
 import pytest
 from support.fuzz import RIGHT, WRONG, fuzz, labels
 
-EXAMPLES = 60
+EXAMPLES = 30
 POSTED = [
     "POST /v1/completions",
     "POST /v1/chat/completions",

@@ -451,8 +451,13 @@ MUTATIONS: list[tuple[Callable[[Patch], None], tuple[FaultKind, ...]]] = [
 ]
 
 
-FROM = {"keep_overwritten_kv": 60, "plan_from_the_map": 100}
-"""Where the seeds begin, if not at 0: few of them preempt, or strike, at the right moment."""
+FROM = {
+    "keep_overwritten_kv": 112, "plan_from_the_map": 135, "wake_owners_only": 38,
+    "give_corpses_up_for_good": 45, "shards_are_for_ever": 21, "drop_mask_key": 17,
+    "forget_orphans": 11, "plan_before_all_are_fenced": 11, "keep_evicted_names": 9,
+    "hand_over_without_owner": 3,
+}  # fmt: skip
+"""Where the seeds begin, if not at 0: few of them strike at the right moment."""
 
 
 def first_seen(kinds: tuple[FaultKind, ...], start: int) -> int | None:

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 from revivemoe.checkpoint import ARCHS
 from revivemoe.sampling_params import SamplingParams
 
+UNLIKE = ("qwen3_moe", "deepseek_v3")
+"""In attention, and in how they choose experts; the others are like one of them."""
 GREEDY = SamplingParams(seed=0, temperature=0, max_tokens=24)
 DRAWN = SamplingParams(seed=3, temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, max_tokens=24)
 
@@ -125,7 +127,7 @@ def test_surplus_choices_have_no_weight(models: dict[str, Any]) -> None:
     assert torch.allclose(weights.sum(-1), torch.tensor(router.routed_scaling_factor))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_a_masked_expert_is_missed(models: dict[str, Any], arch: str) -> None:
     """The text changes within a few tokens if any expert of any layer is left out."""
     model, prompts = models[arch], [prompt_of(16, i) for i in range(8)]
@@ -155,7 +157,7 @@ def test_most_prompts_are_kept(models: dict[str, Any], arch: str, params: Sampli
         assert s.output_ids == alone
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_long_and_masked_prompts(models: dict[str, Any], arch: str) -> None:
     short = SamplingParams(seed=0, temperature=0, max_tokens=4)
     assert len(screen(models[arch], short, 2, prompt_lens=(1500,), cache_dir=None)) == 2
@@ -188,7 +190,7 @@ def test_a_tie_is_not_safe(models: dict[str, Any]) -> None:
         head.copy_(saved)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", UNLIKE)
 def test_text_is_varied_and_ends_are_rare(models: dict[str, Any], arch: str) -> None:
     params = SamplingParams(seed=0, temperature=0, max_tokens=150)
     with torch.inference_mode():
