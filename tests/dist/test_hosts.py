@@ -15,7 +15,7 @@ from support.forked import HARD_FILES, SOFT_FILES
 from support.memory_limit import MOUNT, CannotLimit
 from support.unkind_host import UnkindHost
 
-FEW = 240
+FEW = 160
 """Files; more than support.forked takes for itself."""
 LARGE = ("--max-num-seqs", "256", "--max-model-len", "4096", "--device", "cpu")
 BLOCK_BYTES = 16 << 10

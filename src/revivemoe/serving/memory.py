@@ -1,13 +1,11 @@
 """Whether the memory that an instance may take can hold it at all: said before anything loads."""
 
 import psutil
-import torch
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.config import EngineConfig
 from revivemoe.executor.spec import ENGINE_BYTES, RANK_BYTES
 from revivemoe.host.memory import Limit, capacity
-from revivemoe.model.host_cache import expert_bytes
 
 MIB = 1 << 20
 
@@ -23,6 +21,10 @@ def weight_bytes(config: EngineConfig, info: CheckpointInfo) -> int:
     """Of all ranks, once everything is loaded: experts in their slots, and in the host's cache; the
     rest in each attention rank, but for dense layers that a group shares.
     """
+    import torch  # it wants a temporary directory, which is found first
+
+    from revivemoe.model.host_cache import expert_bytes
+
     dtype: torch.dtype = getattr(torch, config.dtype)
     expert, layers = expert_bytes(info.model_dir, dtype), len(info.moe_layers)
     attention_ranks = config.data_parallel_size
