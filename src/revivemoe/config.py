@@ -170,6 +170,12 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
     )
 
 
+def check_flags(config: EngineConfig) -> None:
+    """What can be said of the flags without a checkpoint. Raises ValueError, as `resolve` does."""
+    _check_positive(config)
+    _backend(config, _device(config))
+
+
 def _check_dense(config: EngineConfig, info: CheckpointInfo) -> None:
     shards = config.dense_ffn_tp
     if shards == 1:

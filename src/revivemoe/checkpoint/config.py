@@ -3,7 +3,9 @@ translated, and what was left over from training or debugging switched off.
 """
 
 import json
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,14 @@ TOP_K = (
 )
 """What the families call the number of experts a token uses."""
 
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What they call the number of a layer's experts."""
+
 PAGED = ("full_attention", "sliding_attention", "attention")
 """Kinds of layers whose keys and values are all that they keep."""
+
+MSCALES = {"short_mscale", "long_mscale"}
+"""Rope parameters of Phi's MoE: it scales by the longest text, whatever the kind of scaling."""
 
 
 def read_config(model_dir: Path) -> "PreTrainedConfig":
@@ -46,14 +54,35 @@ def read_config(model_dir: Path) -> "PreTrainedConfig":
     quantization_of(raw, model_dir)
     if not raw.get("model_type"):
         raise ValueError(f"{path} has no model_type: say what family the checkpoint belongs to")
-    config = _parsed(path)
-    for part in _parts(config):
-        for name, value in FORCED.items():
-            if getattr(part, name, value) != value:
-                setattr(part, name, value)
-        if getattr(part, "quantization_config", None) is not None:
-            del part.quantization_config  # what is built holds weights turned back
+    if raw.get("transformers_weights") is not None:
+        raise ValueError(
+            f"{path} names weights of its own (transformers_weights), which is not supported: "
+            "remove it if they lie in model.safetensors or its shards"
+        )
+    with in_one_line(path):
+        config = _parsed(path)
+        for part in _parts(config):
+            for name, value in FORCED.items():
+                if getattr(part, name, value) != value:
+                    setattr(part, name, value)
+            if getattr(part, "quantization_config", None) is not None:
+                del part.quantization_config  # what is built holds weights turned back
     return config
+
+
+@contextmanager
+def in_one_line(path: Path) -> Iterator[None]:
+    """Whatever comes of a configuration that is not ours becomes a ValueError of one line: in here
+    runs others' code on others' values.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = str(error)
+        if isinstance(error, ValueError) and str(path.parent) in said and "\n" not in said:
+            raise
+        said = " ".join(said.split())[:300]
+        raise ValueError(f"{path}: {type(error).__name__}: {said}") from None
 
 
 def text_config(config: "PreTrainedConfig") -> "PreTrainedConfig":
@@ -73,6 +102,17 @@ def size(config: "PreTrainedConfig", name: str, path: Path | str) -> int:
     return value
 
 
+def architecture(config: "PreTrainedConfig", model_dir: Path) -> str:
+    """The class that it names. Raises ValueError."""
+    named = config.architectures or ["unknown"]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise ValueError(
+            f"{model_dir}/config.json: architectures {repr(named)[:80]} is no list of names: "
+            "correct it"
+        )
+    return named[0]
+
+
 def top_k(config: "PreTrainedConfig", model_dir: Path) -> int:
     """Experts a token uses: the same in every layer. Raises ValueError."""
     for name in TOP_K:
@@ -81,9 +121,25 @@ def top_k(config: "PreTrainedConfig", model_dir: Path) -> int:
         values = {v for v in given if isinstance(v, int) and not isinstance(v, bool)}
         if len(values) > 1:
             raise ValueError(f"{model_dir}: layers with different {name} are not supported")
+        if values and min(values) < 1:
+            raise ValueError(f"{model_dir}/config.json: {name} {min(values)} is less than 1")
         if values:
             return values.pop()
-    raise ValueError(f"{model_dir}/config.json does not say how many experts a token uses")
+    raise ValueError(
+        f"{model_dir}/config.json ({config.model_type}) names no routed experts: only "
+        "Mixture-of-Experts checkpoints can be served"
+    )
+
+
+def num_experts(config: "PreTrainedConfig") -> int | None:
+    """Of a layer, under a name that the family itself uses; None if there is no such number."""
+    family = type(config)
+    for name in NUM_EXPERTS:
+        if name in family.attribute_map or hasattr(family, name):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
 
 
 def refuse_states(config: "PreTrainedConfig", model_dir: Path) -> None:
@@ -101,21 +157,36 @@ def max_positions(config: "PreTrainedConfig", model_dir: Path | str) -> tuple[in
     """How long a text may become, and why not longer (empty: as the configuration says).
 
     `dynamic` and `longrope` turn every position by other angles once the longest text of a batch
-    is beyond the original length. Up to there nobody's numbers depend on anybody else's.
+    is beyond the original length. Up to there nobody's numbers depend on anybody else's. Raises
+    ValueError.
     """
     value = getattr(config, "max_position_embeddings", None)
     most = 4096 if value is None else size(config, "max_position_embeddings", model_dir)
     reason = ""
     for rope in _ropes(config):
         kind = str(rope.get("rope_type", rope.get("type", "default")))
-        original = rope.get("original_max_position_embeddings")
-        original = original if isinstance(original, int) and original > 0 else most
-        if kind == "yarn" and isinstance(rope.get("factor"), int | float):
-            most = max(most, int(original * rope["factor"]))
-        elif kind == "longrope" or "dynamic" in kind:
-            most = min(most, original) if kind == "longrope" else most
+        original = int(_rope_number(rope, "original_max_position_embeddings", most, model_dir))
+        switches = kind == "longrope" or (kind != "default" and bool(MSCALES & rope.keys()))
+        if switches:
+            most = min(most, max(original, 1))
+        elif kind == "yarn":
+            most = max(most, int(original * _rope_number(rope, "factor", 1.0, model_dir)))
+        if switches or "dynamic" in kind:
             reason = f"; beyond them {kind} rope scaling would make requests change one another"
     return most, reason
+
+
+def _rope_number(rope: dict[str, Any], name: str, default: float, model_dir: Path | str) -> float:
+    value = rope.get(name)
+    if value is None:
+        return default
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    if not right or not math.isfinite(value) or value <= 0:
+        raise ValueError(
+            f"{model_dir}/config.json: {name} {repr(value)[:80]} of the rope parameters is no "
+            "number above 0: correct it"
+        )
+    return float(value)
 
 
 def dtype(config: "PreTrainedConfig") -> str | None:
@@ -158,17 +229,11 @@ def raw_config(model_dir: Path) -> dict[str, object]:
 
 
 def _parsed(path: Path) -> "PreTrainedConfig":
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    refusals = (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError)
-    try:
-        config = AutoConfig.from_pretrained(
-            path.parent, local_files_only=True, trust_remote_code=False
-        )
-    except refusals as error:
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: {said or type(error).__name__}") from None
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        path.parent, local_files_only=True, trust_remote_code=False
+    )
     return config

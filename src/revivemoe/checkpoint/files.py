@@ -25,6 +25,19 @@ EXPERT_KEY = re.compile(
 )
 """A tensor of one routed expert (`rest` begins with its number), or of all of a layer's in one."""
 
+_PREDICTION = re.compile(r"(?:^|\.)mtp(?:_\w+)?(?:\.|$)")
+"""Parts for multi-token prediction that stand beside the decoder's layers. Nobody loads them, and
+their own layers 0, 1, ... are not the decoder's."""
+
+_OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale")
+_OTHER_SCALES = tuple(f".{n}" for n in (*_OF_ACTIVATIONS, "k_scale", "v_scale", "q_scale"))
+"""Of quantised activations and caches: of no use where neither is quantised."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""As `safetensors` has it."""
+
+MAX_NAME = 1000
+
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 _UNREADABLE = (
@@ -61,13 +74,27 @@ class TensorInfo:
 def tensors(model_dir: Path, complete: bool = True) -> dict[str, TensorInfo]:
     """All tensors by name, as `transformers` finds them: in `model.safetensors`, or else in all
     shards that the index names, whatever it says of what lies where. Scales are no tensors of their
-    own, but belong to those that they scale.
+    own, but belong to those that they scale; parts for multi-token prediction are left out.
 
     Raises ValueError, one line, for shards that are missing, cut short or empty, for float8 numbers
     without scales that fit, and, where it must be `complete`, for tensors that the index names and
     no shard holds.
     """
-    return _scaled(_stored(model_dir, complete), quantization(model_dir), model_dir)
+    stored = _stored(model_dir, complete)
+    ours = {name: tensor for name, tensor in stored.items() if not _is_prediction(name)}
+    return _scaled(ours, quantization(model_dir), model_dir)
+
+
+def missing_files(model_dir: Path) -> list[str]:
+    """Files of weights that are not there, by name. Raises ValueError for an index that cannot be
+    read.
+    """
+    if (model_dir / SINGLE).is_file():
+        return []
+    if not (model_dir / INDEX).is_file():
+        return [SINGLE]
+    shards = sorted(set(_index(model_dir / INDEX).values()))
+    return [name for name in shards if not (model_dir / name).is_file()]
 
 
 def quantization(model_dir: Path) -> Quantization | None:
@@ -75,16 +102,32 @@ def quantization(model_dir: Path) -> Quantization | None:
     return quantization_of(raw_config(model_dir), model_dir)
 
 
+def _is_prediction(name: str) -> bool:
+    beside, _, _ = name.partition(".layers.")
+    return _PREDICTION.search(beside) is not None
+
+
 def _scaled(
     stored: dict[str, TensorInfo], quantised: Quantization | None, model_dir: Path
 ) -> dict[str, TensorInfo]:
-    found: dict[str, TensorInfo] = {}
-    for name, tensor in stored.items():
-        if tensor.dtype.startswith("F8_") and not name.endswith(SCALES):
-            found[name] = _with_scale(name, tensor, stored, quantised, model_dir)
-        elif quantised is None or not name.endswith(SCALES):
-            found[name] = tensor
-    return found
+    scales = set() if quantised is None else _scales(stored)
+    return {
+        name: _with_scale(name, tensor, stored, quantised, model_dir)
+        if tensor.dtype.startswith("F8_")
+        else tensor
+        for name, tensor in stored.items()
+        if name not in scales
+    }
+
+
+def _scales(stored: Mapping[str, TensorInfo]) -> set[str]:
+    """Names that belong to float8 tensors, or to activations and caches. Other parameters may be
+    called scales, too (a router's).
+    """
+    ends = (*SCALES, *(f"_{end}" for end in _OF_ACTIVATIONS))
+    numbers = [name for name, tensor in stored.items() if tensor.dtype.startswith("F8_")]
+    owned = {name + end for name in numbers for end in ends}
+    return owned | {name for name in stored if name.endswith(_OTHER_SCALES)}
 
 
 def _with_scale(
@@ -155,21 +198,30 @@ def _header(file: Path) -> dict[str, TensorInfo]:
             if size < 8:
                 raise ValueError("it is empty or cut short (an interrupted download?)")
             (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size - 8:
-                raise ValueError("header is longer than the file")
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError("header is longer than the file, or than any may be")
             entries = json.loads(handle.read(length))
         entries.pop("__metadata__", None)
         end = max((e["data_offsets"][1] for e in entries.values()), default=0)
         if 8 + length + end > size:
             raise ValueError("it is cut short (an interrupted download?)")
-        return {
-            name: TensorInfo(file, tuple(entry["shape"]), str(entry["dtype"]))
-            for name, entry in entries.items()
-        }
+        return {name: _tensor(file, name, entry) for name, entry in entries.items()}
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the checkpoint is incomplete") from None
     except _UNREADABLE as error:
         raise ValueError(f"{file} cannot be read: {_named(error)}") from None
+
+
+def _tensor(file: Path, name: str, entry: Mapping[str, object]) -> TensorInfo:
+    if len(name) > MAX_NAME or not name.isascii():
+        raise ValueError(f"the name {name[:80]!r} ... is no parameter's: damaged?")
+    shape, dtype = entry["shape"], entry["dtype"]
+    whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+    if not whole or not isinstance(shape, list) or not isinstance(dtype, str):
+        raise ValueError(
+            f"{name[:80]} has shape {repr(shape)[:80]} and type {repr(dtype)[:80]}: damaged?"
+        )
+    return TensorInfo(file, tuple(shape), dtype)
 
 
 def _named(error: Exception) -> str:

@@ -1,9 +1,12 @@
 """A checkpoint by name: a local directory, or a model of the Hugging Face hub or of its cache."""
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from revivemoe.checkpoint.config import read_config
+from revivemoe.checkpoint.files import missing_files
+from revivemoe.checkpoint.inspect import inspect_config
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """ORG/NAME."""
@@ -12,6 +15,8 @@ SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 WEIGHTS = ("*.safetensors",)
 NOT_OURS = ("*/*", "consolidated*")
 """Folders (other formats of the same weights), and weights in their authors' own layout."""
+STALE_S = 86400.0
+"""Since when nothing was written to what an interrupted fetch has left: nobody fetches it."""
 
 
 def is_hub_id(model: str) -> bool:
@@ -19,11 +24,17 @@ def is_hub_id(model: str) -> bool:
     return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
-def local_directory(model: str, revision: str | None = None) -> Path:
+def local_directory(
+    model: str,
+    revision: str | None = None,
+    check: Callable[[Path], object] = inspect_config,
+) -> Path:
     """Where the checkpoint lies, after it was fetched if it has to be: progress goes to standard
     error. The hub's own variables count: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT, ...
 
-    Raises ValueError, one line, for what is neither a directory nor to be had, and OSError.
+    `check` is shown all but the weights before these are fetched, and raises ValueError if they are
+    not worth it. Raises ValueError, one line, for what is neither a directory nor to be had, and
+    OSError. A signal may end the process meanwhile: files that are whole are not fetched again.
     """
     if not is_hub_id(model):
         if revision is not None:
@@ -33,8 +44,34 @@ def local_directory(model: str, revision: str | None = None) -> Path:
                 else f"--revision {revision}: {model} is no id of the hub (ORG/NAME)"
             )
         return Path(model)
-    read_config(_fetched(model, revision, SMALL))  # refused before its weights are fetched
-    return _fetched(model, revision, (*SMALL, *WEIGHTS))
+    small = _fetched(model, revision, SMALL)
+    check(small)
+    _remove_stale(small.parents[1] / "blobs", time.time() - STALE_S)
+    path = _fetched(model, revision, (*SMALL, *WEIGHTS))
+    _refuse_partial(path, model, revision)
+    return path
+
+
+def _remove_stale(blobs: Path, before: float) -> None:
+    """Parts of files that an interrupted fetch has left behind: the hub's client goes on with none,
+    and removes none.
+    """
+    for part in blobs.glob("*.incomplete"):
+        try:
+            if part.stat().st_mtime < before:
+                part.unlink()
+        except OSError:  # another fetch was faster, or it is not ours to remove
+            continue
+
+
+def _refuse_partial(path: Path, model: str, revision: str | None) -> None:
+    """Raises ValueError where the hub's client could not tell: without its list of the files."""
+    listed = path.parents[1] / "trees" / f"{path.name}.json"
+    if not listed.is_file() and (missing := missing_files(path)):
+        raise ValueError(
+            f"{_named(model, revision)} is not whole in the cache ({path} lacks {missing[0]}): "
+            "start once with the hub in reach, or give a directory"
+        )
 
 
 def _fetched(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -47,7 +84,9 @@ def _fetched(model: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
         )
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(f"{_named(model, revision)} {_why_absent(error)}") from None
-    except (transport, errors.HFValidationError, errors.XetDownloadError) as error:
+    except Exception as error:  # its libraries' own kinds, which have no common one
+        if isinstance(error, OSError) and not isinstance(error, transport):
+            raise
         said = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{_named(model, revision)} cannot be had: {type(error).__name__}: {said}"

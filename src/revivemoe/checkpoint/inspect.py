@@ -1,9 +1,9 @@
 """Learn what must be known of a checkpoint from its configuration and its files' headers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 
 from revivemoe.checkpoint import config as configuration
@@ -29,9 +29,9 @@ class CheckpointInfo:
     moe_layers: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     dense_layers: tuple[int, ...] = ()
-    """Decoder layers with a plain gated feed-forward part instead of experts."""
+    """Decoder layers with a plain gated feed-forward part instead of experts: not beside them."""
     dense_width: int = 0
-    """Inner width of these; 0 if there are none."""
+    """What divides the inner width of each of these, at most; 0 if there are none."""
     num_parameters: int = 0
     """Of all its tensors."""
     positions_end: str = ""
@@ -45,14 +45,28 @@ class CheckpointInfo:
         return replace(self, eos_token_ids=tuple(ids))
 
 
-def inspect_checkpoint(
-    model_dir: Path, generation_config: str = AUTO, dequantize: bool = False
-) -> CheckpointInfo:
-    """Read the configuration, the safetensors headers, and which tokens end a text
-    (`generation_config`: see `generation.end_token_ids`). `dequantize`: float8 weights are welcome.
+@dataclass(frozen=True)
+class ConfigInfo:
+    """What the configuration alone says; fields as in `CheckpointInfo`."""
 
-    Raises ValueError, one line that says what is wrong and how to mend it, for a directory that is
-    no checkpoint, a quantised or incomplete one, or a model without routed experts.
+    architecture: str
+    dtype: str | None
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    positions_end: str
+    top_k: int
+    num_experts: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+def inspect_config(
+    model_dir: Path, generation_config: str = AUTO, dequantize: bool = False
+) -> ConfigInfo:
+    """What can be known, and refused, before there are any weights; as `inspect_checkpoint`.
+
+    Raises ValueError, one line.
     """
     config = configuration.read_config(model_dir)
     quantised = quantization(model_dir)
@@ -62,67 +76,145 @@ def inspect_checkpoint(
             "back into --dtype on load, at twice their size or more; or use a bfloat16 or float32 "
             "one"
         )
-    text = configuration.text_config(config)
-    found = tensors(model_dir)
-    architecture = str((config.architectures or ["unknown"])[0])
-    num_layers = configuration.size(text, "num_hidden_layers", model_dir)
-    layers, num_experts = _experts(found, num_layers)
-    if not layers:
-        if any("expert" in name for name in found):
-            raise ValueError(
-                f"{model_dir} ({architecture}) is not supported: its experts cannot be told apart "
-                "by the names of its tensors"
-            )
-        raise ValueError(
-            f"{model_dir} ({architecture}) has no routed experts: only Mixture-of-Experts "
-            "checkpoints can be served"
+    with configuration.in_one_line(model_dir / "config.json"):
+        text = configuration.text_config(config)
+        configuration.refuse_states(text, model_dir)
+        vocab_size = configuration.size(text, "vocab_size", model_dir)
+        most, why = configuration.max_positions(text, model_dir)
+        ends = config.eos_token_id if config.eos_token_id is not None else text.eos_token_id
+        return ConfigInfo(
+            architecture=configuration.architecture(config, model_dir),
+            dtype=configuration.dtype(config) or configuration.dtype(text),
+            vocab_size=vocab_size,
+            hidden_size=configuration.size(text, "hidden_size", model_dir),
+            num_layers=configuration.size(text, "num_hidden_layers", model_dir),
+            max_positions=most,
+            positions_end=why,
+            top_k=configuration.top_k(text, model_dir),
+            num_experts=configuration.num_experts(text),
+            eos_token_ids=end_token_ids(
+                generation_config, model_dir, {"eos_token_id": ends}, vocab_size
+            ),
         )
-    configuration.refuse_states(text, model_dir)
-    dense = {
-        int(match.group(1)): tensor.shape[0]
-        for name, tensor in found.items()
-        if (match := _DENSE.fullmatch(name)) and int(match.group(1)) < num_layers
-    }
-    vocab_size = configuration.size(text, "vocab_size", model_dir)
-    most, why = configuration.max_positions(text, model_dir)
+
+
+def inspect_checkpoint(
+    model_dir: Path, generation_config: str = AUTO, dequantize: bool = False
+) -> CheckpointInfo:
+    """Read the configuration, the safetensors headers, and which tokens end a text
+    (`generation_config`: see `generation.end_token_ids`). `dequantize`: float8 weights are welcome.
+
+    Raises ValueError, one line that says what is wrong and how to mend it, for a directory that is
+    no checkpoint, a quantised or incomplete one, or a model without routed experts.
+    """
+    said = inspect_config(model_dir, generation_config, dequantize)
+    found = tensors(model_dir)
+    layers, num_experts = _experts(found, said, model_dir)
+    if said.top_k > num_experts:
+        raise ValueError(
+            f"{model_dir}/config.json: a token uses {said.top_k} experts, and a layer has "
+            f"{num_experts}: correct it"
+        )
+    widths = dict(_dense_widths(found, said.num_layers, model_dir))
+    dense = sorted(widths.keys() - set(layers))
     return CheckpointInfo(
         model_dir=model_dir,
-        architecture=architecture,
-        dtype=_dtype(configuration.dtype(config) or configuration.dtype(text), found),
-        vocab_size=vocab_size,
-        hidden_size=configuration.size(text, "hidden_size", model_dir),
-        max_positions=most,
-        top_k=configuration.top_k(text, model_dir),
+        architecture=said.architecture,
+        dtype=_dtype(said.dtype, found),
+        vocab_size=said.vocab_size,
+        hidden_size=said.hidden_size,
+        max_positions=said.max_positions,
+        top_k=said.top_k,
         num_experts=num_experts,
         moe_layers=layers,
-        dense_layers=tuple(sorted(dense)),
-        dense_width=min(dense.values(), default=0),
-        eos_token_ids=end_token_ids(
-            generation_config, model_dir, {"eos_token_id": text.eos_token_id}, vocab_size
-        ),
+        dense_layers=tuple(dense),
+        dense_width=gcd(*(widths[layer] for layer in dense)),
+        eos_token_ids=said.eos_token_ids,
         num_parameters=sum(
-            prod(tensor.shape) for name, tensor in found.items() if _below(name, num_layers)
+            prod(tensor.shape) for name, tensor in found.items() if _below(name, said.num_layers)
         ),
-        positions_end=why,
+        positions_end=said.positions_end,
     )
 
 
-def _experts(found: Mapping[str, TensorInfo], num_layers: int) -> tuple[tuple[int, ...], int]:
-    """MoE layers and experts per layer, from per-expert or fused tensor names."""
+def _dense_widths(
+    found: Mapping[str, TensorInfo], num_layers: int, model_dir: Path
+) -> Iterator[tuple[int, int]]:
+    """Layer and inner width of each plain gated feed-forward part."""
+    for name, tensor in found.items():
+        match = _DENSE.fullmatch(name)
+        if match is None or int(match.group(1)) >= num_layers:
+            continue
+        if len(tensor.shape) != 2 or not all(tensor.shape):
+            raise ValueError(
+                f"{model_dir}: {name} has shape {list(tensor.shape)}, which is no matrix: the "
+                "checkpoint is damaged"
+            )
+        yield int(match.group(1)), tensor.shape[0]
+
+
+def _experts(
+    found: Mapping[str, TensorInfo], said: ConfigInfo, model_dir: Path
+) -> tuple[tuple[int, ...], int]:
+    """MoE layers and experts per layer, from per-expert or fused tensor names. Raises ValueError.
+
+    They are counted, not believed: what an expert is called must not cost memory or time. Of a
+    tensor for all experts the ranks know whether the model has as many.
+    """
+    numbers: dict[int, set[int]] = {}
     counts: dict[int, int] = {}
+    heads: set[str] = set()
     for name, tensor in found.items():
         match = EXPERT_KEY.match(name)
-        if match is None or int(match["layer"]) >= num_layers:
+        if match is None or int(match["layer"]) >= said.num_layers:
             continue
+        heads.add(match["head"].partition("layers.")[0])
         layer, number = int(match["layer"]), match["rest"].partition(".")[0]
-        count = int(number) + 1 if number.isdigit() else next(iter(tensor.shape), 0)
-        counts[layer] = max(counts.get(layer, 0), count)
-    if len(set(counts.values())) > 1:
+        if number.isdigit():
+            numbers.setdefault(layer, set()).add(int(number))
+        else:
+            counts[layer] = max(counts.get(layer, 0), next(iter(tensor.shape), 0))
+    _refuse_experts(found, heads, said, model_dir)
+    for layer, those in numbers.items():
+        counts[layer] = max(counts.get(layer, 0), len(those))
+        if max(those) >= counts[layer]:
+            raise ValueError(
+                f"{model_dir}: layer {layer} has {len(those)} experts, numbered up to "
+                f"{str(max(those))[:20]}: the checkpoint is incomplete or damaged"
+            )
+    each = sorted(set(counts.values()))
+    if len(each) > 1:
         raise ValueError(
-            f"the layers have different numbers of experts ({sorted(set(counts.values()))}): "
+            f"{model_dir}: the layers have different numbers of experts ({each}): "
             "such models are not supported, or the checkpoint is incomplete"
         )
-    return tuple(sorted(counts)), max(counts.values(), default=0)
+    if numbers and said.num_experts is not None and each != [said.num_experts]:
+        raise ValueError(
+            f"{model_dir} holds {each[0]} experts in each layer, and its config.json says "
+            f"{said.num_experts}: the checkpoint is incomplete, or its config.json another one's"
+        )
+    return tuple(sorted(counts)), each[0]
+
+
+def _refuse_experts(
+    found: Mapping[str, TensorInfo], heads: set[str], said: ConfigInfo, model_dir: Path
+) -> None:
+    """Raises ValueError for none, and for those of two decoders."""
+    if len(heads) > 1:
+        raise ValueError(
+            f"{model_dir} ({said.architecture}) is not supported: its experts belong to more than "
+            f"one decoder ({', '.join(sorted(heads))[:200]})"
+        )
+    if not heads and any("expert" in name for name in found):
+        raise ValueError(
+            f"{model_dir} ({said.architecture}) is not supported: its experts cannot be told apart "
+            "by the names of its tensors"
+        )
+    if not heads:
+        raise ValueError(
+            f"{model_dir} ({said.architecture}) has no routed experts: only Mixture-of-Experts "
+            "checkpoints can be served"
+        )
 
 
 def _below(name: str, num_layers: int) -> bool:

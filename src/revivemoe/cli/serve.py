@@ -152,10 +152,11 @@ def serve(
     """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""
     del enforce_eager
     from dataclasses import replace
+    from functools import partial
 
     from revivemoe.checkpoint.hub import is_hub_id, local_directory
-    from revivemoe.cli.serve_run import Listen, run
-    from revivemoe.config import EngineConfig
+    from revivemoe.cli.serve_run import Listen, check_before_weights, run
+    from revivemoe.config import EngineConfig, check_flags
 
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port} is out of range: 0 to 65535")
@@ -197,7 +198,9 @@ def serve(
         keep_alive_timeout_s=_seconds("--timeout-keep-alive", timeout_keep_alive, 1.0),
         shutdown_timeout_s=_seconds("--shutdown-timeout", shutdown_timeout, 0.0),
     )
-    config = replace(config, model_dir=local_directory(model, revision))
+    check_flags(config)
+    check = partial(check_before_weights, config=config, listen=listen)
+    config = replace(config, model_dir=local_directory(model, revision, check))
     status = run(config, listen)
     raise typer.Exit(status)
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint
+from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint, inspect_config
 from revivemoe.cli.at_once import end_at_once
 from revivemoe.cli.temporary import find_temporary_directory
 from revivemoe.cluster.orphans import Orphans
@@ -44,6 +44,12 @@ class Listen:
     keep_alive_timeout_s: float = 75.0
     shutdown_timeout_s: float = 30.0
     """For open streams to come to their own end after a signal; then they get an error event."""
+
+
+def check_before_weights(model_dir: Path, config: EngineConfig, listen: Listen) -> None:
+    """Raises ValueError for a model of the hub that would be refused: its weights are not there."""
+    inspect_config(model_dir, listen.generation_config, config.dequantize)
+    load_tokenizer(model_dir)
 
 
 def run(config: EngineConfig, listen: Listen) -> int:
@@ -79,12 +85,11 @@ def configure_logging() -> None:
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
     """The checkpoint's fast tokenizer, which neither cuts nor pads. ValueError if there is none."""
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = _own_tokenizer(model_dir)
     except Exception as error:  # `tokenizers` raises it bare for a file that it cannot read
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{model_dir} has no usable tokenizer: {first}") from None
@@ -95,6 +100,20 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     tokenizer.backend_tokenizer.no_truncation()  # what it was trained with may have been saved
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _own_tokenizer(model_dir: Path) -> Any:
+    """As the checkpoint says, but never by code of its own: then its file alone says what it is."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=False
+        )
+    except ValueError:
+        if not (model_dir / "tokenizer.json").is_file():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
 
 
 async def _serve(config: EngineConfig, info: CheckpointInfo, listen: Listen) -> int:

@@ -32,6 +32,8 @@ class DenseLayer:
     def __init__(self, layer: LayerId, num_shards: int, device: torch.device) -> None:
         self.layer, self.top_k = layer, num_shards
         self.act: Callable[[Tensor], Tensor] | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of the whole projections in the model; none where there is no model."""
         self.shards: dict[int, Weights] = {}
         self._device = device
         self._slots_GS = torch.zeros(0, num_shards, dtype=torch.int64, device=device)
@@ -97,8 +99,10 @@ def replace_dense(model: nn.Module, layers: Mapping[LayerId, DenseLayer]) -> Non
     """Put `ShardedMlp` in the place of these decoder layers' feed-forward modules, before the
     checkpoint is read: so their weights never are, as a whole.
 
-    Raises CheckpointError for a module that is not gate, up and down without biases.
+    Raises CheckpointError for a module that is not gate, up and down without biases, and for a
+    layer that the model has not got, or twice.
     """
+    replaced: list[LayerId] = []
     for name, parent in list(model.named_modules()):
         _, _, number = name.rpartition("layers.")
         mlp = getattr(parent, "mlp", None)
@@ -110,7 +114,15 @@ def replace_dense(model: nn.Module, layers: Mapping[LayerId, DenseLayer]) -> Non
                 f"--dense-ffn-tp: layer {number} of {type(model).__name__} is no plain gated "
                 "feed-forward layer, and cannot be cut into shards: leave it at 1"
             )
-        parent.mlp = ShardedMlp(layers[LayerId(int(number))], mlp.act_fn)
+        layer = layers[LayerId(int(number))]
+        layer.shapes = {p: tuple(getattr(mlp, p).weight.shape) for p in PROJECTIONS}
+        parent.mlp = ShardedMlp(layer, mlp.act_fn)
+        replaced.append(layer.layer)
+    if sorted(replaced) != sorted(layers):
+        raise CheckpointError(
+            f"--dense-ffn-tp: {type(model).__name__} has dense feed-forward parts in layers "
+            f"{sorted(replaced)}, and the checkpoint in layers {sorted(layers)}: leave it at 1"
+        )
 
 
 @dataclass
@@ -126,17 +138,23 @@ class DenseReader:
         """Add shards not held yet, all or none; returns how many. Raises CheckpointError."""
         wanted = [(layer, s) for layer in layers for s in sorted(shards) if s not in layer.shards]
         files = checkpoint_tensors(self._model_dir) if wanted else {}
-        read = [self._read(files, layer.layer, shard) for layer, shard in wanted]
+        read = [self._read(files, layer, shard) for layer, shard in wanted]
         for (layer, shard), weights in zip(wanted, read, strict=True):
             layer.shards[shard] = weights
         return len(wanted)
 
-    def _read(self, files: Mapping[str, TensorInfo], layer: LayerId, shard: int) -> Weights:
+    def _read(self, files: Mapping[str, TensorInfo], layer: DenseLayer, shard: int) -> Weights:
         weights = {}
         for name in PROJECTIONS:
-            key = f"model.layers.{layer}.mlp.{name}.weight"
+            key = f"model.layers.{layer.layer}.mlp.{name}.weight"
             if key not in files:
                 raise CheckpointError(f"{self._model_dir} lacks {key}, which --dense-ffn-tp needs")
+            found, meant = files[key].shape, layer.shapes.get(name)
+            if meant is not None and found != meant:
+                raise CheckpointError(
+                    f"{self._model_dir}: {key} has shape {list(found)} instead of {list(meant)} "
+                    "(an incomplete or mismatched checkpoint?)"
+                )
             with ExitStack() as stack:
                 source = TensorFiles(stack).slice(key, files[key])
                 axis = 1 if name == "down_proj" else 0

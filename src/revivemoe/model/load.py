@@ -58,17 +58,21 @@ def load_model(
     device: torch.device,
     attention: bool = True,
     prepare: Callable[[nn.Module], None] = lambda model: None,
+    num_experts: int | None = None,
 ) -> LoadedModel:
     """Load the dense part of `model_dir`, with `attention`, and the experts named in `slots`.
 
     `slots[layer]` lists the expert in each slot, or -1 for an empty slot (zeros). With
-    `attention`, `prepare` is given the model before anything is read.
+    `attention`, `prepare` is given the model before anything is read. `num_experts`: what each
+    layer must have.
     Raises CheckpointError if a tensor that is needed is not there.
     """
     model = construct(model_dir, dtype)
     if attention:
         prepare(model)
     experts = find_experts(model)
+    if num_experts is not None:
+        _refuse_other_experts(model_dir, experts, set(slots), num_experts)
     routers = {i: _find_router(model, module) for i, module in experts.items() if attention}
     config = text_config(model.config)
     num_slots = len(next(iter(slots.values()))) if slots else 0
@@ -88,6 +92,19 @@ def load_model(
     for part in parts.values():
         part.to(device).eval()
     return LoadedModel(model if attention else None, config, experts, routers, num_slots)
+
+
+def _refuse_other_experts(
+    model_dir: Path, experts: dict[LayerId, nn.Module], layers: set[LayerId], num_experts: int
+) -> None:
+    """Raises CheckpointError if the model has not the layers of experts that the files have."""
+    counts = {int(module.num_experts) for module in experts.values()}
+    if counts != {num_experts} or layers != experts.keys():
+        raise CheckpointError(
+            f"{model_dir} holds {num_experts} experts in layers {sorted(layers)}, and the model "
+            f"that its config.json describes has {sorted(counts)} in layers {list(experts)}: the "
+            "checkpoint is incomplete, or its config.json another one's"
+        )
 
 
 def _refuse(model_dir: Path, problems: list[str], parts: dict[str, nn.Module]) -> None:
@@ -140,14 +157,20 @@ def construct(model_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
         config = read_config(model_dir)
         with no_init_weights(), _parameters_on_meta():
             return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS
-            )
-    except (ValueError, ImportError) as error:
-        raise CheckpointError(_one_line(error)) from None
+                config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS,
+                trust_remote_code=False,
+            )  # fmt: skip
+    except MemoryError:
+        raise
+    except Exception as error:  # others' code on the checkpoint's own values
+        raise CheckpointError(_one_line(model_dir, error)) from None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+def _one_line(model_dir: Path, error: Exception) -> str:
+    said = " ".join(str(error).split())[:400]
+    if isinstance(error, ValueError) and str(model_dir) in said:
+        return said
+    return f"{model_dir} cannot be built as its config.json says: {type(error).__name__}: {said}"
 
 
 @contextmanager

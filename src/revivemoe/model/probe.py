@@ -82,12 +82,20 @@ def probe(
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     try:
         model(input_ids=zero, position_ids=zero, past_key_values=cache, use_cache=True)
-    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # a device's trouble is none of the checkpoint's
+    except (NotImplementedError, AttributeError) as error:  # mostly ours
+        raise CheckpointError(f"{name} is not supported: {_said(error)}") from None
+    except Exception as error:
+        said = f"{type(error).__name__}: {_said(error)}"
         raise CheckpointError(f"{name} is not supported: {said}") from None
     if problem := _problem(model, cache):
         raise CheckpointError(f"{name} is not supported: {problem}")
     return [cache.shapes[layer] for layer in sorted(cache.shapes)]
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _problem(model: PreTrainedModel, cache: ProbeCache) -> str | None:

@@ -69,8 +69,9 @@ class ModelRunner:
         started = time.monotonic()
         shared = {i: DenseLayer(i, dense.num_shards, device) for i in dense.layers}
         loaded = load_model(
-            model_dir, slots, dtype, device, attention, lambda model: replace_dense(model, shared)
-        )
+            model_dir, slots, dtype, device, attention,
+            lambda model: replace_dense(model, shared), num_experts,
+        )  # fmt: skip
         layers = _moe_layers(loaded, num_experts, top_k, device)
         held = ExpertSlots({layer.layer: slots.get(layer.layer, ()) for layer in layers})
         hidden_size, each = loaded.model_config.hidden_size, list(shared.values())

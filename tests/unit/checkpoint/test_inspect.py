@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from revivemoe.checkpoint import ARCHS
+from revivemoe.checkpoint import ARCHS, files
 from revivemoe.checkpoint.inspect import inspect_checkpoint
 
 CONFIG = {
@@ -14,6 +14,7 @@ CONFIG = {
     "vocab_size": 32,
     "hidden_size": 4,
     "num_hidden_layers": 2,
+    "num_experts": 3,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 128,
     "dtype": "float32",
@@ -86,6 +87,7 @@ def test_every_family(made: dict[str, Path], arch: str) -> None:
 
 
 def test_a_fused_layout(model_dir: Path) -> None:
+    edit(model_dir, num_experts=5)
     shapes = {f"model.layers.{i}.mlp.experts.gate_up_proj": [5, 4, 8] for i in range(2)}
     (model_dir / "model.safetensors").write_bytes(safetensors(shapes))
     info = inspect_checkpoint(model_dir)
@@ -96,6 +98,62 @@ def test_layers_behind_the_decoder_do_not_count(model_dir: Path) -> None:
     """Multi-token prediction: published behind the last decoder layer, never loaded."""
     (model_dir / "model.safetensors").write_bytes(safetensors(per_expert(3, 3)))
     assert inspect_checkpoint(model_dir).moe_layers == (0, 1)
+
+
+def extended(model_dir: Path, **shapes: list[int]) -> None:
+    """With tensors of these names (`__` for a dot) besides."""
+    others = {name.replace("__", "."): shape for name, shape in shapes.items()}
+    held = {"model.embed_tokens.weight": [32, 4], **per_expert(2, 3), **others}
+    (model_dir / "model.safetensors").write_bytes(safetensors(held))
+
+
+def test_prediction_beside_the_decoder_does_not_count(model_dir: Path) -> None:
+    plain = inspect_checkpoint(model_dir)
+    extended(
+        model_dir, mtp__layers__0__mlp__experts__4__up_proj__weight=[2, 4], mtp__fc__weight=[9],
+        model__mtp__layers__1__mlp__experts__0__up_proj__weight=[9, 9],
+        model__mtp_block__0__mlp__gate_proj__weight=[5],
+    )  # fmt: skip
+    assert inspect_checkpoint(model_dir) == plain
+
+
+def test_experts_of_two_decoders(model_dir: Path) -> None:
+    extended(model_dir, draft__layers__0__mlp__experts__0__up_proj__weight=[2, 4])
+    assert "belong to more than one decoder (draft., model.)" in refusal(model_dir)
+
+
+@pytest.mark.parametrize("number", [4, 999999999])
+def test_experts_with_gaps(model_dir: Path, number: int) -> None:
+    extended(model_dir, **{f"model.layers.0.mlp.experts.{number}.up_proj.weight": [2, 4]})
+    assert f"has 4 experts, numbered up to {number}: the checkpoint is inc" in refusal(model_dir)
+
+
+def test_fewer_experts_than_the_configuration_says(model_dir: Path) -> None:
+    edit(model_dir, num_experts=8)
+    assert "holds 3 experts in each layer, and its config.json says 8" in refusal(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "why"), [(0, "num_experts_per_tok 0 is less than 1"), (4, "uses 4 experts, and a")]
+)
+def test_a_token_uses_some_of_the_experts(model_dir: Path, top_k: int, why: str) -> None:
+    edit(model_dir, num_experts_per_tok=top_k)
+    assert why in refusal(model_dir)
+
+
+def test_a_dense_part_beside_experts_is_no_dense_layer(model_dir: Path) -> None:
+    """Gemma's: it would be shared, in another order than that in which the model comes to it."""
+    edit(model_dir, num_hidden_layers=4)
+    widths = {0: 8, 2: 12, 3: 18}
+    dense = {f"model.layers.{n}.mlp.gate_proj.weight": [w, 4] for n, w in widths.items()}
+    extended(model_dir, **dense)
+    info = inspect_checkpoint(model_dir)
+    assert (info.dense_layers, info.dense_width) == ((2, 3), 6)
+
+
+def test_a_dense_part_that_is_no_matrix(model_dir: Path) -> None:
+    extended(model_dir, model__layers__0__mlp__gate_proj__weight=[])
+    assert "gate_proj.weight has shape [], which is no matrix" in refusal(model_dir)
 
 
 def test_no_directory(tmp_path: Path) -> None:
@@ -130,10 +188,42 @@ def test_dimensions_that_cannot_be(model_dir: Path, key: str, value: Any) -> Non
     assert key in message or "layer" in message
 
 
+@pytest.mark.parametrize("value", [5, {"a": 1}, [5]])
+def test_architectures_that_are_no_names(model_dir: Path, value: Any) -> None:
+    edit(model_dir, architectures=value)
+    assert "config.json: architectures" in refusal(model_dir)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("unknown", nested(900)),
+        ("per_layer_config", {"0": {"hidden_size": 8}}),
+        ("per_layer_config", 5),
+    ],
+)
+def test_what_transformers_stumbles_over(model_dir: Path, key: str, value: Any) -> None:
+    edit(model_dir, **{key: value})
+    assert "config.json: " in refusal(model_dir)
+
+
+def test_weights_that_the_configuration_names_itself(model_dir: Path) -> None:
+    edit(model_dir, transformers_weights="other.safetensors")
+    assert "names weights of its own (transformers_weights)" in refusal(model_dir)
+
+
 def test_what_the_config_does_not_say_is_the_familys(model_dir: Path) -> None:
     from transformers import Qwen3MoeConfig
 
-    edit(model_dir, vocab_size=None, num_experts_per_tok=None, max_position_embeddings=None)
+    (model_dir / "model.safetensors").write_bytes(safetensors(per_expert(2, 8)))
+    edit(
+        model_dir, vocab_size=None, num_experts_per_tok=None, max_position_embeddings=None,
+        num_experts=8,
+    )  # fmt: skip
     info, default = inspect_checkpoint(model_dir), Qwen3MoeConfig()
     assert info.vocab_size == default.vocab_size
     assert info.top_k == default.num_experts_per_tok
@@ -156,7 +246,7 @@ def test_names_that_the_family_translates(model_dir: Path) -> None:
     """`attribute_map`: the name in the file is the family's, the one we ask for is common."""
     edit(
         model_dir, model_type="longcat_flash", num_layers=2, moe_topk=3, num_hidden_layers=None,
-        num_experts_per_tok=None,
+        num_experts_per_tok=None, n_routed_experts=3,
     )  # fmt: skip
     info = inspect_checkpoint(model_dir)
     assert (info.moe_layers, info.top_k) == ((0, 1), 3)
@@ -184,6 +274,22 @@ def test_layers_that_keep_another_state(model_dir: Path) -> None:
             32,
             "longrope",
         ),
+        (
+            {
+                "rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0],
+                "original_max_position_embeddings": 32.0, "factor": 4.0,
+            },
+            32,
+            "longrope",
+        ),
+        (
+            {
+                "rope_type": "linear", "short_mscale": 1.1, "long_mscale": 1.2,
+                "original_max_position_embeddings": 32, "factor": 4.0,
+            },
+            32,
+            "linear",
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
@@ -195,6 +301,14 @@ def test_how_long_a_text_may_become(
     assert info.max_positions == most
     assert why in info.positions_end
     assert bool(why) == bool(info.positions_end)
+
+
+@pytest.mark.parametrize("key", ["factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), True, -1, "x"])
+def test_rope_scaling_by_what_is_no_number(model_dir: Path, key: str, value: Any) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, key: value}
+    edit(model_dir, head_dim=2, rope_parameters=rope)
+    assert "config.json: " in refusal(model_dir)
 
 
 @pytest.mark.parametrize("value", ["many", [64], True])
@@ -247,6 +361,36 @@ def test_garbage_in_a_header(model_dir: Path, header: bytes) -> None:
     raw = struct.pack("<Q", len(header)) + header
     (model_dir / "model.safetensors").write_bytes(raw)
     assert "cannot be read" in refusal(model_dir)
+
+
+def header(shape: Any, dtype: Any, name: str = "a") -> bytes:
+    entries = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 4]}}
+    raw = json.dumps(entries).encode()
+    return struct.pack("<Q", len(raw)) + raw + bytes(4)
+
+
+SHAPES: tuple[Any, ...] = (["x"], [None], {"b": 1}, [-5], [1.5], [True], 5)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(header(shape, "F32") for shape in SHAPES),
+        header([1], 5),
+        header([1], "F32", f"model.layers.0.mlp.experts.{'9' * 5000}.up_proj.weight"),
+        header([1], "F32", "model.layers.0.mlp.experts.\u00b2.up_proj.weight"),
+    ],
+)
+def test_a_header_that_says_what_cannot_be(model_dir: Path, file: bytes) -> None:
+    (model_dir / "model.safetensors").write_bytes(file)
+    message = refusal(model_dir)
+    assert "model.safetensors cannot be read" in message
+    assert "damaged?" in message
+
+
+def test_a_header_as_long_as_none_may_be(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_HEADER_BYTES", 100)
+    assert "longer than the file, or than any may be" in refusal(model_dir)
 
 
 def test_a_missing_shard(model_dir: Path) -> None:
@@ -316,6 +460,19 @@ def test_tokens_that_end(
     if generation is not None:
         (model_dir / "generation_config.json").write_text(json.dumps(generation))
     assert inspect_checkpoint(model_dir).eos_token_ids == expected
+
+
+def test_the_end_of_the_whole_or_else_of_its_decoder(model_dir: Path) -> None:
+    """Where a model has other parts too."""
+    inner = {"vocab_size": 32, "num_hidden_layers": 2, "num_experts": 3, "top_k_experts": 2}
+    for outer, expected in ((7, (7,)), (None, (9,))):
+        edit(
+            model_dir, model_type="gemma4", eos_token_id=outer,
+            text_config=inner | {"model_type": "gemma4_text", "eos_token_id": 9},
+        )  # fmt: skip
+        config = json.loads((model_dir / "config.json").read_text()) | {"eos_token_id": outer}
+        (model_dir / "config.json").write_text(json.dumps(config))
+        assert inspect_checkpoint(model_dir).eos_token_ids == expected
 
 
 @pytest.mark.parametrize("ids", [-1, 32, [2, 10**6]])

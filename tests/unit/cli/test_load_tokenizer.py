@@ -1,5 +1,6 @@
 """The checkpoint's tokenizer, whatever was saved with it."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -51,6 +52,23 @@ def test_a_chat_template_in_a_file_or_inline(path: Path, where: str) -> None:
     said = [{"role": "user", "content": "hello"}]
     text = load_tokenizer(path).apply_chat_template(said, tokenize=False)
     assert text == f"{'inline' if where == 'inline' else 'file'} hello"
+
+
+def test_code_of_the_checkpoints_own_is_not_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor asked about: its tokenizer.json is there. The family has no tokenizer of its own."""
+    marker = path / "run"
+    plain = load_tokenizer(path).encode(TEXT, add_special_tokens=False)
+    (path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Own: ...\n")
+    edit(path / "config.json", model_type="granitemoe_swa")
+    edit(
+        path / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]},
+        tokenizer_class="Own",
+    )  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 9))
+    assert load_tokenizer(path).encode(TEXT, add_special_tokens=False) == plain
+    assert not marker.exists()
 
 
 def test_the_tokenizers_own_end_ends_a_text_too(path: Path) -> None:

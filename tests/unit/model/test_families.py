@@ -30,7 +30,7 @@ REFUSED = {
     "deepseek_v32": "layers of indexed_attention",
     "jetmoe": "no experts module",
     "doge": "no routed experts",
-    "dbrx": "its experts cannot be told apart",
+    "dbrx": "config.json (dbrx) names no routed experts",
     "phimoe, a window shorter than texts": "does not tell its attention of its sliding window",
     "gemma4_text, layers that share keys and values": "do not keep keys and values of their own",
 }

@@ -12,6 +12,7 @@ from support.quantise import Scheme, as_meant, block_fp8, compressed, quantise
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from revivemoe.checkpoint.files import tensors
 from revivemoe.checkpoint.inspect import inspect_checkpoint
 from revivemoe.ids import ExpertId, LayerId
 from revivemoe.model.dense import DenseLayer, DenseReader
@@ -196,6 +197,22 @@ def test_scales_that_do_not_fit(
         del listed["weight_map"][f"{Q_PROJ}_scale_inv"]
         index.write_text(json.dumps(listed))
     assert why in refusal(path)
+
+
+def test_parameters_that_are_called_scales_too(deepseek: Twins, tmp_path: Path) -> None:
+    """A router's of its own stays; those of activations and caches go."""
+    path = Path(shutil.copytree(deepseek[0], tmp_path / "m"))
+    one, expert = torch.ones(1), "model.layers.1.mlp.experts.0.up_proj"
+    others = ("model.layers.0.self_attn.k_scale", f"{expert}.input_scale")
+    state = {"model.layers.1.router.per_expert_scale": one, **dict.fromkeys(others, one)}
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    save_file(state, path / "other.safetensors", metadata={"format": "pt"})
+    index = path / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"] |= dict.fromkeys(state, "other.safetensors")
+    index.write_text(json.dumps(listed))
+    found = tensors(path).keys() - tensors(deepseek[0]).keys()
+    assert found == {"model.layers.1.router.per_expert_scale"}
 
 
 def test_float8_that_the_configuration_does_not_know(deepseek: Twins, tmp_path: Path) -> None:
