@@ -156,6 +156,7 @@ def serve(
 
     from revivemoe.checkpoint.hub import is_hub_id, local_directory
     from revivemoe.cli.serve_run import Listen, check_before_weights, run
+    from revivemoe.cli.temporary import find_temporary_directory
     from revivemoe.config import EngineConfig, check_flags
 
     if not 0 <= port < 65536:
@@ -198,6 +199,7 @@ def serve(
         keep_alive_timeout_s=_seconds("--timeout-keep-alive", timeout_keep_alive, 1.0),
         shutdown_timeout_s=_seconds("--shutdown-timeout", shutdown_timeout, 0.0),
     )
+    find_temporary_directory()  # libraries want one as they are loaded
     check_flags(config)
     check = partial(check_before_weights, config=config, listen=listen)
     config = replace(config, model_dir=local_directory(model, revision, check))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint, inspect_config
 from revivemoe.cli.at_once import end_at_once
-from revivemoe.cli.temporary import find_temporary_directory
 from revivemoe.cluster.orphans import Orphans
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
@@ -58,7 +57,6 @@ def run(config: EngineConfig, listen: Listen) -> int:
     Raises ValueError and OSError for what is wrong with flags, checkpoint or address.
     """
     configure_logging()
-    find_temporary_directory()
     info = inspect_checkpoint(config.model_dir, listen.generation_config, config.dequantize)
     config = resolve(config, info)
     check_memory(config, info)

@@ -1,5 +1,6 @@
 """Models of the hub: fetched whole, from the cache where they are, and refused in one line."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -91,9 +92,12 @@ def test_from_a_fetch_that_is_killed_to_a_cache_without_a_hub(
 
 
 def test_refused_before_its_weights_are_fetched(published: Path, tmp_path: Path) -> None:
-    (published / "config.json").write_text('{"model_type": "no_such_thing"}')
+    path = published / "config.json"
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantised))
     with hub(published) as served:
-        assert "no_such_thing" in fetched(tmp_path / "cache", served.url, MODEL)[0]
+        told = fetched(tmp_path / "cache", served.url, MODEL)[0]
+        assert "is quantised (fp8): --dequantize turns" in told
         assert not [n for n in served.fetched if n.endswith(".safetensors")]
 
 
