@@ -81,7 +81,8 @@ def inspect_config(
         configuration.refuse_states(text, model_dir)
         vocab_size = configuration.size(text, "vocab_size", model_dir)
         most, why = configuration.max_positions(text, model_dir)
-        ends = config.eos_token_id if config.eos_token_id is not None else text.eos_token_id
+        said = (getattr(part, "eos_token_id", None) for part in (config, text))
+        ends = next((ids for ids in said if ids is not None), None)
         return ConfigInfo(
             architecture=configuration.architecture(config, model_dir),
             dtype=configuration.dtype(config) or configuration.dtype(text),

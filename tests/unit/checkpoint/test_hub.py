@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from support.hub import COMMIT, MODEL, hub
 
-from revivemoe.checkpoint.hub import is_hub_id, local_directory
+from revivemoe.checkpoint.hub import (
+    _refuse_partial,
+    _remove_stale,
+    is_hub_id,
+    local_directory,
+)
 
 FETCH = """
 import sys
@@ -99,6 +104,28 @@ def test_refused_before_its_weights_are_fetched(published: Path, tmp_path: Path)
         told = fetched(tmp_path / "cache", served.url, MODEL)[0]
         assert "is quantised (fp8): --dequantize turns" in told
         assert not [n for n in served.fetched if n.endswith(".safetensors")]
+
+
+def test_what_an_interrupted_fetch_has_left_goes_a_day_later(tmp_path: Path) -> None:
+    old, new, whole = (tmp_path / n for n in ("a.1.incomplete", "a.2.incomplete", "b"))
+    for file in (old, new, whole):
+        file.write_bytes(b"x")
+    for file in (old, whole):
+        os.utime(file, (1000, 1000))
+    _remove_stale(tmp_path, 2000)
+    assert {p.name for p in tmp_path.iterdir()} == {new.name, whole.name}
+
+
+def test_a_cache_without_the_hubs_list_of_files_may_be_partial(
+    published: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "snapshots" / COMMIT
+    shutil.copytree(published, snapshot)
+    _refuse_partial(snapshot, MODEL, None)
+    lost = sorted(snapshot.glob("model-*.safetensors"))[0]
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"not whole in the cache .* lacks {lost.name}"):
+        _refuse_partial(snapshot, MODEL, None)
 
 
 def test_names() -> None:

@@ -473,6 +473,9 @@ def test_the_end_of_the_whole_or_else_of_its_decoder(model_dir: Path) -> None:
         config = json.loads((model_dir / "config.json").read_text()) | {"eos_token_id": outer}
         (model_dir / "config.json").write_text(json.dumps(config))
         assert inspect_checkpoint(model_dir).eos_token_ids == expected
+    del config["eos_token_id"]
+    (model_dir / "config.json").write_text(json.dumps(config))
+    assert inspect_checkpoint(model_dir).eos_token_ids == (9,)
 
 
 @pytest.mark.parametrize("ids", [-1, 32, [2, 10**6]])

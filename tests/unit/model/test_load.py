@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM
 from revivemoe.checkpoint import ARCHS
 from revivemoe.ids import LayerId
 from revivemoe.model import tensor_files
-from revivemoe.model.load import CheckpointError, LoadedModel, checkpoint_tensors, load_model
+from revivemoe.model.load import (
+    CheckpointError,
+    LoadedModel,
+    checkpoint_tensors,
+    construct,
+    load_model,
+)
 from revivemoe.model.runner import register_hooks
 
 register_hooks()
@@ -290,3 +296,26 @@ def test_a_type_of_model_nobody_knows(spoiled: Path) -> None:
     config = json.loads((spoiled / "config.json").read_text())
     (spoiled / "config.json").write_text(json.dumps({**config, "model_type": "nobody_knows"}))
     assert "nobody_knows" in refusal(spoiled)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 0},
+        {"rope_parameters": {"rope_type": "magic", "rope_theta": 10000.0}},
+        {"hidden_act": "nope"},
+        {"pad_token_id": 5000},
+        {"moe_intermediate_size": "wide"},
+    ],
+)
+def test_what_cannot_be_built_is_one_line(
+    made: dict[str, Path], tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """These came out as tracebacks of every rank."""
+    path = tmp_path / "config.json"
+    config = json.loads((made["qwen3_moe"] / "config.json").read_text())
+    path.write_text(json.dumps(config | fields))
+    with pytest.raises((CheckpointError, ValueError)) as raised:
+        construct(tmp_path, torch.float32)
+    assert "\n" not in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
