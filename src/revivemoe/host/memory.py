@@ -4,6 +4,7 @@ A group leaves its limit, less what is charged to it, but for the page cache tha
 kernel takes that back before it kills anybody (so does it count `MemAvailable` of a host).
 """
 
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,11 @@ def free_bytes() -> int:
     """What can be had now."""
     available = int(psutil.virtual_memory().available)
     return min([available, *(limit.free for limit in own_limits())])
+
+
+def taken_bytes() -> int:
+    """What this process has taken, at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def capacity() -> Limit:

@@ -71,7 +71,7 @@ def load_model(
     if attention:
         prepare(model)
     experts = find_experts(model)
-    if num_experts is not None:
+    if num_experts is not None and slots:
         _refuse_other_experts(model_dir, experts, set(slots), num_experts)
     routers = {i: _find_router(model, module) for i, module in experts.items() if attention}
     config = text_config(model.config)

@@ -1,11 +1,9 @@
 """Whether the memory that an instance may take can hold it at all: said before anything loads."""
 
-import psutil
-
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.config import EngineConfig
 from revivemoe.executor.spec import ENGINE_BYTES, RANK_BYTES
-from revivemoe.host.memory import Limit, capacity
+from revivemoe.host.memory import Limit, capacity, taken_bytes
 
 MIB = 1 << 20
 
@@ -13,7 +11,7 @@ MIB = 1 << 20
 def check_memory(config: EngineConfig, info: CheckpointInfo) -> None:
     """`config` is resolved. Raises ValueError."""
     if config.device == "cpu":
-        here = min(psutil.Process().memory_info().rss, ENGINE_BYTES)
+        here = min(taken_bytes(), ENGINE_BYTES)
         check(capacity(), here, weight_bytes(config, info), config.num_ranks)
 
 
