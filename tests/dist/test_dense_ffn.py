@@ -20,7 +20,7 @@ def deepseek(weights_of: Callable[[str], Weights]) -> Weights:
 
 @pytest.fixture(scope="module")
 def cases(deepseek: Weights) -> list[Case]:
-    params = SamplingParams(seed=1, temperature=0.0, max_tokens=80)
+    params = SamplingParams(seed=1, temperature=0.0, max_tokens=48)
     return plain_cases(deepseek, params, 8, (5, 24, 60))
 
 

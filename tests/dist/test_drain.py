@@ -14,7 +14,7 @@ from revivemoe.sampling_params import SamplingParams
 
 @pytest.fixture(scope="module")
 def cases(qwen: Weights) -> list[Case]:
-    params = SamplingParams(seed=1, temperature=0.0, max_tokens=160)
+    params = SamplingParams(seed=1, temperature=0.0, max_tokens=96)
     return plain_cases(qwen, params, 8, (60, 90))
 
 

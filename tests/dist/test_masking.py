@@ -29,7 +29,7 @@ EXPERTS, RANKS, VICTIM = 16, 4, 2
 LOST = frozenset(range(VICTIM * EXPERTS // RANKS, (VICTIM + 1) * EXPERTS // RANKS))
 GREEDY = SamplingParams(seed=0, temperature=0.0, max_tokens=32)
 SAMPLED = SamplingParams(seed=3, temperature=0.9, max_tokens=32)
-LONG = msgspec.structs.replace(GREEDY, max_tokens=160)
+LONG = msgspec.structs.replace(GREEDY, max_tokens=96)
 BLOCK = 8
 HALF_MAY_BE_MISSING = "--max-missing-fraction", "0.5", "--block-size", str(BLOCK)
 
