@@ -128,9 +128,9 @@ class NvmlSource:
             self._say(device, f"{type(why).__name__}: {why}")
 
     def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
     def _conditions(self, session: "Session", device: DeviceId) -> Iterator[Condition]:
         try:

@@ -244,6 +244,25 @@ def test_an_error_of_all_devices_is_raised(bench: Bench) -> None:
     assert bench.nvml.opened == 1
 
 
+def test_a_session_that_cannot_even_be_closed_is_not_used_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise fake_nvml.NVMLError_Unknown
+
+    bench.poll()
+    for gpu in bench.gpus:
+        gpu.error = fake_nvml.NVMLError_Unknown()
+    with monkeypatch.context() as patch, pytest.raises(fake_nvml.NVMLError_Unknown):
+        patch.setattr(bench.nvml, "nvmlEventSetFree", broken)
+        bench.poll()
+    for gpu in bench.gpus:
+        gpu.error = None
+    assert bench.poll() == {}
+    assert {"GPU-a", "GPU-b"} == bench.nvml.sets[-1], "registered in a new one"
+    assert len(bench.nvml.sets) == 2
+
+
 def test_a_device_that_cannot_be_asked_silences_no_other(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
