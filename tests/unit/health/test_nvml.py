@@ -253,9 +253,10 @@ def test_a_session_that_cannot_even_be_closed_is_not_used_again(
     bench.poll()
     for gpu in bench.gpus:
         gpu.error = fake_nvml.NVMLError_Unknown()
-    with monkeypatch.context() as patch, pytest.raises(fake_nvml.NVMLError_Unknown):
+    with monkeypatch.context() as patch:
         patch.setattr(bench.nvml, "nvmlEventSetFree", broken)
-        bench.poll()
+        with pytest.raises(fake_nvml.NVMLError_Unknown):
+            bench.poll()
     for gpu in bench.gpus:
         gpu.error = None
     assert bench.poll() == {}
