@@ -34,6 +34,7 @@ LAYERS = (
     "streams",
     "detokenizer",
     "core",
+    "kernels",
     "epochs",
     "engine",
     "comm",

@@ -25,7 +25,7 @@ def flags(attention: int, experts: int, *more: str) -> tuple[int, ...]:
     return (attention, "--expert-ranks", str(experts), *more)  # type: ignore[return-value]
 
 
-def long_cases(qwen: Weights, count: int = 8) -> list[Case]:
+def long_cases(qwen: Weights, count: int = 6) -> list[Case]:
     params = SamplingParams(seed=1, temperature=0.0, max_tokens=120)
     return plain_cases(qwen, params, count, (24, 40))
 
@@ -114,7 +114,7 @@ def test_an_attention_rank_takes_the_place_of_a_lost_expert_rank(qwen: Weights) 
             donor: (2, ["expert"]),
             4: (3, ["expert"]),
         }
-        assert not check_all(cases, run_load(server.url, requests_of(cases)))
+        assert not check_all(cases[:2], run_load(server.url, requests_of(cases[:2])))
         again = run_load(
             server.url, requests_of(cases), lambda load: kill_under_way(load, server, donor)
         )
@@ -144,7 +144,7 @@ def test_a_switch_in_the_background(qwen: Weights, tmp_path: Path) -> None:
         assert second["rolled_back"] == 0
         assert (status["quality"], status["experts"]["missing"]) == ("full", [])
         assert roles(status)[donor][1] == ["expert"]
-        assert not check_all(cases, run_load(server.url, requests_of(cases)))
+        assert not check_all(cases[:2], run_load(server.url, requests_of(cases[:2])))
 
 
 def test_a_switch_on_command_goes_unnoticed(qwen: Weights) -> None:
@@ -170,7 +170,7 @@ def test_a_switch_on_command_goes_unnoticed(qwen: Weights) -> None:
         assert not with_status(status, "unhealthy")
         assert "no expert is missing" in server.refused("role_switch", id=1)
         server.await_rejoin(3)
-        assert not check_all(cases, run_load(server.url, requests_of(cases)))
+        assert not check_all(cases[:2], run_load(server.url, requests_of(cases[:2])))
 
 
 def test_where_every_rank_holds_experts_none_can_switch(qwen: Weights) -> None:

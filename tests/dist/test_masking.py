@@ -42,7 +42,7 @@ def masked_by_loss(weights: Weights) -> Masked:
 
 def masked_cases(weights: Weights, params: SamplingParams, masked: Masked) -> list[Case]:
     """Prompts screened under the mask, with what `transformers` answers under it."""
-    screened = screen(weights.model, params, 6, prompt_lens=(5, 24, 61), masked=masked)
+    screened = screen(weights.model, params, 3, prompt_lens=(5, 24, 61), masked=masked)
     return [
         Case(
             f"masked {i}",
@@ -105,7 +105,7 @@ def assert_full(answers: list[Answer]) -> None:
 
 def lose_a_rank_under_load(server: Deployment, weights: Weights) -> None:
     """Streams under way go on, whole up to the loss, and say at their end that they are not."""
-    cases = plain_cases(weights, LONG, 8, (24,), "under way", seed=22)
+    cases = plain_cases(weights, LONG, 4, (24,), "under way", seed=22)
     seen: list[int] = []
 
     async def beside(load: Load) -> None:

@@ -1,4 +1,4 @@
-"""A soak of a quarter of a minute, of one layout or the other: `make soak` is both for half an hour.
+"""A soak of seven seconds, of one layout or the other: `make soak` is both for half an hour.
 
 True command lines: a fork server that replaces one of the zygote's would not be as large as it.
 """
@@ -33,7 +33,7 @@ def test_a_few_faults_of_any_kind(
     monkeypatch.chdir(tmp_path)  # a log that is kept
     layout = (COLLOCATED, DISAGGREGATED)[chaos_seed % 2]
     print(f"seed {chaos_seed}: {layout.name}")
-    setup = Setup(minutes=0.25, every_s=(3.0, 5.0), seed=chaos_seed)
+    setup = Setup(minutes=0.12, every_s=(2.0, 3.0), seed=chaos_seed)
     soaked = Soaked(layout.name)
     soak_layout(setup, qwen.dir, layout, requests, soaked, print, tmp_path)
     assert report.violations([soaked]) == []

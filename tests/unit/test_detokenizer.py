@@ -24,7 +24,7 @@ def test_any_ids_give_the_text_of_decode(ids, skip):
 
 @given(st.text())
 def test_any_text_comes_back_with_no_broken_character(text):
-    got = pieces(VOCABULARY, TOKENIZER.encode(text))
+    got = pieces(VOCABULARY, TOKENIZER.encode(text), skip=False)  # it may name a special token
     assert "".join(got) == text
     assert got[-1] == "", "whole characters are not held back"
     assert all(REPLACEMENT not in piece for piece in got) or REPLACEMENT in text

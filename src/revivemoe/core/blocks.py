@@ -1,6 +1,6 @@
 """Who holds which KV block, and which blocks hold KV that others may share (the prefix cache)."""
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from revivemoe.core.digest import Digest
@@ -89,10 +89,14 @@ class BlockPool:
 
     def check(self, tables: Iterable[list[BlockId]]) -> None:
         """Assert that blocks are conserved and counted once for each table that names them."""
-        named = Counter(block for table in tables for block in table)
-        for b in range(self.num_blocks):
-            block = BlockId(b)
-            assert self._ref_counts[block] == named[block], f"block {block}: wrong reference count"
-            assert (block in self._free) == (named[block] == 0), f"block {block}: free and held"
-        assert set(named) <= set(range(self.num_blocks))
+        counts = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                counts[block] += 1
+        if counts != self._ref_counts:  # seldom, so the block is looked for only then
+            wrong = [b for b, n in enumerate(counts) if n != self._ref_counts[b]]
+            raise AssertionError(f"blocks {wrong}: wrong reference counts")
+        held = {BlockId(b) for b, count in enumerate(counts) if count}
+        assert held.isdisjoint(self._free), f"free and held: {held & self._free.keys()}"
+        assert len(held) + len(self._free) == self.num_blocks, "neither free nor held"
         assert {b: d for d, b in self._block_of_digest.items()} == self._digest_of_block

@@ -204,11 +204,12 @@ class Driver:
         self._loader.entered(membership, domain)
         topology, slots_per_rank = membership.topology, membership.placement.slots_per_rank
         sources, servers = topology.places(topology.attention), topology.places(topology.experts)
-        dispatchers = [Dispatcher(c, slots_per_rank, sources, servers) for c in channels]
+        rows = self._runner.kernels.rows
+        dispatchers = [Dispatcher(c, slots_per_rank, sources, servers, rows) for c in channels]
         self._runner.enter(dispatchers, membership, me)
         if (groups := membership.dense) is not None:  # slots on the wire are shards
             holders = dense_servers(groups, topology)
-            dispatchers = [Dispatcher(c, groups.size, sources, holders) for c in channels]
+            dispatchers = [Dispatcher(c, groups.size, sources, holders, rows) for c in channels]
             self._runner.exchange.enter_dense(dispatchers, membership, me)
         self._transport = channels[0]
         return time.monotonic() - began

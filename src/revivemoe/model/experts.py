@@ -8,18 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.effects import Place
 from revivemoe.ids import LayerId, RankId, SlotId
+from revivemoe.kernels.native import Native
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import Holder
 from revivemoe.model.dense import DenseLayer
+from revivemoe.model.expert_function import experts_of
 from revivemoe.model.finite import FiniteCheck
-
-EXPERTS_BACKEND = "grouped_mm"
-"""The fastest of `transformers`' own implementations on CPU and CUDA (docs/decisions.md)."""
 
 PhaseHook = Callable[[str, int, int], None]
 """Called with (phase, layer, rows it will work on) as a step reaches each phase: progress, what is
@@ -32,28 +30,28 @@ it. Phases as in `Place`."""
 class MoeLayer:
     """One layer's local experts and the map from experts to slots of the whole domain."""
 
-    def __init__(self, layer: LayerId, module: nn.Module, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self,
+        layer: LayerId,
+        module: nn.Module,
+        num_experts: int,
+        top_k: int,
+        native: Native | None = None,
+    ) -> None:
         """`module` holds slots (`load_model`)."""
         self.layer = layer
         self.module = module
         self.top_k = top_k
         self.num_experts = num_experts
         self.slot_of_expert_E = torch.full((num_experts,), -1, dtype=torch.int64)
-        self._backend = ALL_EXPERTS_FUNCTIONS[EXPERTS_BACKEND]
+        self._experts = experts_of(module, native)
 
     def compute(self, rows_RH: Tensor, slot_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Weighted sum of this rank's experts for each row, [R, H] float32.
 
-        Slot id S is the sentinel for "not on this rank"; only real (row, slot) pairs are computed.
+        Slot id S is the sentinel for "not on this rank".
         """
-        out_RH = torch.zeros(rows_RH.shape, dtype=torch.float32, device=rows_RH.device)
-        row_of, choice_of = (slot_ids_RK < self.module.num_experts).nonzero(as_tuple=True)
-        if len(row_of):
-            ids = slot_ids_RK[row_of, choice_of][:, None]
-            weights = weights_RK[row_of, choice_of][:, None]
-            picked = self._backend(self.module, rows_RH[row_of], ids, weights)
-            out_RH.index_add_(0, row_of, picked.float())
-        return out_RH
+        return self._experts(rows_RH, slot_ids_RK, weights_RK)
 
     def resize(self, num_slots: int) -> None:
         """So many slots. Not while a step runs.

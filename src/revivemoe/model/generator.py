@@ -12,12 +12,14 @@ from torch import nn
 
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
 from revivemoe.ids import ExpertId, LayerId
+from revivemoe.kernels.native import Native
 from revivemoe.membership.membership import Membership
 from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
 from revivemoe.model.head import Head, KeptRow, in_slices, kept_rows
 from revivemoe.model.load import LoadedModel
+from revivemoe.model.native_modules import use_native
 from revivemoe.model.paged import AttentionBatch, PagedCache, plan_attention
 from revivemoe.model.probe import KVShape, probe
 from revivemoe.model.router import MaskableRouter
@@ -37,11 +39,12 @@ class Generator:
         exchange: ExpertExchange,
         dtype: torch.dtype,
         device: torch.device,
+        native: Native | None = None,
     ) -> None:
         assert loaded.model is not None, "only experts are loaded"
         self.model = loaded.model
         self._exchange = exchange
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._native = device, dtype, native
         self.routers = _wrap_routers(loaded)
         self._head = Head(self.model)
         self._cache: PagedCache | None = None
@@ -49,6 +52,8 @@ class Generator:
         self._plans: list[AttentionBatch | None] = []
         """Of the micro-batches of the present step; None where there are no tokens."""
         self._kv_shapes = self._probe()
+        if native is not None:
+            use_native(self.model, native)
 
     @property
     def maskable(self) -> bool:
@@ -99,7 +104,9 @@ class Generator:
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Lay out the KV pages, zeroed."""
-        self._cache = PagedCache(self._kv_shapes, num_blocks, block_size, self._dtype, self._device)
+        self._cache = PagedCache(
+            self._kv_shapes, num_blocks, block_size, self._dtype, self._device, self._native
+        )
         self._cache.on_attention = lambda layer, num: self._exchange.on_phase(
             "attention", layer, num
         )

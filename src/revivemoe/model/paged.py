@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from revivemoe.core.step import ScheduledSequence
+from revivemoe.kernels.native import Native, Seen
 from revivemoe.model.probe import KVShape, ProbeCache
 
 
@@ -39,6 +40,8 @@ class AttentionBatch:
     decode_blocks_BN: Tensor
     decode_mask_BL: Tensor
     """True where a decoding sequence may look."""
+    decode_lengths_B: Tensor
+    """Positions it may look at, int64."""
     prefills: tuple[PrefillItem, ...]
 
 
@@ -69,6 +72,9 @@ def plan_attention(
         decode_rows_B=torch.tensor([r for r, _ in decodes], dtype=torch.int64, device=device),
         decode_blocks_BN=blocks_BN.to(device),
         decode_mask_BL=mask_BL.to(device),
+        decode_lengths_B=torch.tensor(
+            [item.start + 1 for _, item in decodes], dtype=torch.int64, device=device
+        ),
         prefills=tuple(prefills),
     )
 
@@ -99,6 +105,7 @@ class PagedCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        native: Native | None = None,
     ) -> None:
         """`shapes`: by layer."""
 
@@ -108,6 +115,7 @@ class PagedCache:
 
         self.block_size = block_size
         self.pages = [(pages(*key), pages(*value)) for key, value in shapes]
+        self.native = native
         self.batch: AttentionBatch | None = None
         self.on_attention: Callable[[int, int], None] = lambda layer, num_tokens: None
         """Called with (layer, tokens of the step) before each layer reads its pages."""
@@ -127,6 +135,13 @@ class PagedCache:
         for pair in self.pages:
             for pages in pair:
                 pages.view(-1, *pages.shape[2:]).index_fill_(0, slots, 0)
+
+    def decodes_natively(self, module: nn.Module) -> bool:
+        """Whether single queries can read this layer's pages where they lie."""
+        keys, values = self.pages[module.layer_idx]
+        if self.native is None or hasattr(module, "expand_kv"):
+            return False
+        return self.native.attends(keys.dtype, keys.device, keys.shape[-1], values.shape[-1])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are always given explicitly; this is only asked for defaults."""
@@ -175,7 +190,13 @@ def paged_attention(
     out_THD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     read = partial(cache.read, module, module.layer_idx)
-    if len(batch.decode_rows_B):
+    if cache.decodes_natively(module):
+        seen = Seen(batch.decode_rows_B, batch.decode_blocks_BN, batch.decode_lengths_B)
+        sinks = None if s_aux is None else s_aux.float()
+        pages = cache.pages[module.layer_idx]
+        by_row = query[0].transpose(0, 1)
+        cache.native.attend(by_row, *pages, seen, out_THD, scale, sliding_window, sinks)
+    elif len(batch.decode_rows_B):
         out_THD[batch.decode_rows_B] = _decode(read, batch, query, scale, sliding_window, s_aux)
     for item in batch.prefills:
         rows = slice(item.row, item.row + item.count)

@@ -1,5 +1,6 @@
 """The soak's own screening, against that of the tests and another way to generate."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,21 @@ from support.reference import reference_tokens
 from support.screen import is_safe
 from transformers import AutoModelForCausalLM
 
+from revivemoe.bench.soak import prompts
 from revivemoe.bench.soak.load import Request
-from revivemoe.bench.soak.prompts import LENGTHS, OF_EACH_LENGTH, screened_requests
+from revivemoe.bench.soak.prompts import LENGTHS, screened_requests
 from revivemoe.checkpoint.make import make_model
 from revivemoe.sampling_params import SamplingParams
+
+OF_EACH_LENGTH = 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "OF_EACH_LENGTH", OF_EACH_LENGTH)
+        patch.setattr(prompts, "OUTPUT_TOKENS", 40)
+        yield
 
 
 @pytest.fixture(scope="module")

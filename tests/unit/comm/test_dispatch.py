@@ -6,14 +6,28 @@ import threading
 import pytest
 import torch
 
+from revivemoe.comm import dispatch
 from revivemoe.comm.dispatch import Dispatched, Dispatcher, region_bytes
 from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import DomainLeft, FenceFlag
+from revivemoe.comm.rows import TorchRows
 from revivemoe.comm.shm import create_segment
 from revivemoe.ids import Epoch, RankId
+from revivemoe.kernels.library import NoKernels
+from revivemoe.kernels.rows import NativeRows
 from revivemoe.messages.commands import DomainSpec
 
 SLOTS = 2
+
+
+@pytest.fixture(autouse=True, params=[TorchRows, NativeRows])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here with torch's operators, and with our own."""
+    try:
+        chosen = request.param()
+    except NoKernels as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(dispatch, "TorchRows", lambda: chosen)
 
 
 def in_domain(num: int, tokens: int, hidden: int, top_k: int, act) -> list:

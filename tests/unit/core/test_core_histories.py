@@ -86,7 +86,7 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=200,
+    max_examples=100,
     stateful_step_count=30,
     deadline=None,
     print_blob=True,
@@ -148,7 +148,7 @@ class Storm:
 
 def test_storms_meet_every_kind_of_undo_and_lose_nothing():
     seen: Counter[str] = Counter()
-    for seed in range(150):
+    for seed in range(90):
         storm = Storm(seed)
         try:
             storm.run()

@@ -1,0 +1,140 @@
+"""`kernels.cpp` for tensors. All on the CPU, float32 or bfloat16, weights of the rows' dtype.
+
+Legend: M rows, N outputs, K inner size, R rows of experts, C choices of each, S slots, H hidden,
+I inner size of an expert.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from revivemoe.kernels.library import function_of, open_library
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+MAX_HEAD_DIM = 1024
+
+
+class Seen(NamedTuple):
+    """Rows that attend, and what of the pages each of them sees. Contiguous, int64."""
+
+    rows_B: Tensor
+    blocks_BN: Tensor
+    """Its block table, padded with anything."""
+    lengths_B: Tensor
+    """Positions from the first on; at least 1."""
+
+
+class Native:
+    """The functions of the library, and what they can be used for."""
+
+    def __init__(self) -> None:
+        """Raises NoKernels."""
+        library = open_library()
+        self.block = int(library.rv_block())
+        """Inner sizes must be multiples of it."""
+        self._linear = function_of(library, "rv_linear", "pipppiiibb")
+        self._rms_norm = function_of(library, "rv_rms_norm", "pippiifb")
+        self._experts = function_of(library, "rv_experts", "ppppppiiiiibbb")
+        self._attention = function_of(library, "rv_attention", "ppppppppiiiiiiiiiifbb")
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether rows can be multiplied by this [N, K] weight, or these [S, N, K]."""
+        return (
+            weight.dtype in DTYPES
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and weight.shape[-1] % self.block == 0
+        )
+
+    def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., K] to [..., N]."""
+        num_outputs, inner = weight.shape
+        rows_MK = rows.reshape(-1, inner)
+        if rows_MK.stride(-1) != 1:
+            rows_MK = rows_MK.contiguous()
+        num_rows = rows_MK.shape[0]
+        out = torch.empty((*rows.shape[:-1], num_outputs), dtype=rows.dtype)
+        if num_rows:
+            self._linear(
+                rows_MK.data_ptr(), rows_MK.stride(0), weight.data_ptr(),
+                None if bias is None else bias.data_ptr(), out.data_ptr(),
+                num_rows, num_outputs, inner, rows.dtype == torch.bfloat16, torch.get_num_threads(),
+            )  # fmt: skip
+        return out
+
+    def rms_norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[..., N] to [..., N]; `weight` [N], of the dtype of the rows."""
+        rows = rows.contiguous()
+        out, size = torch.empty_like(rows), len(weight)
+        self._rms_norm(
+            rows.data_ptr(), size, weight.data_ptr(), out.data_ptr(), rows.numel() // size, size,
+            eps, rows.dtype == torch.bfloat16,
+        )  # fmt: skip
+        return out
+
+    def experts(
+        self,
+        rows_RH: Tensor,
+        slot_ids_RC: Tensor,
+        weights_RC: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        exact: bool = False,
+    ) -> Tensor:
+        """For each row the weighted sum of down(silu(gate(x)) * up(x)) over its choices: [R, H].
+
+        `slot_ids_RC` int64, S or more for none; `weights_RC` float32; `gate_up` [S, 2I, H]; `down`
+        [S, H, I]. In float32; `exact`: in float64, of terms rounded so that their sum is the same
+        in any order.
+        """
+        dtype = torch.float64 if exact else torch.float32
+        out_RH = torch.empty(rows_RH.shape, dtype=dtype)
+        num_rows, hidden = rows_RH.shape
+        num_slots, _, inner = down.shape
+        if num_rows == 0 or num_slots == 0:
+            return out_RH.zero_()
+        rows_RH = rows_RH.contiguous()
+        slot_ids_RC, weights_RC = slot_ids_RC.contiguous(), weights_RC.contiguous()
+        self._experts(
+            rows_RH.data_ptr(), slot_ids_RC.data_ptr(), weights_RC.data_ptr(), gate_up.data_ptr(),
+            down.data_ptr(), out_RH.data_ptr(), num_rows, slot_ids_RC.shape[1], num_slots, hidden,
+            inner, rows_RH.dtype == torch.bfloat16, exact, torch.get_num_threads(),
+        )  # fmt: skip
+        return out_RH
+
+    def attends(self, dtype: torch.dtype, device: torch.device, dim: int, dim_v: int) -> bool:
+        """Whether heads of these sizes can attend."""
+        return dtype in DTYPES and device.type == "cpu" and max(dim, dim_v) <= MAX_HEAD_DIM
+
+    def attend(
+        self,
+        query_THD: Tensor,
+        key_pages: Tensor,
+        value_pages: Tensor,
+        seen: Seen,
+        out_THD: Tensor,
+        scale: float,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Attention of some of the rows of `query_THD`, [T, Hq, D], over pages [NB, P, Hk, D]; into
+        the same rows of `out_THD`, [T, Hq, Dv], contiguous. `sinks`: [Hq] float32, logits of
+        nothing.
+        """
+        if not len(seen.rows_B):
+            return
+        if query_THD.stride(-1) != 1:
+            query_THD = query_THD.contiguous()
+        _, heads, dim = query_THD.shape
+        _, block_size, kv_heads, dim_v = value_pages.shape
+        self._attention(
+            query_THD.data_ptr(), key_pages.data_ptr(), value_pages.data_ptr(),
+            seen.rows_B.data_ptr(), seen.blocks_BN.data_ptr(), seen.lengths_B.data_ptr(),
+            None if sinks is None else sinks.data_ptr(), out_THD.data_ptr(), len(seen.rows_B),
+            heads, kv_heads, dim, dim_v, block_size, query_THD.stride(0), query_THD.stride(1),
+            seen.blocks_BN.shape[1], window or 0, scale, query_THD.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )  # fmt: skip

@@ -1,0 +1,142 @@
+// Rows times weights: packing, tiles, and the linear layer.
+#pragma once
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace {
+
+// ---- rows as the products take them ---------------------------------------------------------
+
+// Where element i of a row lies in its packed form.
+template <typename Weight>
+inline i64 packed_at(i64 i) {
+  if constexpr (sizeof(Weight) == 4) return i;
+  const i64 r = i % BLOCK;
+  return i - r + (r & 1) * W + r / 2;
+}
+
+template <typename Weight>
+void pack(const bf16* row, i64 k, float* to) {
+  if constexpr (sizeof(Weight) == 4) {
+    for (i64 i = 0; i < k; i++) to[i] = widen(row[i]);
+  } else {
+    for (i64 i = 0; i < k; i += BLOCK) {
+      vf even, odd;
+      load_halves(row + i, even, odd);
+      store(to + i, even);
+      store(to + i + W, odd);
+    }
+  }
+}
+
+template <typename Weight>
+void pack(const float* row, i64 k, float* to) {
+  if constexpr (sizeof(Weight) == 4) {
+    std::memcpy(to, row, k * sizeof(float));
+  } else {
+    for (i64 i = 0; i < k; i++) to[packed_at<Weight>(i)] = row[i];
+  }
+}
+
+// ---- tiles: MR rows against NR rows of weights ----------------------------------------------
+
+template <int MR, int NR>
+inline void tile(const float* const* x, const bf16* w, i64 ldw, i64 k, float* out, i64 ldo) {
+  vf acc[MR][NR];
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < NR; n++) acc[m][n] = zero();
+  for (i64 i = 0; i < k; i += BLOCK) {
+    vf even[NR], odd[NR];
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; n++) load_halves(w + n * ldw + i, even[n], odd[n]);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++) {
+      const vf a = load(x[m] + i), b = load(x[m] + i + W);
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; n++) acc[m][n] = fma(b, odd[n], fma(a, even[n], acc[m][n]));
+    }
+  }
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < NR; n++) out[m * ldo + n] = sum(acc[m][n]);
+}
+
+template <int MR, int NR>
+inline void tile(const float* const* x, const float* w, i64 ldw, i64 k, float* out, i64 ldo) {
+  vf acc[MR][NR];
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < NR; n++) acc[m][n] = zero();
+  for (i64 i = 0; i < k; i += W) {
+    vf b[NR];
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; n++) b[n] = load(w + n * ldw + i);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; m++) {
+      const vf a = load(x[m] + i);
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; n++) acc[m][n] = fma(a, b[n], acc[m][n]);
+    }
+  }
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < NR; n++) out[m * ldo + n] = sum(acc[m][n]);
+}
+
+template <int NR, typename Weight>
+void rows_of_tile(const float* const* x, i64 m, const Weight* w, i64 ldw, i64 k, float* out, i64 ldo) {
+  i64 at = 0;
+  for (; at + TILE_M <= m; at += TILE_M) tile<TILE_M, NR>(x + at, w, ldw, k, out + at * ldo, ldo);
+  switch (m - at) {
+    case 3: tile<3, NR>(x + at, w, ldw, k, out + at * ldo, ldo); break;
+    case 2: tile<2, NR>(x + at, w, ldw, k, out + at * ldo, ldo); break;
+    case 1: tile<1, NR>(x + at, w, ldw, k, out + at * ldo, ldo); break;
+    default: break;
+  }
+}
+
+// out[m, n] = x[m] . w[n] for n rows of weights, `out` with `ldo` elements a row.
+template <typename Weight>
+void products(const float* const* x, i64 m, const Weight* w, i64 ldw, i64 n, i64 k, float* out, i64 ldo) {
+  i64 at = 0;
+  for (; at + TILE_N <= n; at += TILE_N)
+    rows_of_tile<TILE_N>(x, m, w + at * ldw, ldw, k, out + at, ldo);
+  for (; at < n; at++) rows_of_tile<1>(x, m, w + at * ldw, ldw, k, out + at, ldo);
+}
+
+constexpr i64 ROWS = 32;   // rows that are worked on while weights are in the first cache
+constexpr i64 COLS = 64;   // outputs of one piece of work
+
+// ---- linear ---------------------------------------------------------------------------------
+
+template <typename X, typename Weight>
+void linear(const X* x, i64 ldx, const Weight* w, const Weight* bias, X* y, i64 m, i64 n, i64 k, int threads) {
+  static thread_local std::vector<float> packed_buffer;
+  static thread_local std::vector<const float*> rows_buffer;
+  float* packed = scratch(packed_buffer, m * k);
+  const float** rows = scratch(rows_buffer, m);
+  const i64 pieces = (n + COLS - 1) / COLS;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (i64 r = 0; r < m; r++) {
+      pack<Weight>(x + r * ldx, k, packed + r * k);
+      rows[r] = packed + r * k;
+    }
+#pragma omp for schedule(static)
+    for (i64 piece = 0; piece < pieces; piece++) {
+      float out[ROWS * COLS];
+      const i64 first = piece * COLS, count = std::min(COLS, n - first);
+      for (i64 r = 0; r < m; r += ROWS) {
+        const i64 num = std::min(ROWS, m - r);
+        products(rows + r, num, w + first * k, k, count, k, out, COLS);
+        for (i64 i = 0; i < num; i++)
+          for (i64 j = 0; j < count; j++) {
+            const float b = bias ? widen(bias[first + j]) : 0.0f;
+            narrow(out[i * COLS + j] + b, y + (r + i) * n + first + j);
+          }
+      }
+    }
+  }
+}
+
+}  // namespace

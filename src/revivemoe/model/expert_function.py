@@ -1,0 +1,68 @@
+"""What computes the experts of one module: `transformers`' grouped matmul, or ours where it can."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from revivemoe.kernels.native import Native
+
+EXPERTS_BACKEND = "grouped_mm"
+"""The fastest of `transformers`' own implementations on CPU and CUDA (docs/decisions.md)."""
+
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [R, H], slot ids [R, C] with S for none, weights [R, C]) to sums, [R, H] float32."""
+
+
+def experts_of(module: nn.Module, native: Native | None) -> Experts:
+    """`module` holds S slots; parameters may be exchanged for others later, of other slots."""
+    if native is not None and _is_plain(module, native):
+        return NativeExperts(module, native)
+    return OwnExperts(module)
+
+
+def _is_plain(module: nn.Module, native: Native) -> bool:
+    """Whether an expert is down(silu(gate(x)) * up(x)), and its weights are of a kind that fits."""
+    names = {name for name, _ in module.named_parameters()}
+    return (
+        names == {"gate_up_proj", "down_proj"}
+        and module.has_gate
+        and module.is_concatenated
+        and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+        and type(module)._apply_gate is _default_apply_gate
+        and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+        and native.fits(module.gate_up_proj)
+        and native.fits(module.down_proj)
+    )
+
+
+class NativeExperts:
+    def __init__(self, module: nn.Module, native: Native) -> None:
+        self._module, self._native = module, native
+
+    def __call__(self, rows_RH: Tensor, slot_ids_RC: Tensor, weights_RC: Tensor) -> Tensor:
+        module = self._module
+        return self._native.experts(
+            rows_RH, slot_ids_RC, weights_RC, module.gate_up_proj, module.down_proj
+        )
+
+
+class OwnExperts:
+    """As the module's family in `transformers` has it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._backend = ALL_EXPERTS_FUNCTIONS[EXPERTS_BACKEND]
+
+    def __call__(self, rows_RH: Tensor, slot_ids_RC: Tensor, weights_RC: Tensor) -> Tensor:
+        """Only real (row, slot) pairs are computed."""
+        out_RH = torch.zeros(rows_RH.shape, dtype=torch.float32, device=rows_RH.device)
+        row_of, choice_of = (slot_ids_RC < self._module.num_experts).nonzero(as_tuple=True)
+        if len(row_of):
+            ids = slot_ids_RC[row_of, choice_of][:, None]
+            weights = weights_RC[row_of, choice_of][:, None]
+            picked = self._backend(self._module, rows_RH[row_of], ids, weights)
+            out_RH.index_add_(0, row_of, picked.float())
+        return out_RH

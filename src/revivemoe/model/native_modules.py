@@ -1,0 +1,106 @@
+"""Puts our own arithmetic into a loaded model's norms and linear layers, where it is the same, and
+where it is faster.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from revivemoe.kernels.native import DTYPES, Native
+
+ROW_COUNTS = (1, 4, 16, 64)
+"""Of which linear layers are timed; what is more is taken as the last."""
+TIMED = 5
+FASTER = 0.9
+"""Ours must be so much faster: bits should not hang on noise."""
+
+
+def use_native(model: nn.Module, native: Native) -> None:
+    """Change `forward` of the modules concerned. Their parameters stay, and may be exchanged."""
+    most: dict[tuple[int, ...], int] = {}
+    for module in model.modules():
+        if type(module) is nn.Linear and native.fits(module.weight):
+            shape = tuple(module.weight.shape)
+            if shape not in most:
+                most[shape] = rows_ours(module.weight, native)
+            if most[shape]:
+                module.forward = partial(_linear, module, native, most[shape])
+        elif (eps := _eps(module)) is not None and _is_rms_norm(module, native, eps):
+            module.forward = partial(_rms_norm, module, native, eps)
+
+
+# ---- linear layers --------------------------------------------------------------------------
+
+
+def _linear(module: nn.Linear, native: Native, most: int, rows: Tensor) -> Tensor:
+    if rows.numel() <= most * module.in_features:
+        return native.linear(rows, module.weight, module.bias)
+    return linear(rows, module.weight, module.bias)
+
+
+def rows_ours(weight: Tensor, native: Native) -> int:
+    """Up to how many rows at once our product is the faster one; 0: never."""
+    most = 0
+    for count in ROW_COUNTS:
+        rows = torch.ones(count, weight.shape[1], dtype=weight.dtype)
+        ours = _seconds(partial(native.linear, rows, weight, None))
+        if ours > FASTER * _seconds(partial(linear, rows, weight)):
+            return most
+        most = count
+    return 1 << 40
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    """The shortest of some, the first left out."""
+    act()
+    taken = []
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        act()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+# ---- norms ----------------------------------------------------------------------------------
+
+
+def _eps(module: nn.Module) -> float | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else None
+
+
+def _rms_norm(module: nn.Module, native: Native, eps: float, rows: Tensor) -> Tensor:
+    return native.rms_norm(rows, module.weight, eps)
+
+
+def _is_rms_norm(module: nn.Module, native: Native, eps: float) -> bool:
+    """Whether the module does what our norm does: tried on rows large and small."""
+    weight = getattr(module, "weight", None)
+    names = [name for name, _ in module.named_parameters()]
+    if not isinstance(weight, Tensor) or names != ["weight"] or weight.dim() != 1:
+        return False
+    if weight.dtype not in DTYPES or weight.device.type != "cpu" or not weight.is_contiguous():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, len(weight), generator=generator) * torch.tensor(
+        [[3.0], [1], [0.1], [1e-3]]
+    )
+    rows = rows.to(weight.dtype)
+    try:
+        expected = module(rows)
+    except (TypeError, RuntimeError, ValueError):
+        return False
+    if (
+        not isinstance(expected, Tensor)
+        or expected.shape != rows.shape
+        or expected.dtype != rows.dtype
+    ):
+        return False
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    return torch.allclose(
+        native.rms_norm(rows, weight, eps).float(), expected.float(), tolerance, 1e-30
+    )
