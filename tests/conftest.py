@@ -5,8 +5,11 @@ import torch
 from hypothesis import settings
 from support.warm import Zygote, zygote
 
+from revivemoe.cluster.compiler import provide_kernels
+
 # Tiny models gain nothing from more, and threads that wait for each other suffer beside busy ranks.
 torch.set_num_threads(1)
+provide_kernels()  # as a fork server does for its ranks
 # A machine that is busy with something else proves nothing about an example.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -255,3 +256,16 @@ def _backend(config: EngineConfig, device: str) -> str:
             f"this host shows {count_cuda_devices()}: use --comm-backend gloo"
         )
     return config.comm_backend
+
+
+def cache_folders() -> list[Path]:
+    """Where what is built once may be kept, the best first."""
+    if named := os.environ.get("REVIVEMOE_CACHE_DIR"):
+        return [Path(named)]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [Path(home) / "revivemoe", Path(tempfile.gettempdir()) / f"revivemoe-{os.getuid()}"]
+
+
+def compilers() -> list[str]:
+    """C++ compilers to look for."""
+    return [name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name]

@@ -205,11 +205,13 @@ def main(argv: list[str]) -> None:
     sock = socket.socket(fileno=sock_fd)
     _name_process("revive-fork")
     began = time.monotonic()
+    from revivemoe.cluster.compiler import provide_kernels
     from revivemoe.executor.main import run_rank
     from revivemoe.executor.preload import preload
 
     hail = msgspec.msgpack.decode(sock.recv(MAX_MESSAGE), type=Hail)
     preload()
+    provide_kernels()  # after torch, whose threads they share
     segment_fd = None if segment_arg == NO_FD else segment_arg
     cache_fd = None if cache_arg == NO_FD else cache_arg
     new_segment = segment_fd is None and hail.segment is not None

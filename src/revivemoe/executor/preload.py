@@ -1,9 +1,6 @@
 """Imports worth paying for once, in the fork server. Starts no thread and touches no device."""
 
-import contextlib
 import importlib
-
-from revivemoe.kernels.library import NoKernels, open_library
 
 
 def preload() -> None:
@@ -15,5 +12,3 @@ def preload() -> None:
         "transformers.core_model_loading",
     ):
         importlib.import_module(name)
-    with contextlib.suppress(NoKernels):  # a rank says why
-        open_library()

@@ -1,0 +1,132 @@
+"""Builds `kernels.cpp` on first use. Once for each source, compiler and processor.
+
+Not by `torch.utils.cpp_extension`: its lock is a file that outlives whoever is killed while it
+builds, and all who come later wait for it without end; and torch's headers cost half a minute.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from revivemoe.config import cache_folders, compilers
+from revivemoe.kernels.library import SOURCE, SOURCES, NoKernels, do_without, use
+
+logger = logging.getLogger("revivemoe.kernels")
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+BUILT_WITHIN_S = 60.0
+"""Twenty times what it takes; another process's build is waited for as long."""
+
+
+def provide_kernels() -> None:
+    """Build if need be, and open: for this process and all that it forks. Where that cannot be,
+    `open_library` says why.
+    """
+    try:
+        use(build(cache_folders(), compilers()))
+    except OSError as error:
+        do_without(" ".join(str(error).split())[:300])
+    except NoKernels as error:
+        do_without(str(error))
+
+
+def build(folders: Sequence[Path], names: Sequence[str]) -> Path:
+    """The library, built by the first of the compilers that is there, in the first of the folders
+    that can be used. Raises NoKernels, OSError.
+    """
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise NoKernels(f"there are none for {platform.machine()}")
+    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NoKernels("no C++ compiler: install g++, or set CXX")
+    path = _folder(folders) / f"kernels-{_key(compiler)}.so"
+    if not path.exists():
+        _build(compiler, path)
+    return path
+
+
+def _key(compiler: str) -> str:
+    """Of all that decides what is built."""
+    of_file = os.stat(compiler)
+    parts = (
+        *(path.read_bytes() for path in SOURCES), " ".join(FLAGS).encode(), compiler.encode(),
+        f"{of_file.st_size} {of_file.st_mtime_ns}".encode(), _processor(),
+    )  # fmt: skip
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def _processor() -> bytes:
+    """What `-march=native` goes by."""
+    with open("/proc/cpuinfo", "rb") as file:
+        lines = [line for line in file if line.startswith((b"model name", b"flags"))]
+    return b"".join(sorted(set(lines)))
+
+
+def _folder(folders: Sequence[Path]) -> Path:
+    """Where builds are kept: a folder that nobody else can write to. Raises NoKernels."""
+    why = ""
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            of_folder = folder.stat()
+        except OSError as error:
+            why = str(error)
+            continue
+        others = stat.S_IWGRP | stat.S_IWOTH
+        if of_folder.st_uid != os.getuid() or of_folder.st_mode & others:
+            why = f"{folder} can be written to by others"
+        elif not os.access(folder, os.W_OK | os.X_OK) and not any(folder.glob("kernels-*.so")):
+            why = f"{folder} cannot be written to"
+        else:
+            return folder
+    raise NoKernels(f"no folder to build them in (REVIVEMOE_CACHE_DIR names one): {why}")
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Raises NoKernels, OSError. What is there under its name is whole."""
+    with _alone(path.with_suffix(".lock")):
+        if path.exists():
+            return
+        logger.info("building kernels for this processor, once: a few seconds")
+        part = path.with_suffix(f".{os.getpid()}")
+        try:
+            subprocess.run(
+                [compiler, *FLAGS, "-o", str(part), str(SOURCE)],
+                check=True, capture_output=True, timeout=BUILT_WITHIN_S, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            part.replace(path)
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.decode(errors="replace").split("\n")
+            said = next((line for line in lines if "error" in line), lines[0])
+            raise NoKernels(f"{compiler} failed: {said.strip()[:200]}") from None
+        except subprocess.TimeoutExpired:
+            raise NoKernels(f"{compiler} took longer than {BUILT_WITHIN_S:g} s") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """The lock goes with the process that holds it. Raises NoKernels after `BUILT_WITHIN_S`."""
+    deadline = time.monotonic() + BUILT_WITHIN_S
+    with open(lock, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise NoKernels(
+                        f"another process builds them and does not end: {lock}"
+                    ) from None
+                time.sleep(0.05)
+        yield

@@ -1,0 +1,128 @@
+"""Building the kernels: once, by whoever comes first, and a line that says why where it fails."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from revivemoe.cluster.compiler import provide_kernels
+from revivemoe.kernels import library
+from revivemoe.kernels.choice import choose
+from revivemoe.kernels.library import NoKernels
+
+OPEN = """
+from revivemoe.cluster.compiler import provide_kernels
+from revivemoe.kernels.library import open_library
+provide_kernels()
+print(open_library()._name)
+"""
+FAKE = """#!/bin/sh
+{act}
+"""
+
+
+@pytest.fixture(autouse=True)
+def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What this process has opened already is not known here, and builds go to a new folder."""
+    monkeypatch.setattr(library, "_built", library._Built())
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("REVIVEMOE_CACHE_DIR", str(folder))
+    return folder
+
+
+def compiler(path: Path, act: str) -> str:
+    path.write_text(FAKE.format(act=act))
+    path.chmod(0o755)
+    return str(path)
+
+
+def why() -> str:
+    provide_kernels()
+    with pytest.raises(NoKernels) as caught:
+        library.open_library()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "install g++" in why()
+
+
+def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, forgetful):
+    act = "echo 'kernels.cpp:1: error: what is this' >&2; exit 1"
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", act))
+    assert "what is this" in why()
+    assert not [path for path in forgetful.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_compiler_that_does_not_end(monkeypatch, tmp_path, forgetful):
+    monkeypatch.setattr("revivemoe.cluster.compiler.BUILT_WITHIN_S", 0.3)
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", "exec sleep 60"))
+    began = time.monotonic()
+    assert "longer than 0.3 s" in why()
+    assert time.monotonic() - began < 5
+
+
+def test_what_is_built_and_is_no_library(monkeypatch, tmp_path):
+    act = 'while [ "$1" != "-o" ]; do shift; done; echo junk > "$2"'
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", act))
+    assert "kernels-" in why()
+
+
+def test_a_folder_that_others_can_write_to(forgetful):
+    forgetful.mkdir()
+    forgetful.chmod(0o777)
+    assert "can be written to by others" in why()
+
+
+def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REVIVEMOE_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    assert "REVIVEMOE_CACHE_DIR" in why()
+
+
+def test_several_at_once_build_once_and_a_killed_one_holds_nobody(tmp_path, forgetful):
+    """The first is killed while its compiler runs; the others wait for its lock and go on."""
+    slow = compiler(tmp_path / "slow", f'echo once >> {tmp_path}/log; sleep 1; exec g++ "$@"')
+    environment = {**os.environ, "CXX": slow}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", OPEN], env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    first = start()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "log").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    others = [start() for _ in range(2)]
+    names = {other.communicate(timeout=60)[0] for other in others}
+    (name,) = names
+    assert name.startswith(str(forgetful))
+    assert (tmp_path / "log").read_text().count("once") == 2, "the killed one's, and one of two"
+    assert stat.S_IMODE(forgetful.stat().st_mode) == 0o700
+
+
+def test_the_choice_says_why(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    provide_kernels()
+    chosen = choose("auto", cpu, torch.float32)
+    assert chosen.native is None
+    assert "install g++" in chosen.told
+    with pytest.raises(NoKernels):
+        choose("native", cpu, torch.float32)
+    assert choose("torch", cpu, torch.float32).told == "torch"
+    assert "float16" in choose("auto", cpu, torch.float16).told
