@@ -14,6 +14,7 @@ from revivemoe.membership.topology import Topology, default_microbatches, deploy
 from revivemoe.recovery.policy import Policy
 
 FIRST_EPOCH = Epoch(1)
+KERNELS = ("auto", "native", "torch")
 MAX_MICROBATCHES = 8
 NODE_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
 """DNS subdomain, as Kubernetes asks of the name of a Node."""
@@ -47,6 +48,9 @@ class EngineConfig:
     prefill_tokens_beside_decodes: int = 64
     block_size: int = 16
     num_kv_blocks: int | None = None
+    kernels: str = "auto"
+    """Ours where they are the faster ones, ours or an error, or torch's."""
+    batch_invariant: bool = False
     seed: int = 0
     enable_fault_injection: bool = False
     kubernetes_node: str | None = None
@@ -222,10 +226,13 @@ def _check_positive(config: EngineConfig) -> None:
         ("--comm-backend", config.comm_backend, ("auto", "shm", "gloo", "nccl")),
         ("--device", config.device, ("auto", "cpu", "cuda")),
         ("--dtype", config.dtype, ("auto", "float32", "bfloat16", "float16")),
+        ("--kernels", config.kernels, KERNELS),
         ("--device-health", config.device_health, ("auto", "off")),
     ):
         if value_str not in known:
             raise ValueError(f"{flag} {value_str!r} is unknown: choose one of {', '.join(known)}")
+    if config.batch_invariant and (config.dense_ffn_tp > 1 or config.kernels == "torch"):
+        raise ValueError("--batch-invariant excludes --dense-ffn-tp and --kernels torch")
     node = config.kubernetes_node
     if node is not None and not NODE_NAME.fullmatch(node):
         raise ValueError(

@@ -34,13 +34,16 @@ class SoloRank:
         limits: RankLimits,
         masked: Mapping[int, Set[int]] | None = None,
         dtype: torch.dtype = torch.float32,
+        alone: bool = False,
     ) -> None:
         info = inspect_checkpoint(model_dir)
         layers = [LayerId(layer) for layer in info.moe_layers]
         slots = {layer: _slots(info.num_experts, (masked or {}).get(layer, ())) for layer in layers}
         placement = ExpertPlacement(info.num_experts, tuple(layers), {ME: tuple(slots.values())})
         device = torch.device("cpu")
-        self.runner = ModelRunner(model_dir, slots, info.num_experts, info.top_k, dtype, device)
+        self.runner = ModelRunner(
+            model_dir, slots, info.num_experts, info.top_k, dtype, device, alone=alone
+        )
         self.runner.allocate(limits.num_blocks, limits.block_size)
         transport = SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, device)
         dispatcher = Dispatcher(transport, placement.slots_per_rank)

@@ -97,6 +97,21 @@ def serve(
     num_kv_blocks: Annotated[
         int | None, typer.Option(help="KV blocks per rank; default: by need and free memory.")
     ] = None,
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="Arithmetic on CPU: auto (our own kernels where they are faster; built once, with "
+            "a C++ compiler), native (or an error), torch."
+        ),
+    ] = "auto",
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="The same bits for a request whatever is computed beside it, and through a "
+            "recovery; slower. CPU, float32 or bfloat16.",
+        ),
+    ] = False,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Compile nothing; the only mode so far.")
     ] = False,
@@ -181,6 +196,8 @@ def serve(
         prefill_tokens_beside_decodes=max_prefill_beside_decodes,
         block_size=block_size,
         num_kv_blocks=num_kv_blocks,
+        kernels=kernels,
+        batch_invariant=batch_invariant,
         seed=seed,
         enable_fault_injection=enable_fault_injection,
         kubernetes_node=kubernetes_node,

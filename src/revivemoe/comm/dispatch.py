@@ -65,10 +65,11 @@ def region_bytes(num_ranks: int, max_tokens: int, hidden: int, itemsize: int, to
     """Size of a rank's shared-memory region, bytes, such that no exchange can exceed it.
 
     `max_tokens` is the most tokens that any rank runs in one step. A rank sends each of its tokens
-    to at most min(N, K) ranks, and returns at most one sum, float32, for each token of each rank.
+    to at most min(N, K) ranks, and returns at most one sum, float32 or float64, for each token of
+    each rank.
     """
     out = max_tokens * min(num_ranks, top_k) * _layout(hidden, itemsize, top_k).row_bytes
-    back = max_tokens * num_ranks * hidden * max(itemsize, 4)
+    back = max_tokens * num_ranks * hidden * 8
     return region_bytes_for(num_ranks, max(out, back))
 
 
@@ -141,9 +142,10 @@ class Dispatcher:
     def combine(self, out_RH: Tensor, handle: DispatchHandle) -> Tensor:
         """Return each row's partial weighted sum to its source; add them up per token.
 
-        `out_RH`: in the order of `Dispatched.rows_RH`, in the dispatched dtype or float32, the same
-        on all members. Returns `[T, H]` in the dispatched dtype: sums in float32, in the order of
-        logical ranks, so equal inputs give equal bits. Raises DomainLeft, CommunicationFailed.
+        `out_RH`: in the order of `Dispatched.rows_RH`, in the dispatched dtype, float32 or float64,
+        the same on all members. Returns `[T, H]` in the dispatched dtype: sums in float32, or in
+        float64, in the order of logical ranks, so equal inputs give equal bits. Raises DomainLeft,
+        CommunicationFailed.
         """
         if handle.route is None:
             return out_RH.to(handle.like.dtype)

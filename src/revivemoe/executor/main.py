@@ -24,7 +24,9 @@ from revivemoe.executor.kv_size import OutOfMemoryForKV, num_kv_blocks
 from revivemoe.executor.reporting import ReportSocket
 from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
+from revivemoe.kernels.library import NoKernels
 from revivemoe.messages.reports import Fatal, RankStats, Ready, Report
+from revivemoe.model.batch_invariant import BatchVariant
 from revivemoe.model.load import CheckpointError
 from revivemoe.model.runner import DenseSpec, ModelRunner
 
@@ -103,6 +105,10 @@ def _in_one_line(start: Callable[[], T]) -> T:
         return start()
     except CheckpointError:
         raise
+    except NoKernels as error:
+        raise CheckpointError(f"no kernels of our own, and they are asked for: {error}") from None
+    except BatchVariant as error:
+        raise CheckpointError(f"--batch-invariant: not with this model: {error}") from None
     except Exception as error:
         failure = load_failure(error)
         if failure is None:
@@ -120,4 +126,6 @@ def _load(spec: RankSpec) -> ModelRunner:
         torch.device(spec.device),
         spec.attention,
         DenseSpec(spec.dense_layers, spec.dense_ffn_tp, spec.dense_shards),
+        spec.kernels,
+        spec.batch_invariant,
     )

@@ -45,6 +45,10 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Compute threads of this process."""
     limits: RankLimits
     """Without the blocks of its KV cache, which follow from the memory."""
+    kernels: str = "auto"
+    """auto | native | torch"""
+    batch_invariant: bool = False
+    """No row's bits may depend on the rows beside it."""
     num_kv_blocks: int | None
     """None: as many as are useful and fit into this rank's share of memory."""
     kv_memory_share: float

@@ -16,25 +16,6 @@ struct Attention {
   float scale;
 };
 
-template <typename T>
-constexpr i64 STEP = sizeof(T) == 2 ? BLOCK : W;  // elements of a row that are taken at once
-
-inline i64 up_to(i64 size, i64 step) { return (size + step - 1) / step * step; }
-
-// Products with rows of any length: what is not a multiple of STEP is copied and padded with zeros.
-template <typename T>
-void products_padded(const float* const* x, i64 m, const T* w, i64 ldw, i64 n, i64 k, float* out, i64 ldo) {
-  if (k % STEP<T> == 0) return products(x, m, w, ldw, n, k, out, ldo);
-  static thread_local std::vector<T> buffer;
-  const i64 padded = up_to(k, STEP<T>);
-  T* rows = scratch(buffer, n * padded);
-  for (i64 i = 0; i < n; i++) {
-    std::memcpy(rows + i * padded, w + i * ldw, k * sizeof(T));
-    std::memset(static_cast<void*>(rows + i * padded + k), 0, (padded - k) * sizeof(T));
-  }
-  products(x, m, rows, padded, n, padded, out, ldo);
-}
-
 // Scores of G heads of one query against the positions [first, last), each head's on end.
 template <typename T>
 void scores(const Attention& a, const float* const* q, i64 heads, const T* keys, const i64* table, i64 first,
@@ -67,7 +48,6 @@ inline void add_values(const T* v, const float* p, i64 heads, i64 stride, vf (*a
 }
 
 constexpr i64 HEADS = 4;
-constexpr i64 MAX_DIM = 1024;  // of a head
 
 // Sum over positions of weight times value, for at most HEADS heads and BLOCK dimensions.
 template <typename T>
@@ -140,14 +120,11 @@ void attention(const Attention& a, const T* q, const T* keys, const T* values, c
     float* p = scratch(score_buffer, HEADS * stride);
     const i64 dim = up_to(a.dim, STEP<T>);
     float* packed = scratch(q_buffer, HEADS * dim);
-    T padded_q[MAX_DIM];
     const float* q_of[HEADS];
     T* to[HEADS];
     float over[HEADS];
     for (i64 g = 0; g < heads; g++) {
-      std::memcpy(padded_q, q + rows[query] * a.q_row + (head + g) * a.q_head, a.dim * sizeof(T));
-      std::memset(static_cast<void*>(padded_q + a.dim), 0, (dim - a.dim) * sizeof(T));
-      pack<T>(padded_q, dim, packed + g * dim);
+      pack_padded<T>(q + rows[query] * a.q_row + (head + g) * a.q_head, a.dim, packed + g * dim);
       q_of[g] = packed + g * dim;
       to[g] = out + (rows[query] * a.heads + head + g) * a.dim_v;
     }

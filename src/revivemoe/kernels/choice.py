@@ -1,16 +1,12 @@
 """Which arithmetic a rank computes with: as it was told, and as the machine has it."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
 from revivemoe.kernels.library import NoKernels
 from revivemoe.kernels.native import DTYPES, Native
 from revivemoe.kernels.rows import NativeRows
-
-Wanted = Literal["auto", "native", "torch"]
-WANTED: tuple[Wanted, ...] = get_args(Wanted)
 
 
 @dataclass(frozen=True)
@@ -22,8 +18,8 @@ class Chosen:
     """For people: which, or why not ours."""
 
 
-def choose(wanted: Wanted, device: torch.device, dtype: torch.dtype) -> Chosen:
-    """Raises NoKernels if ours are wanted and cannot be had."""
+def choose(wanted: str, device: torch.device, dtype: torch.dtype) -> Chosen:
+    """`wanted`: auto, native or torch. Raises NoKernels if ours are wanted and cannot be had."""
     if wanted == "torch":
         return Chosen(None, None, "torch")
     try:

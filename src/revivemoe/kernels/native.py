@@ -34,20 +34,20 @@ class Native:
         """Raises NoKernels."""
         library = open_library()
         self.block = int(library.rv_block())
-        """Inner sizes must be multiples of it."""
+        """Inner sizes of experts must be multiples of it."""
         self._linear = function_of(library, "rv_linear", "pipppiiibb")
         self._rms_norm = function_of(library, "rv_rms_norm", "pippiifb")
         self._experts = function_of(library, "rv_experts", "ppppppiiiiibbb")
         self._attention = function_of(library, "rv_attention", "ppppppppiiiiiiiiiifbb")
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether rows can be multiplied by this [N, K] weight, or these [S, N, K]."""
-        return (
-            weight.dtype in DTYPES
-            and weight.device.type == "cpu"
-            and weight.is_contiguous()
-            and weight.shape[-1] % self.block == 0
-        )
+        """Whether rows can be multiplied by this [N, K] weight."""
+        on_cpu = weight.device.type == "cpu"
+        return weight.dtype in DTYPES and on_cpu and weight.is_contiguous()
+
+    def fits_experts(self, weights: Tensor) -> bool:
+        """Whether rows can be multiplied by these [S, N, K] weights of experts."""
+        return self.fits(weights) and weights.shape[-1] % self.block == 0
 
     def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[..., K] to [..., N]."""

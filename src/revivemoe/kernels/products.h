@@ -103,6 +103,35 @@ void products(const float* const* x, i64 m, const Weight* w, i64 ldw, i64 n, i64
   for (; at < n; at++) rows_of_tile<1>(x, m, w + at * ldw, ldw, k, out + at, ldo);
 }
 
+template <typename T>
+constexpr i64 STEP = sizeof(T) == 2 ? BLOCK : W;  // elements of a row that are taken at once
+
+inline i64 up_to(i64 size, i64 step) { return (size + step - 1) / step * step; }
+
+// `to` has room for `k` rounded up to STEP.
+template <typename Weight, typename X>
+void pack_padded(const X* row, i64 k, float* to) {
+  const i64 whole = k / STEP<Weight> * STEP<Weight>;
+  pack<Weight>(row, whole, to);
+  if (whole == k) return;
+  std::fill(to + whole, to + whole + STEP<Weight>, 0.0f);
+  for (i64 i = whole; i < k; i++) to[packed_at<Weight>(i)] = widen(row[i]);
+}
+
+// Products with rows of any length: what is not a multiple of STEP is copied and padded with zeros.
+template <typename T>
+void products_padded(const float* const* x, i64 m, const T* w, i64 ldw, i64 n, i64 k, float* out, i64 ldo) {
+  if (k % STEP<T> == 0) return products(x, m, w, ldw, n, k, out, ldo);
+  static thread_local std::vector<T> buffer;
+  const i64 padded = up_to(k, STEP<T>);
+  T* rows = scratch(buffer, n * padded);
+  for (i64 i = 0; i < n; i++) {
+    std::memcpy(rows + i * padded, w + i * ldw, k * sizeof(T));
+    std::memset(static_cast<void*>(rows + i * padded + k), 0, (padded - k) * sizeof(T));
+  }
+  products(x, m, rows, padded, n, padded, out, ldo);
+}
+
 constexpr i64 ROWS = 32;   // rows that are worked on while weights are in the first cache
 constexpr i64 COLS = 64;   // outputs of one piece of work
 
@@ -112,15 +141,16 @@ template <typename X, typename Weight>
 void linear(const X* x, i64 ldx, const Weight* w, const Weight* bias, X* y, i64 m, i64 n, i64 k, int threads) {
   static thread_local std::vector<float> packed_buffer;
   static thread_local std::vector<const float*> rows_buffer;
-  float* packed = scratch(packed_buffer, m * k);
+  const i64 padded = up_to(k, STEP<Weight>);
+  float* packed = scratch(packed_buffer, m * padded);
   const float** rows = scratch(rows_buffer, m);
   const i64 pieces = (n + COLS - 1) / COLS;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
     for (i64 r = 0; r < m; r++) {
-      pack<Weight>(x + r * ldx, k, packed + r * k);
-      rows[r] = packed + r * k;
+      pack_padded<Weight>(x + r * ldx, k, packed + r * padded);
+      rows[r] = packed + r * padded;
     }
 #pragma omp for schedule(static)
     for (i64 piece = 0; piece < pieces; piece++) {
@@ -128,7 +158,7 @@ void linear(const X* x, i64 ldx, const Weight* w, const Weight* bias, X* y, i64 
       const i64 first = piece * COLS, count = std::min(COLS, n - first);
       for (i64 r = 0; r < m; r += ROWS) {
         const i64 num = std::min(ROWS, m - r);
-        products(rows + r, num, w + first * k, k, count, k, out, COLS);
+        products_padded(rows + r, num, w + first * k, k, count, k, out, COLS);
         for (i64 i = 0; i < num; i++)
           for (i64 j = 0; j < count; j++) {
             const float b = bias ? widen(bias[first + j]) : 0.0f;

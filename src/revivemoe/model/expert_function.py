@@ -8,18 +8,26 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from revivemoe.kernels.native import Native
+from revivemoe.model.batch_invariant import BatchVariant
 
 EXPERTS_BACKEND = "grouped_mm"
 """The fastest of `transformers`' own implementations on CPU and CUDA (docs/decisions.md)."""
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows [R, H], slot ids [R, C] with S for none, weights [R, C]) to sums, [R, H] float32."""
+"""(rows [R, H], slot ids [R, C] with S for none, weights [R, C]) to sums, [R, H], float32, or
+float64 where they are exact.
+"""
 
 
-def experts_of(module: nn.Module, native: Native | None) -> Experts:
-    """`module` holds S slots; parameters may be exchanged for others later, of other slots."""
+def experts_of(module: nn.Module, native: Native | None, exact: bool = False) -> Experts:
+    """`module` holds S slots; parameters may be exchanged for others later, of other slots.
+    `exact`: sums are float64, and the same however experts are spread over ranks. Raises
+    BatchVariant where that cannot be.
+    """
     if native is not None and _is_plain(module, native):
-        return NativeExperts(module, native)
+        return NativeExperts(module, native, exact)
+    if exact:
+        raise BatchVariant(f"the experts of {type(module).__name__} are not gate, up, silu, down")
     return OwnExperts(module)
 
 
@@ -33,19 +41,19 @@ def _is_plain(module: nn.Module, native: Native) -> bool:
         and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
         and type(module)._apply_gate is _default_apply_gate
         and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
-        and native.fits(module.gate_up_proj)
-        and native.fits(module.down_proj)
+        and native.fits_experts(module.gate_up_proj)
+        and native.fits_experts(module.down_proj)
     )
 
 
 class NativeExperts:
-    def __init__(self, module: nn.Module, native: Native) -> None:
-        self._module, self._native = module, native
+    def __init__(self, module: nn.Module, native: Native, exact: bool) -> None:
+        self._module, self._native, self._exact = module, native, exact
 
     def __call__(self, rows_RH: Tensor, slot_ids_RC: Tensor, weights_RC: Tensor) -> Tensor:
         module = self._module
         return self._native.experts(
-            rows_RH, slot_ids_RC, weights_RC, module.gate_up_proj, module.down_proj
+            rows_RH, slot_ids_RC, weights_RC, module.gate_up_proj, module.down_proj, self._exact
         )
 
 

@@ -37,6 +37,7 @@ class MoeLayer:
         num_experts: int,
         top_k: int,
         native: Native | None = None,
+        exact: bool = False,
     ) -> None:
         """`module` holds slots (`load_model`)."""
         self.layer = layer
@@ -44,10 +45,10 @@ class MoeLayer:
         self.top_k = top_k
         self.num_experts = num_experts
         self.slot_of_expert_E = torch.full((num_experts,), -1, dtype=torch.int64)
-        self._experts = experts_of(module, native)
+        self._experts = experts_of(module, native, exact)
 
     def compute(self, rows_RH: Tensor, slot_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
-        """Weighted sum of this rank's experts for each row, [R, H] float32.
+        """Weighted sum of this rank's experts for each row, [R, H] float32 (`exact`: float64).
 
         Slot id S is the sentinel for "not on this rank".
         """
@@ -245,9 +246,11 @@ class ExpertExchange:
         return next(iter(self.layers.values())).slot_of_expert_E.device
 
     def _new_lane(self) -> Lane:
-        """Hidden states are of the model's dtype, sums over experts float32, weights either."""
+        """Hidden states are of the model's dtype, weights that or float32, sums over experts
+        float32 or, where they are exact, float64.
+        """
         layers = [layer.layer for layer in self._all_layers()]
-        return Lane(FiniteCheck(layers, (self._dtype, torch.float32), self._device))
+        return Lane(FiniteCheck(layers, (self._dtype, torch.float32, torch.float64), self._device))
 
 
 def choose_slots(membership: Membership, me: RankId) -> dict[LayerId, list[int]]:

@@ -5,6 +5,7 @@ place where the model calls its experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
 import torch
@@ -15,6 +16,7 @@ from revivemoe.ids import ExpertId, LayerId
 from revivemoe.kernels.native import Native
 from revivemoe.membership.membership import Membership
 from revivemoe.messages.tokens import TokenLogprobs
+from revivemoe.model.batch_invariant import RowsAlone
 from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
 from revivemoe.model.head import Head, KeptRow, in_slices, kept_rows
@@ -40,7 +42,12 @@ class Generator:
         dtype: torch.dtype,
         device: torch.device,
         native: Native | None = None,
+        alone: bool = False,
     ) -> None:
+        """`native`: our own kernels, where they are. `alone`: no row's bits may depend on the rows
+        beside it. Raises CheckpointError, BatchVariant.
+        """
+        assert not alone or native is not None, "only our own kernels compute a row alone"
         assert loaded.model is not None, "only experts are loaded"
         self.model = loaded.model
         self._exchange = exchange
@@ -51,9 +58,13 @@ class Generator:
         self._turns = Turns(self._turn_to)
         self._plans: list[AttentionBatch | None] = []
         """Of the micro-batches of the present step; None where there are no tokens."""
-        self._kv_shapes = self._probe()
+        self._alone = alone
+        self._arithmetic: AbstractContextManager[object] = nullcontext()
         if native is not None:
-            use_native(self.model, native)
+            use_native(self.model, native, alone)
+            if alone:
+                self._arithmetic = RowsAlone(native)
+        self._kv_shapes = self._probe()
 
     @property
     def maskable(self) -> bool:
@@ -105,7 +116,13 @@ class Generator:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Lay out the KV pages, zeroed."""
         self._cache = PagedCache(
-            self._kv_shapes, num_blocks, block_size, self._dtype, self._device, self._native
+            self._kv_shapes,
+            num_blocks,
+            block_size,
+            self._dtype,
+            self._device,
+            self._native,
+            self._alone,
         )
         self._cache.on_attention = lambda layer, num: self._exchange.on_phase(
             "attention", layer, num
@@ -134,7 +151,7 @@ class Generator:
         kept = kept_rows([item for items in microbatches for item in items])
         self._head.wanted = len(in_slices(kept, self._head.most)) > 1
         self._plans = [
-            plan_attention(items, cache.block_size, self._device) if items else None
+            plan_attention(items, cache.block_size, self._device, self._alone) if items else None
             for items in microbatches
         ]
         if len(microbatches) == 1:
@@ -168,13 +185,14 @@ class Generator:
         ids = [t for i in items for t in i.sequence.history[i.start : i.start + i.count]]
         kept = [row.row for row in kept_rows(items)]
         keep = torch.tensor(kept, dtype=torch.int64, device=self._device)
-        out = self.model(
-            input_ids=torch.tensor([ids], device=self._device),
-            position_ids=self._cache.batch.positions_T[None],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=keep[:0] if self._head.wanted else keep,
-        )
+        with self._arithmetic:
+            out = self.model(
+                input_ids=torch.tensor([ids], device=self._device),
+                position_ids=self._cache.batch.positions_T[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=keep[:0] if self._head.wanted else keep,
+            )
         rows: torch.Tensor = self._head.hidden()[keep] if self._head.wanted else out.logits[0]
         return rows
 
@@ -224,7 +242,8 @@ class Generator:
 
     def _probe(self) -> list[KVShape]:
         """Learn the KV shapes; from now on the experts are called for real."""
-        shapes = probe(self.model, self._attention_modules(), self._device)
+        with self._arithmetic:
+            shapes = probe(self.model, self._attention_modules(), self._device)
         for layer in self._exchange.layers.values():
             layer.module.revive_exchange = self._exchange
         for module in self.model.modules():

@@ -15,18 +15,21 @@ from revivemoe.kernels.native import DTYPES, Native
 ROW_COUNTS = (1, 4, 16, 64)
 """Of which linear layers are timed; what is more is taken as the last."""
 TIMED = 5
+NO_LIMIT = 1 << 40
 FASTER = 0.9
 """Ours must be so much faster: bits should not hang on noise."""
 
 
-def use_native(model: nn.Module, native: Native) -> None:
-    """Change `forward` of the modules concerned. Their parameters stay, and may be exchanged."""
+def use_native(model: nn.Module, native: Native, always: bool = False) -> None:
+    """Change `forward` of the modules concerned. Their parameters stay, and may be exchanged.
+    `always`: not only where it is faster.
+    """
     most: dict[tuple[int, ...], int] = {}
     for module in model.modules():
         if type(module) is nn.Linear and native.fits(module.weight):
             shape = tuple(module.weight.shape)
             if shape not in most:
-                most[shape] = rows_ours(module.weight, native)
+                most[shape] = NO_LIMIT if always else rows_ours(module.weight, native)
             if most[shape]:
                 module.forward = partial(_linear, module, native, most[shape])
         elif (eps := _eps(module)) is not None and _is_rms_norm(module, native, eps):
@@ -51,7 +54,7 @@ def rows_ours(weight: Tensor, native: Native) -> int:
         if ours > FASTER * _seconds(partial(linear, rows, weight)):
             return most
         most = count
-    return 1 << 40
+    return NO_LIMIT
 
 
 def _seconds(act: Callable[[], object]) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from revivemoe.core.step import ScheduledSequence
+from revivemoe.ids import BlockId
 from revivemoe.kernels.native import Native, Seen
 from revivemoe.model.probe import KVShape, ProbeCache
 
@@ -46,12 +47,16 @@ class AttentionBatch:
 
 
 def plan_attention(
-    items: Sequence[ScheduledSequence], block_size: int, device: torch.device
+    items: Sequence[ScheduledSequence], block_size: int, device: torch.device, alone: bool = False
 ) -> AttentionBatch:
-    """Lay a step's sequences out as one row of tokens, in the order of `items`."""
+    """Lay a step's sequences out as one row of tokens, in the order of `items`.
+
+    `alone`: every token is to attend as if it were decoded, whatever is computed beside it: the
+    `decode_` fields have them all, and `prefills` every sequence.
+    """
     positions: list[int] = []
     slots: list[int] = []
-    decodes: list[tuple[int, ScheduledSequence]] = []
+    decodes: list[tuple[int, int, ScheduledSequence]] = []
     prefills: list[PrefillItem] = []
     for item in items:
         row = len(positions)
@@ -59,37 +64,38 @@ def plan_attention(
         positions.extend(span)
         table = item.block_table
         slots.extend(table[p // block_size] * block_size + p % block_size for p in span)
-        if item.count == 1:
-            decodes.append((row, item))
-        else:
+        if item.count == 1 or alone:
+            decodes += [(row + i, at + 1, item) for i, at in enumerate(span)]
+        if item.count > 1 or alone:
             num_blocks = -(-(item.start + item.count) // block_size)
             blocks = torch.tensor(table[:num_blocks], dtype=torch.int64, device=device)
             prefills.append(PrefillItem(row, item.count, item.start, blocks))
-    blocks_BN, mask_BL = _pad_tables([item for _, item in decodes], block_size)
+    lengths = [length for _, length, _ in decodes]
+    tables = [item.block_table for _, _, item in decodes]
+    blocks_BN, mask_BL = _pad_tables(tables, lengths, block_size)
     return AttentionBatch(
         positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
         write_slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
-        decode_rows_B=torch.tensor([r for r, _ in decodes], dtype=torch.int64, device=device),
+        decode_rows_B=torch.tensor([r for r, _, _ in decodes], dtype=torch.int64, device=device),
         decode_blocks_BN=blocks_BN.to(device),
         decode_mask_BL=mask_BL.to(device),
-        decode_lengths_B=torch.tensor(
-            [item.start + 1 for _, item in decodes], dtype=torch.int64, device=device
-        ),
+        decode_lengths_B=torch.tensor(lengths, dtype=torch.int64, device=device),
         prefills=tuple(prefills),
     )
 
 
-def _pad_tables(items: Sequence[ScheduledSequence], block_size: int) -> tuple[Tensor, Tensor]:
+def _pad_tables(
+    tables: Sequence[Sequence[BlockId]], lengths: Sequence[int], block_size: int
+) -> tuple[Tensor, Tensor]:
     """Block tables padded with block 0, and the mask that hides the padding."""
-    lengths = [item.start + 1 for item in items]
     width = max((-(-n // block_size) for n in lengths), default=0)
     rows = []
-    for item, length in zip(items, lengths, strict=True):
-        used = list(item.block_table[: -(-length // block_size)])
+    for table, length in zip(tables, lengths, strict=True):
+        used = list(table[: -(-length // block_size)])
         rows.append(used + [0] * (width - len(used)))
-    blocks = torch.tensor(rows, dtype=torch.int64).view(len(items), width)
+    blocks = torch.tensor(rows, dtype=torch.int64).view(len(tables), width)
     mask = torch.arange(width * block_size)[None, :] < torch.tensor(lengths)[:, None]
-    return blocks, mask.view(len(items), width * block_size)
+    return blocks, mask.view(len(tables), width * block_size)
 
 
 class PagedCache:
@@ -106,8 +112,9 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
         native: Native | None = None,
+        alone: bool = False,
     ) -> None:
-        """`shapes`: by layer."""
+        """`shapes`: by layer. `alone`: every token attends as if it were the only one."""
 
         def pages(heads: int, dim: int) -> Tensor:
             shape = (num_blocks, block_size, heads, dim)
@@ -115,7 +122,7 @@ class PagedCache:
 
         self.block_size = block_size
         self.pages = [(pages(*key), pages(*value)) for key, value in shapes]
-        self.native = native
+        self.native, self.alone = native, alone
         self.batch: AttentionBatch | None = None
         self.on_attention: Callable[[int, int], None] = lambda layer, num_tokens: None
         """Called with (layer, tokens of the step) before each layer reads its pages."""
@@ -190,18 +197,43 @@ def paged_attention(
     out_THD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     read = partial(cache.read, module, module.layer_idx)
+    sinks = None if s_aux is None else s_aux.float()
+    if cache.alone and hasattr(module, "expand_kv"):
+        for item in batch.prefills:
+            _attend_expanded(cache, module, item, query, out_THD, scale, sliding_window, sinks)
+        return out_THD[None], None
     if cache.decodes_natively(module):
         seen = Seen(batch.decode_rows_B, batch.decode_blocks_BN, batch.decode_lengths_B)
-        sinks = None if s_aux is None else s_aux.float()
         pages = cache.pages[module.layer_idx]
         by_row = query[0].transpose(0, 1)
         cache.native.attend(by_row, *pages, seen, out_THD, scale, sliding_window, sinks)
     elif len(batch.decode_rows_B):
         out_THD[batch.decode_rows_B] = _decode(read, batch, query, scale, sliding_window, s_aux)
-    for item in batch.prefills:
+    for item in () if cache.alone else batch.prefills:
         rows = slice(item.row, item.row + item.count)
         out_THD[rows] = _prefill(read, item, query[0, :, rows], scale, sliding_window, s_aux)
     return out_THD[None], None
+
+
+def _attend_expanded(
+    cache: PagedCache,
+    module: nn.Module,
+    item: PrefillItem,
+    query: Tensor,
+    out_THD: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+) -> None:
+    """One sequence's tokens, each alone, over keys and values that its latents stand for."""
+    assert cache.native is not None, "only native kernels compute a row alone"
+    key, value = cache.read(module, module.layer_idx, item.blocks)
+    rows = torch.arange(item.row, item.row + item.count)
+    lengths = torch.arange(item.start + 1, item.start + item.count + 1)
+    seen = Seen(rows, torch.zeros(item.count, 0, dtype=torch.int64), lengths)
+    pages = key[None].contiguous(), value[None].contiguous()
+    by_row = query[0].transpose(0, 1)
+    cache.native.attend(by_row, *pages, seen, out_THD, scale, window, sinks)
 
 
 Read = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from revivemoe.checkpoint.config import max_positions, text_config
+from revivemoe.model.batch_invariant import BatchVariant
 from revivemoe.model.load import CheckpointError
 
 KVShape = tuple[tuple[int, int], tuple[int, int]]
@@ -84,6 +85,8 @@ def probe(
         model(input_ids=zero, position_ids=zero, past_key_values=cache, use_cache=True)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # a device's trouble is none of the checkpoint's
+    except BatchVariant:
+        raise
     except (NotImplementedError, AttributeError) as error:  # mostly ours
         raise CheckpointError(f"{name} is not supported: {_said(error)}") from None
     except Exception as error:

@@ -19,7 +19,7 @@ from revivemoe.core.microbatches import split
 from revivemoe.core.slots import ExpertSlots
 from revivemoe.core.step import Batch, StepResult
 from revivemoe.ids import LayerId, RankId
-from revivemoe.kernels.choice import Wanted, choose
+from revivemoe.kernels.choice import choose
 from revivemoe.kernels.native import Native
 from revivemoe.membership.membership import Membership
 from revivemoe.model.dense import DenseLayer, DenseReader, replace_dense
@@ -62,21 +62,24 @@ class ModelRunner:
         device: torch.device,
         attention: bool = True,
         dense: DenseSpec = NOT_SHARED,
-        kernels: Wanted = "auto",
+        kernels: str = "auto",
+        alone: bool = False,
     ) -> None:
         """`slots[layer]`: the expert in each slot of this rank; all empty if it has not the expert
         role. `attention`: whether it has that role. `dense`: dense layers that groups of ranks
-        share. Raises CheckpointError, NoKernels.
+        share. `alone`: no row's bits may depend on the rows beside it (`Generator`). Raises
+        CheckpointError, NoKernels, BatchVariant.
         """
         register_hooks()
-        self.kernels = choose(kernels, device, dtype)
+        self.kernels = choose("native" if alone else kernels, device, dtype)
         started = time.monotonic()
         shared = {i: DenseLayer(i, dense.num_shards, device) for i in dense.layers}
         loaded = load_model(
             model_dir, slots, dtype, device, attention,
             lambda model: replace_dense(model, shared), num_experts,
         )  # fmt: skip
-        layers = _moe_layers(loaded, num_experts, top_k, device, self.kernels.native)
+        native = self.kernels.native
+        layers = _moe_layers(loaded, num_experts, top_k, device, native, alone)
         held = ExpertSlots({layer.layer: slots.get(layer.layer, ()) for layer in layers})
         hidden_size, each = loaded.model_config.hidden_size, list(shared.values())
         self.worker = ExpertWorker(layers, held, hidden_size, model_dir, dtype, each)
@@ -84,9 +87,7 @@ class ModelRunner:
         self.generator: Generator | None = None
         if attention:
             self.load_shards(dense.shards)
-            self.generator = Generator(
-                loaded, self.worker.exchange, dtype, device, self.kernels.native
-            )
+            self.generator = Generator(loaded, self.worker.exchange, dtype, device, native, alone)
         self.device = device
         self._microbatches = 1
         self.load_s = time.monotonic() - started
@@ -190,9 +191,10 @@ def _moe_layers(
     top_k: int,
     device: torch.device,
     native: Native | None,
+    exact: bool,
 ) -> list[MoeLayer]:
     layers = [
-        MoeLayer(layer, module, num_experts, top_k, native)
+        MoeLayer(layer, module, num_experts, top_k, native, exact)
         for layer, module in loaded.experts.items()
     ]
     for layer in layers:

@@ -42,6 +42,8 @@ def rank_spec(
             max_model_len=config.max_model_len,
             prefill_tokens_beside_decodes=config.prefill_tokens_beside_decodes,
         ),
+        kernels=config.kernels,
+        batch_invariant=config.batch_invariant,
         num_kv_blocks=config.num_kv_blocks,
         kv_memory_share=0.5 / _caches_beside(config, home, rank),
         instance=_size(config, info, home),

@@ -34,7 +34,9 @@ def assert_near(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "outputs", "inner"), [(1, 7, 64), (5, 130, 128), (70, 129, 512)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inner"), [(1, 7, 64), (5, 130, 128), (70, 129, 512), (6, 9, 60)]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_linear(native, dtype, rows, outputs, inner, with_bias):
     x, weight = drawn(rows, inner, dtype=dtype), drawn(outputs, inner, dtype=dtype, seed=1)
@@ -63,8 +65,9 @@ def test_linear_of_odd_layouts(native, dtype):
 
 
 def test_what_fits(native):
-    assert native.fits(drawn(9, 64))
-    assert not native.fits(drawn(9, 60))
+    assert native.fits(drawn(9, 60))
+    assert native.fits_experts(drawn(2, 9, 64))
+    assert not native.fits_experts(drawn(2, 9, 60))
     assert not native.fits(drawn(9, 64).half())
     assert not native.fits(drawn(9, 64).double())
     assert not native.fits(drawn(64, 64).T)

@@ -1,0 +1,90 @@
+"""A forward in which no row's bits depend on the rows beside it, or a refusal.
+
+What the model's own code multiplies goes through here: linear layers to our kernels, whose rows do
+not depend on their batch; any other product of matrices, whose library decides by shape how it adds
+up, is refused. Norms, activations, softmax and top-k of torch work row by row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from revivemoe.kernels.native import Native
+
+PRODUCTS = frozenset({
+    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot",
+    "einsum", "tensordot", "chain_matmul", "scaled_dot_product_attention", "bilinear",
+    "conv1d", "conv2d", "conv3d", "_grouped_mm", "grouped_mm",
+})  # fmt: skip
+
+
+ELEMENTWISE = frozenset({
+    "silu", "sigmoid", "softplus", "logsigmoid", "rsqrt", "sqrt", "exp", "exp2", "expm1", "log",
+    "log2", "log1p", "tanh", "gelu", "mish", "erf", "hardswish", "hardsigmoid", "selu", "elu",
+    "pow", "reciprocal", "cos", "sin", "relu2",
+})  # fmt: skip
+"""Of one argument. Torch computes the end of a tensor, or of a thread's share of it, otherwise than
+what fills vectors: for silu, sigmoid, softplus (float32) and rsqrt (bfloat16) with other bits."""
+VECTORS = 256
+"""Elements: a multiple of all that the library takes at once."""
+
+
+class BatchVariant(ValueError):
+    """The model cannot be computed so; the message says what of it."""
+
+
+class RowsAlone(TorchFunctionMode):
+    """While it is entered. Raises BatchVariant from what cannot be computed so."""
+
+    def __init__(self, native: Native) -> None:
+        super().__init__()
+        self._native = native
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is linear:
+            return self._linear(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in PRODUCTS and _inner(args) > 1:
+            raise BatchVariant(f"its code calls {name}")
+        if name in ELEMENTWISE and args and isinstance(args[0], Tensor):
+            return _in_whole_vectors(func, args[0], args[1:], kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight = weight.contiguous()
+        if not self._native.fits(weight) or input.dtype != weight.dtype:
+            shape, dtype = tuple(weight.shape), str(weight.dtype).removeprefix("torch.")
+            raise BatchVariant(f"it has a linear layer of shape {shape} in {dtype}")
+        return self._native.linear(input, weight, bias)
+
+
+def _in_whole_vectors(
+    func: Callable[..., object],
+    values: Tensor,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> object:
+    count, multiple = values.numel(), VECTORS * torch.get_num_threads()
+    if count % multiple == 0 and values.is_contiguous():
+        return func(values, *args, **kwargs)
+    padded = values.new_ones(-(-count // multiple) * multiple)
+    padded[:count] = values.reshape(-1)
+    result = func(padded, *args, **kwargs)
+    assert isinstance(result, Tensor)
+    result = result[:count].view(values.shape)
+    return values.copy_(result) if kwargs.get("inplace") else result
+
+
+def _inner(args: Sequence[object]) -> int:
+    """Over how many products it sums; a single one needs no order."""
+    first = args[0] if args else None
+    return first.shape[-1] if isinstance(first, Tensor) and first.dim() else 2
