@@ -10,7 +10,6 @@ from support.warm import Zygote
 
 from revivemoe.checkpoint.make import make_model
 
-
 LONGEST = ("matrix", "lifecycle", "detection", "soak", "return", "disaggregated", "masking")
 """Of two workers neither should begin with one of these when the other has nothing left."""
 

@@ -65,6 +65,6 @@ def test_sigterm_is_heard_at_any_moment(qwen: Weights, tmp_path: Path, said: str
         os.kill(process.pid, signal.SIGTERM)
         process.wait(15)
         assert time.monotonic() - began < 5
-        gone, alive = psutil.wait_procs(family, timeout=5)
+        _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive, alive
     assert "Traceback" not in log.read_text()

@@ -51,7 +51,7 @@ def alone(solo: SoloRank, prompts: list[list[int]]) -> Numbers:
 def test_numbers_do_not_depend_on_who_else_is_there(
     arch: str, weights_of: Callable[[str], Weights], chaos_seed: int
 ) -> None:
-    """Others join and leave, prompts are cut into other chunks, steps are undone, sequences move."""
+    """Others join and leave, prompts are cut elsewhere, steps are undone, sequences move."""
     draw = random.Random(chaos_seed)
     weights = weights_of(arch)
     # Screened: where two experts or tokens are equal but for rounding, either may be taken.
@@ -69,11 +69,15 @@ def test_numbers_do_not_depend_on_who_else_is_there(
 
 def check(expected: Numbers, found: Numbers, told: str) -> None:
     assert found.keys() == expected.keys()
-    largest = max(abs(p) for positions in expected.values() for top in positions for p in top.values())
+    largest = max(
+        abs(p) for positions in expected.values() for top in positions for p in top.values()
+    )
     for seq, positions in expected.items():
         for position, top in enumerate(positions):
             other = found[seq][position]
             both = top.keys() & other.keys()
             worst = max(abs(top[token] - other[token]) for token in both)
-            assert worst < TOLERANCE * largest, f"{told}: sequence {seq}, position {position}: {worst}"
+            assert worst < TOLERANCE * largest, (
+                f"{told}: sequence {seq}, position {position}: {worst}"
+            )
             assert len(both) >= len(top) - 2, "of equal ones another may be the last"

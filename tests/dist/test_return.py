@@ -58,9 +58,7 @@ def test_two_lost_at_once_come_back(four: Deployment, mixed: list[Case]) -> None
 
 
 @pytest.mark.parametrize("kind", MOST_LOST)
-def test_a_poison_request_costs_few_ranks(
-    four: Deployment, mixed: list[Case], kind: str
-) -> None:
+def test_a_poison_request_costs_few_ranks(four: Deployment, mixed: list[Case], kind: str) -> None:
     server, poison = four, unused_tokens(mixed)[list(MOST_LOST).index(kind)]
     await_whole(server)
     with ExitStack() as limits:

@@ -1,4 +1,4 @@
-"""Text, tokens and log-probabilities of a real server, also when a rank is killed; its last words."""
+"""Text, tokens and log-probabilities of a real server, through a kill too; its last words."""
 
 import json
 import os
@@ -34,7 +34,12 @@ def case(qwen: Weights) -> Case:
 
 
 def asked(case: Case, **fields: Any) -> dict[str, Any]:
-    body = {"prompt": case.request.body["prompt"], "temperature": 0, "max_tokens": 120, "ignore_eos": True}
+    body = {
+        "prompt": case.request.body["prompt"],
+        "temperature": 0,
+        "max_tokens": 120,
+        "ignore_eos": True,
+    }
     return {**body, "logprobs": 2, "echo": True, "return_token_ids": True, **fields}
 
 
@@ -66,7 +71,9 @@ def test_a_kill_between_two_tokens_changes_no_token_and_no_offset(
     server: Deployment, case: Case, stop: list[str]
 ) -> None:
     whole = post(server, **asked(case, stop=stop))
-    victims = {e["id"]: e["running"] for e in server.status()["engines"] if e["status"] == "healthy"}
+    victims = {
+        e["id"]: e["running"] for e in server.status()["engines"] if e["status"] == "healthy"
+    }
 
     def during(n: int) -> None:
         if n == 20:
