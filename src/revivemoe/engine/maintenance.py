@@ -13,7 +13,7 @@ from revivemoe.engine.drains import Drains
 from revivemoe.engine.returns import Returns
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
-from revivemoe.epochs.rank_life import Condemned, Gone, Leaving
+from revivemoe.epochs.rank_life import Condemned, Gone, Leaving, Queued
 from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import RankId
 from revivemoe.messages.events import Tell
@@ -76,7 +76,8 @@ class Maintenance:
         if isinstance(view.life, Gone | Leaving | Condemned):
             self._fleet.lives.call_off_launch(rank, now)
             return not was_out
-        if self._epochs.matters(rank):  # the change under way counts on it
+        queued = isinstance(view.life, Queued)  # nobody is there who could be accused
+        if not queued and self._epochs.matters(rank):  # the change under way counts on it
             self._epochs.accuse([Fault(rank, "isolate", "asked by an operator")], now)
         else:
             self._fleet.lives.call_off(view, now)

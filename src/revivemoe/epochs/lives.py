@@ -102,7 +102,11 @@ class Lives:
         return life.Dismissed(now + self._policy.leave_timeout_s)
 
     def _doom(self, view: RankView, now: float, late: bool = False) -> None:
-        """Condemned, for the first time or once more; and killed, if it is there by now."""
+        """Condemned, for the first time or once more; and killed, if it is there by now. Where no
+        process was left whose end would start the next one, none is owed any more.
+        """
+        if isinstance(view.life, Queued):
+            self.obligations.met(LAUNCH, view.rank)
         if self._move(view, life.Accused(now + self._policy.corpse_timeout_s, late), now):
             self._cluster.kill(view.rank)
 
