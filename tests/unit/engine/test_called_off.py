@@ -7,8 +7,8 @@ from unit.control_plane import Instance
 from unit.engine.test_engine_recovery import loaded, members, serving
 
 from revivemoe.engine.operations import Operations
-from revivemoe.epochs.rank_life import Gone, Queued
-from revivemoe.epochs.state import Recovering, Serving
+from revivemoe.epochs.rank_life import Condemned, Gone, Queued
+from revivemoe.epochs.state import FailedState, Recovering, Serving
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.recovery.faults import DeviceReport, Fault
 from revivemoe.recovery.policy import Policy
@@ -71,3 +71,54 @@ def test_an_accusation_leaves_no_process_owed_that_nobody_would_start() -> None:
     fleet.condemn(Fault(R1, "slow", "too slow"), instance.now)
     assert isinstance(instance.engine.ranks[R1].life, Gone)
     assert fleet.launching == []
+
+
+@BOTH
+def test_who_is_called_off_again_and_again_waits_no_longer(
+    call_off: Callable[[Instance], None],
+) -> None:
+    instance = after_refusals(1)
+    began = instance.now
+    while not isinstance(instance.engine.state, Serving):
+        assert instance.now < began + 3
+        call_off(instance)
+        instance.wait(0.5)
+    assert_back(instance)
+
+
+@BOTH
+def test_the_last_restart_allowed_is_not_given_up_for_being_planned_anew(
+    call_off: Callable[[Instance], None],
+) -> None:
+    """It counted against itself: an instance ended that had one restart left, and was in it."""
+    instance = after_refusals(2, Policy(max_restarts=3))
+    call_off(instance)
+    instance.wait(4.1)
+    assert_back(instance)
+
+
+@BOTH
+def test_nor_is_the_first_while_the_corpse_is_awaited(
+    call_off: Callable[[Instance], None],
+) -> None:
+    instance = serving(redundant=0, policy=Policy(max_restarts=1))
+    instance.engine.epochs.accuse([Fault(R1, "hang", "no progress")], instance.now)
+    instance.deliver()
+    assert isinstance(instance.engine.ranks[R1].life, Condemned)
+    call_off(instance)
+    instance.engine.on_exit(R1, Incarnation(1), "killed", instance.now)
+    instance.wait(1)
+    assert_back(instance)
+
+
+@pytest.mark.parametrize("called_off", [False, True])
+def test_restarts_in_vain_are_counted_as_before(called_off: bool) -> None:
+    instance = after_refusals(2, Policy(max_restarts=3))
+    if called_off:
+        by_operator(instance)
+    instance.cluster.launch = lambda rank, incarnation, slots: None  # type: ignore[method-assign]
+    instance.wait(4.1)
+    instance.engine.on_exit(R1, Incarnation(4), "refused", instance.now)
+    instance.deliver()
+    assert isinstance(instance.engine.state, FailedState)
+    assert "3 restarts in a row" in instance.engine.state.reason
