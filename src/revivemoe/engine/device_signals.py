@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from revivemoe.engine.maintenance import Maintenance
 from revivemoe.epochs.epochs import Epochs
 from revivemoe.epochs.fleet import DEVICE_IS_BAD
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import Epoch, RankId
 from revivemoe.messages.events import DeviceFaultRefused, DrainRefused, Tell
 from revivemoe.recovery.faults import Fault
@@ -188,16 +189,22 @@ class DeviceSignals:
             self._views[rank].device_says(signal.code, signal.fault(rank), takes_out)
 
     def _carry_out(self, signal: Signal, now: float) -> None:
-        """Members drain in good order; others hold nothing that would have to be moved."""
+        """Members drain in good order; others hold nothing that would have to be moved. A plan that
+        counted on several of them is made anew once, when all are out.
+        """
         self._note(signal, signal.ranks, takes_out=True)
         views = [self._views[rank] for rank in signal.ranks]
         drained = [v for v in views if v.member and signal.action == "drain"]
         accused = [v for v in views if not v.dead and v not in drained]
-        for view in views:
-            if view.dead:
-                if view.fault is None or view.fault.kind not in DEVICE_IS_BAD:
-                    view.fault = signal.fault(view.rank)
-                self._epochs.fleet.lives.call_off(view, now)
+        awaited = [self._strike(view, signal, now) for view in views if view.dead]
         if accused:
             self._epochs.accuse([signal.fault(view.rank) for view in accused], now)
+        elif any(awaited):
+            self._epochs.replan(now)
         self._maintenance.drain_all([signal.fault(view.rank) for view in drained], now)
+
+    def _strike(self, view: RankView, signal: Signal, now: float) -> bool:
+        """One that is out is not to come back. Whether it was awaited."""
+        if view.fault is None or view.fault.kind not in DEVICE_IS_BAD:
+            view.fault = signal.fault(view.rank)
+        return self._epochs.fleet.lives.strike(view, now)

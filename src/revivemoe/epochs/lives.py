@@ -157,13 +157,19 @@ class Lives:
 
     def call_off(self, view: RankView, now: float) -> None:
         """A rank that is on its way back is not to come."""
+        if self.strike(view, now):
+            self.on_not_coming(now)
+
+    def strike(self, view: RankView, now: float) -> bool:
+        """It is not to come; whoever may have waited for it is not told yet. Whether it was
+        awaited: then a plan is to be made anew, once for all that are struck.
+        """
         awaited = self.obligations.met(LAUNCH, view.rank) or isinstance(view.life, Queued)
         if not self._move(view, self._dismissed(now), now):
             self.end(view, now)
         elif isinstance(view.life, Leaving):
             self._cluster.send(view.rank, Stop())
-        if awaited:
-            self.on_not_coming(now)
+        return awaited
 
     def call_off_launch(self, rank: RankId, now: float) -> None:
         """Its process is gone, or on its way out: no other one is to be started."""

@@ -13,7 +13,7 @@ from revivemoe.ids import Incarnation, RankId
 from revivemoe.recovery.faults import DeviceReport, Fault
 from revivemoe.recovery.policy import Policy
 
-R1 = RankId(1)
+R1, R2 = RankId(1), RankId(2)
 ALL = (0, 1, 2, 3)
 
 
@@ -122,3 +122,40 @@ def test_restarts_in_vain_are_counted_as_before(called_off: bool) -> None:
     instance.deliver()
     assert isinstance(instance.engine.state, FailedState)
     assert "3 restarts in a row" in instance.engine.state.reason
+
+
+def say_of(instance: Instance, *ranks: RankId) -> None:
+    """One signal of a device that all of them share."""
+    for rank in ranks:
+        report = DeviceReport(rank, 6, "gpu-lost", "fell off", "test", ranks)
+        instance.engine.on_health(report, instance.now)
+    instance.deliver()
+
+
+def one_loads_and_one_is_a_corpse(policy: Policy) -> Instance:
+    """Both are awaited: rank 1 has not gone yet, and the next process of rank 2 is there."""
+    instance = serving(redundant=0, policy=policy)
+    hung = [Fault(rank, "hang", "no progress") for rank in (R1, R2)]
+    instance.engine.epochs.accuse(hung, instance.now)
+    instance.deliver()
+    instance.cluster.launch = lambda rank, incarnation, slots: None  # type: ignore[method-assign]
+    instance.engine.on_exit(R2, Incarnation(1), "killed", instance.now)
+    assert isinstance(instance.engine.ranks[R1].life, Condemned)
+    assert instance.engine.ranks[R2].loading
+    return instance
+
+
+def test_ranks_of_one_signal_are_planned_for_together() -> None:
+    """One was planned for as if the other, named in the same breath, were still to come."""
+    instance = one_loads_and_one_is_a_corpse(Policy())
+    say_of(instance, R1, R2)
+    assert [event["ranks"] for event in instance.named("restart")] == [[1, 2], [1, 2]]
+    assert isinstance(instance.engine.state, Recovering)
+
+
+def test_a_signal_that_ends_the_instance_ends_it_once() -> None:
+    """It was to be planned for without the one, which ended it, and then to recover once more."""
+    instance = one_loads_and_one_is_a_corpse(Policy(max_restarts=1))
+    say_of(instance, R1, R2)
+    assert isinstance(instance.engine.state, FailedState)
+    assert len(instance.named("failed")) == 1
