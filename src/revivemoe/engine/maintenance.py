@@ -41,6 +41,8 @@ class Maintenance:
 
     def drain_all(self, faults: list[Fault], now: float, request_id: str | None = None) -> None:
         """Several: none of them takes over from another one."""
+        for fault in faults:
+            self._joins.pop(fault.rank, None)  # a switch that it was to come back from
         asked = [self.drains.ask(fault, request_id) for fault in faults]
         if any(asked):
             self.tick(now)
@@ -51,7 +53,7 @@ class Maintenance:
             raise ValueError(refusal)
         fault = Fault(rank, "role_switch", "asked by an operator")
         if not self.drains.ask(fault, request_id, switch=True):
-            raise ValueError(f"rank {rank} is on its way out already")
+            raise ValueError(f"rank {rank} is on its way already: out, or to another role")
         self._joins[rank] = request_id
         self.tick(now)
 
