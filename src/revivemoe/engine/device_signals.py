@@ -10,7 +10,7 @@ affordable, and nothing left in the end.
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from revivemoe.engine.maintenance import Maintenance
 from revivemoe.epochs.epochs import Epochs
@@ -51,6 +51,11 @@ class Signal:
     def shared(self) -> bool:
         return len(self.ranks) > 1
 
+    def asks_as(self, other: "Signal") -> bool:
+        """Whether the same is asked for."""
+        mine, others = (self.key, self.level, self.action), (other.key, other.level, other.action)
+        return mine == others
+
     def fault(self, rank: RankId) -> Fault:
         said = f"{self.code}: {self.detail}" if self.detail else self.code
         return Fault(rank, "device_fault", said, self.level)
@@ -85,13 +90,16 @@ class DeviceSignals:
 
     def ask(self, signal: Signal, now: float) -> None:
         """These ranks are to go. One alone that is to be isolated goes at once: what is wrong with
-        it is worse than to be without it."""
+        it is worse than to be without it. What was refused, and is only said once more, stays so.
+        """
+        before = self._open.get(signal.key)
         self.take_back(signal.key)
         if signal.action == "isolate" and not signal.shared:
             self._carry_out(signal, now)
             return
         self._note(signal, signal.ranks, takes_out=not signal.shared)
-        one = Open(signal, now)
+        refused = before is not None and before.reason and before.signal.asks_as(signal)
+        one = replace(before, signal=signal) if before and refused else Open(signal, now)
         while len(self._open) >= MOST_OPEN:
             oldest = next(iter(self._open))
             del self._open[oldest]
