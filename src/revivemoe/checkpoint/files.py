@@ -5,7 +5,9 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import TypeGuard
 
 from revivemoe.checkpoint.config import raw_config
 from revivemoe.checkpoint.quantization import (
@@ -37,6 +39,10 @@ MAX_HEADER_BYTES = 100_000_000
 """As `safetensors` has it."""
 
 MAX_NAME = 1000
+MAX_DIMENSIONS = 64
+"""As `torch` has it."""
+NUMBERS_END = 1 << 63
+"""No tensor has as many numbers."""
 
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
@@ -216,12 +222,19 @@ def _tensor(file: Path, name: str, entry: Mapping[str, object]) -> TensorInfo:
     if len(name) > MAX_NAME or not name.isascii():
         raise ValueError(f"the name {name[:80]!r} ... is no parameter's: damaged?")
     shape, dtype = entry["shape"], entry["dtype"]
-    whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if not whole or not isinstance(shape, list) or not isinstance(dtype, str):
+    if not _is_shape(shape) or not isinstance(dtype, str):
         raise ValueError(
             f"{name[:80]} has shape {repr(shape)[:80]} and type {repr(dtype)[:80]}: damaged?"
         )
     return TensorInfo(file, tuple(shape), dtype)
+
+
+def _is_shape(value: object) -> TypeGuard[list[int]]:
+    """Of a tensor that there can be: any count of its numbers is one of 64 bits."""
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return False
+    sizes = all(type(n) is int and 0 <= n < NUMBERS_END for n in value)
+    return sizes and prod(value) < NUMBERS_END
 
 
 def _named(error: Exception) -> str:

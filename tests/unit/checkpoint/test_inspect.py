@@ -369,7 +369,10 @@ def header(shape: Any, dtype: Any, name: str = "a") -> bytes:
     return struct.pack("<Q", len(raw)) + raw + bytes(4)
 
 
-SHAPES: tuple[Any, ...] = (["x"], [None], {"b": 1}, [-5], [1.5], [True], 5)
+SHAPES: tuple[Any, ...] = (
+    ["x"], [None], {"b": 1}, [-5], [1.5], [True], 5, [10**400], [1 << 63], [1 << 32] * 2, [1] * 65,
+    [0, 1 << 63],
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
