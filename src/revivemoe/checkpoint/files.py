@@ -44,6 +44,7 @@ MAX_DIMENSIONS = 64
 NUMBERS_END = 1 << 63
 """No tensor has as many numbers."""
 
+FLOATS = ("F64", "F32", "BF16", "F16")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 _UNREADABLE = (
@@ -116,6 +117,7 @@ def _is_prediction(name: str) -> bool:
 def _scaled(
     stored: dict[str, TensorInfo], quantised: Quantization | None, model_dir: Path
 ) -> dict[str, TensorInfo]:
+    _refuse_whole_numbers(stored, model_dir)
     scales = set() if quantised is None else _scales(stored)
     return {
         name: _with_scale(name, tensor, stored, quantised, model_dir)
@@ -124,6 +126,23 @@ def _scaled(
         for name, tensor in stored.items()
         if name not in scales
     }
+
+
+def _refuse_whole_numbers(stored: Mapping[str, TensorInfo], model_dir: Path) -> None:
+    """Raises ValueError for weights whose bytes would be read as if they were their values: float8
+    ones that another tool has stored as integers, or ones that are quantised to these.
+    """
+    for name, tensor in stored.items():
+        if tensor.dtype.startswith("F8_") or tensor.dtype in FLOATS:
+            continue
+        scale = next((name + end for end in SCALES if name + end in stored), None)
+        if scale is not None or name.endswith(".weight"):
+            beside = "" if scale is None else f", with {scale} beside it"
+            raise ValueError(
+                f"{model_dir}: {name} is stored as {tensor.dtype[:20]}{beside}: weights are read "
+                "where they are floating-point numbers, float8 (F8_E4M3) with their scales among "
+                "them: convert the checkpoint"
+            )
 
 
 def _scales(stored: Mapping[str, TensorInfo]) -> set[str]:
