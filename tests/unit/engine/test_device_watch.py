@@ -438,6 +438,22 @@ def test_what_was_refused_and_is_said_again_is_refused_once(
     assert members(instance) == ALL
 
 
+def test_the_only_rank_is_started_anew_behind_its_streams() -> None:
+    """It is one rank alone: drained it cannot be, and isolated it is started where it was."""
+    instance = Instance(1, redundant=0).start()
+    sink = instance.submit(max_tokens=20)
+    instance.step(3)
+    say(instance, 4, "not-ready", R0)
+    assert len(refused(instance)) == 1
+    say(instance, 6, "out-of-service", R0)
+    instance.engine.on_exit(R0, Incarnation(1), "killed", instance.now)
+    instance.wait(1)
+    assert members(instance) == (0,)
+    instance.step(20)
+    assert sink.failure is None
+    assert len(sink.token_ids()) == 20
+
+
 def test_a_signal_in_a_pause_waits_for_its_end() -> None:
     instance = serving(redundant=24)
     Operations(instance.engine).apply("pause", {}, "p", instance.now)
