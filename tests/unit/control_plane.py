@@ -18,7 +18,7 @@ from revivemoe.engine.requests import LiveRequest
 from revivemoe.ids import Epoch, Incarnation, RankId, SeqId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import Table, place
-from revivemoe.membership.topology import collocated
+from revivemoe.membership.topology import deployment
 from revivemoe.messages.commands import (
     Abort,
     Add,
@@ -238,16 +238,19 @@ class Instance:
         max_model_len: int = 256,
         spare: int = 0,
         auto_rejoin: bool = False,
+        expert_ranks: int = 0,
     ) -> None:
-        """`auto_rejoin`: lost ranks come back by themselves, whatever `policy` says of that."""
+        """`auto_rejoin`: lost ranks come back by themselves, whatever `policy` says of that.
+        `expert_ranks`: beside `num_ranks` of attention alone."""
         self.now = 100.0
         self.cluster = FakeCluster()
         self.events: list[dict[str, Any]] = []
-        topology = collocated(Epoch(1), num_ranks)
+        topology = deployment(Epoch(1), num_ranks, expert_ranks)
         placement = place(8, [0, 1], topology.experts, redundant, spare)
         config = EngineConfig(
             model_dir=Path("/models/some"),
             data_parallel_size=num_ranks,
+            expert_ranks=expert_ranks,
             max_model_len=max_model_len,
             device="cpu",
             policy=replace(policy or Policy(), auto_rejoin=auto_rejoin),

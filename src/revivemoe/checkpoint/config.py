@@ -38,6 +38,8 @@ TOP_K = (
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What they call the number of a layer's experts."""
 
+ZERO_EXPERTS = "zero_expert_num"
+
 PAGED = ("full_attention", "sliding_attention", "attention")
 """Kinds of layers whose keys and values are all that they keep."""
 
@@ -150,6 +152,18 @@ def refuse_states(config: "PreTrainedConfig", model_dir: Path) -> None:
         raise ValueError(
             f"{model_dir} ({config.model_type}) has layers of {', '.join(others)}: only attention "
             "over all keys and values, or over a sliding window of them, is supported"
+        )
+
+
+def refuse_zero_experts(config: "PreTrainedConfig", model_dir: Path) -> None:
+    """Raises ValueError for experts without weights, which give back what they are given: routers
+    know them, and nobody holds them.
+    """
+    count = getattr(config, ZERO_EXPERTS, None)
+    if isinstance(count, int) and count > 0:
+        raise ValueError(
+            f"{model_dir} ({config.model_type}) has {count} zero experts in each layer "
+            f"({ZERO_EXPERTS}), which give back what they are given: such experts are not served"
         )
 
 

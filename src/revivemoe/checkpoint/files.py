@@ -5,7 +5,9 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import TypeGuard
 
 from revivemoe.checkpoint.config import raw_config
 from revivemoe.checkpoint.quantization import (
@@ -37,7 +39,12 @@ MAX_HEADER_BYTES = 100_000_000
 """As `safetensors` has it."""
 
 MAX_NAME = 1000
+MAX_DIMENSIONS = 64
+"""As `torch` has it."""
+NUMBERS_END = 1 << 63
+"""No tensor has as many numbers."""
 
+FLOATS = ("F64", "F32", "BF16", "F16")
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 _UNREADABLE = (
@@ -110,6 +117,7 @@ def _is_prediction(name: str) -> bool:
 def _scaled(
     stored: dict[str, TensorInfo], quantised: Quantization | None, model_dir: Path
 ) -> dict[str, TensorInfo]:
+    _refuse_whole_numbers(stored, model_dir)
     scales = set() if quantised is None else _scales(stored)
     return {
         name: _with_scale(name, tensor, stored, quantised, model_dir)
@@ -118,6 +126,23 @@ def _scaled(
         for name, tensor in stored.items()
         if name not in scales
     }
+
+
+def _refuse_whole_numbers(stored: Mapping[str, TensorInfo], model_dir: Path) -> None:
+    """Raises ValueError for weights whose bytes would be read as if they were their values: float8
+    ones that another tool has stored as integers, or ones that are quantised to these.
+    """
+    for name, tensor in stored.items():
+        if tensor.dtype.startswith("F8_") or tensor.dtype in FLOATS:
+            continue
+        scale = next((name + end for end in SCALES if name + end in stored), None)
+        if scale is not None or name.endswith(".weight"):
+            beside = "" if scale is None else f", with {scale} beside it"
+            raise ValueError(
+                f"{model_dir}: {name} is stored as {tensor.dtype[:20]}{beside}: weights are read "
+                "where they are floating-point numbers, float8 (F8_E4M3) with their scales among "
+                "them: convert the checkpoint"
+            )
 
 
 def _scales(stored: Mapping[str, TensorInfo]) -> set[str]:
@@ -216,12 +241,19 @@ def _tensor(file: Path, name: str, entry: Mapping[str, object]) -> TensorInfo:
     if len(name) > MAX_NAME or not name.isascii():
         raise ValueError(f"the name {name[:80]!r} ... is no parameter's: damaged?")
     shape, dtype = entry["shape"], entry["dtype"]
-    whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if not whole or not isinstance(shape, list) or not isinstance(dtype, str):
+    if not _is_shape(shape) or not isinstance(dtype, str):
         raise ValueError(
             f"{name[:80]} has shape {repr(shape)[:80]} and type {repr(dtype)[:80]}: damaged?"
         )
     return TensorInfo(file, tuple(shape), dtype)
+
+
+def _is_shape(value: object) -> TypeGuard[list[int]]:
+    """Of a tensor that there can be: any count of its numbers is one of 64 bits."""
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        return False
+    sizes = all(type(n) is int and 0 <= n < NUMBERS_END for n in value)
+    return sizes and prod(value) < NUMBERS_END
 
 
 def _named(error: Exception) -> str:

@@ -1,8 +1,9 @@
 """A checkpoint by name: a local directory, or a model of the Hugging Face hub or of its cache."""
 
+import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from revivemoe.checkpoint.files import missing_files
@@ -36,6 +37,8 @@ def local_directory(
     not worth it. Raises ValueError, one line, for what is neither a directory nor to be had, and
     OSError. A signal may end the process meanwhile: files that are whole are not fetched again.
     """
+    if revision is not None and not revision.strip():
+        raise ValueError("--revision is empty: give a branch, a tag or a commit, or leave it out")
     if not is_hub_id(model):
         if revision is not None:
             raise ValueError(
@@ -65,13 +68,24 @@ def _remove_stale(blobs: Path, before: float) -> None:
 
 
 def _refuse_partial(path: Path, model: str, revision: str | None) -> None:
-    """Raises ValueError where the hub's client could not tell: without its list of the files."""
-    listed = path.parents[1] / "trees" / f"{path.name}.json"
-    if not listed.is_file() and (missing := missing_files(path)):
+    """Raises ValueError for files that are published, or may be, and are not here: where the hub's
+    client cannot read its list of them, it takes whatever is here for all."""
+    published = _published(path.parents[1] / "trees" / f"{path.name}.json")
+    missing = [name for name in missing_files(path) if published is None or name in published]
+    if missing:
         raise ValueError(
             f"{_named(model, revision)} is not whole in the cache ({path} lacks {missing[0]}): "
             "start once with the hub in reach, or give a directory"
         )
+
+
+def _published(tree: Path) -> Collection[str] | None:
+    """Names of all files, as the hub's client has kept them; None: nobody knows."""
+    try:
+        files = json.loads(tree.read_text())["files"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return files if isinstance(files, dict) else None
 
 
 def _fetched(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -84,6 +98,8 @@ def _fetched(model: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
         )
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(f"{_named(model, revision)} {_why_absent(error)}") from None
+    except (IsADirectoryError, NotADirectoryError):  # the beginning, or more, of other revisions
+        raise ValueError(f"{_named(model, revision)} {_why_absent(None)}") from None
     except Exception as error:  # its libraries' own kinds, which have no common one
         if isinstance(error, OSError) and not isinstance(error, transport):
             raise
@@ -99,7 +115,7 @@ def _named(model: str, revision: str | None) -> str:
     return f"{model}{at} is no directory here, and as a model of the hub it"
 
 
-def _why_absent(error: Exception) -> str:
+def _why_absent(error: Exception | None) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -107,9 +123,11 @@ def _why_absent(error: Exception) -> str:
             f"is not, or not whole, in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is "
             "set: unset it, or give a directory"
         )
-    cause = error.__cause__ or error
-    said = " ".join(str(cause).split())[:200]
-    return (
+    absent = (
         f"is not, or not whole, in the cache ({constants.HF_HUB_CACHE}), and the hub "
-        f"({constants.ENDPOINT}) cannot be reached: {type(cause).__name__}: {said}"
+        f"({constants.ENDPOINT}) cannot be reached"
     )
+    if error is None:
+        return absent
+    cause = error.__cause__ or error
+    return f"{absent}: {type(cause).__name__}: {' '.join(str(cause).split())[:200]}"

@@ -79,6 +79,7 @@ def inspect_config(
     with configuration.in_one_line(model_dir / "config.json"):
         text = configuration.text_config(config)
         configuration.refuse_states(text, model_dir)
+        configuration.refuse_zero_experts(text, model_dir)
         vocab_size = configuration.size(text, "vocab_size", model_dir)
         most, why = configuration.max_positions(text, model_dir)
         said = (getattr(part, "eos_token_id", None) for part in (config, text))

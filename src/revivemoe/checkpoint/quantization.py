@@ -50,7 +50,8 @@ def quantization_of(raw: Mapping[str, object], model_dir: Path) -> Quantization 
 def scale_block(shape: tuple[int, ...], scale: tuple[int, ...], block: Block | None) -> Block:
     """Rows and columns of a weight that share a scale, by the shapes of both. Raises ValueError.
 
-    The configuration's `block` may end beyond the weight; else the scales must divide it evenly.
+    The configuration's `block` may end beyond the weight; beside it, only rows or whole weights
+    may have scales. Without it the scales must divide the weight evenly.
     """
     if prod(scale) == 1 and len(shape) >= 1:
         return (shape[-2] if len(shape) > 1 else 1, shape[-1])
@@ -60,8 +61,12 @@ def scale_block(shape: tuple[int, ...], scale: tuple[int, ...], block: Block | N
     (rows, columns), (down, across) = shape[-2:], grid[-2:]
     if block is not None and (ceil(rows / block[0]), ceil(columns / block[1])) == (down, across):
         return block
-    if not down or not across or rows % down or columns % across:
-        raise ValueError(f"scales of shape {list(scale)} do not fit weights of {list(shape)}")
+    divided = down and across and not rows % down and not columns % across
+    if not divided or (block is not None and (down not in (1, rows) or across != 1)):
+        blocks = "" if block is None else f" in blocks of {list(block)}"
+        raise ValueError(
+            f"scales of shape {list(scale)} do not fit weights of {list(shape)}{blocks}"
+        )
     return rows // down, columns // across
 
 

@@ -10,11 +10,12 @@ affordable, and nothing left in the end.
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from revivemoe.engine.maintenance import Maintenance
 from revivemoe.epochs.epochs import Epochs
 from revivemoe.epochs.fleet import DEVICE_IS_BAD
+from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import Epoch, RankId
 from revivemoe.messages.events import DeviceFaultRefused, DrainRefused, Tell
 from revivemoe.recovery.faults import Fault
@@ -50,6 +51,11 @@ class Signal:
     def shared(self) -> bool:
         return len(self.ranks) > 1
 
+    def asks_as(self, other: "Signal") -> bool:
+        """Whether the same is asked for."""
+        mine, others = (self.key, self.level, self.action), (other.key, other.level, other.action)
+        return mine == others
+
     def fault(self, rank: RankId) -> Fault:
         said = f"{self.code}: {self.detail}" if self.detail else self.code
         return Fault(rank, "device_fault", said, self.level)
@@ -84,13 +90,16 @@ class DeviceSignals:
 
     def ask(self, signal: Signal, now: float) -> None:
         """These ranks are to go. One alone that is to be isolated goes at once: what is wrong with
-        it is worse than to be without it."""
+        it is worse than to be without it. What was refused, and is only said once more, stays so.
+        """
+        before = self._open.get(signal.key)
         self.take_back(signal.key)
         if signal.action == "isolate" and not signal.shared:
             self._carry_out(signal, now)
             return
         self._note(signal, signal.ranks, takes_out=not signal.shared)
-        one = Open(signal, now)
+        refused = before is not None and before.reason and before.signal.asks_as(signal)
+        one = replace(before, signal=signal) if before and refused else Open(signal, now)
         while len(self._open) >= MOST_OPEN:
             oldest = next(iter(self._open))
             del self._open[oldest]
@@ -188,16 +197,22 @@ class DeviceSignals:
             self._views[rank].device_says(signal.code, signal.fault(rank), takes_out)
 
     def _carry_out(self, signal: Signal, now: float) -> None:
-        """Members drain in good order; others hold nothing that would have to be moved."""
+        """Members drain in good order; others hold nothing that would have to be moved. A plan that
+        counted on several of them is made anew once, when all are out.
+        """
         self._note(signal, signal.ranks, takes_out=True)
         views = [self._views[rank] for rank in signal.ranks]
         drained = [v for v in views if v.member and signal.action == "drain"]
         accused = [v for v in views if not v.dead and v not in drained]
-        for view in views:
-            if view.dead:
-                if view.fault is None or view.fault.kind not in DEVICE_IS_BAD:
-                    view.fault = signal.fault(view.rank)
-                self._epochs.fleet.lives.call_off(view, now)
+        awaited = [self._strike(view, signal, now) for view in views if view.dead]
         if accused:
             self._epochs.accuse([signal.fault(view.rank) for view in accused], now)
+        elif any(awaited):
+            self._epochs.replan(now)
         self._maintenance.drain_all([signal.fault(view.rank) for view in drained], now)
+
+    def _strike(self, view: RankView, signal: Signal, now: float) -> bool:
+        """One that is out is not to come back. Whether it was awaited."""
+        if view.fault is None or view.fault.kind not in DEVICE_IS_BAD:
+            view.fault = signal.fault(view.rank)
+        return self._epochs.fleet.lives.strike(view, now)

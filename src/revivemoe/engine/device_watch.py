@@ -81,6 +81,9 @@ class DeviceWatch:
             if self._said.get(signal.key) == said:
                 return
             self._said[signal.key] = said
+        living = [rank for rank in signal.ranks if not self._views[rank].dead]
+        if signal.action == "retry" and self._retried_too_often(living, now):
+            signal = replace(signal, action="drain")
         if signal.action in ("drain", "isolate"):
             self.signals.ask(signal, now)
             return
@@ -88,18 +91,14 @@ class DeviceWatch:
         for rank in signal.ranks:
             fault = signal.fault(rank) if signal.action == "watch" else None
             self._views[rank].device_says(signal.code, fault)
-        if signal.action == "retry":
-            self._retry(signal, now)
-
-    def _retry(self, signal: Signal, now: float) -> None:
-        """The same ranks, a new domain. What repeats on one device is laid to it: the others do not
-        pay for it for ever."""
-        living = [rank for rank in signal.ranks if not self._views[rank].dead]
-        often = [self._retries_too_often(rank, now) for rank in living]
-        if any(often):
-            self.signals.ask(replace(signal, action="drain"), now)
-        elif living and self._epochs.serving:
+        if signal.action == "retry" and living and self._epochs.serving:
             self._epochs.redo("device_fault", now, asked=True)
+
+    def _retried_too_often(self, ranks: list[RankId], now: float) -> bool:
+        """The same ranks, a new domain: what repeats on one device is laid to it. The others do not
+        pay for it for ever."""
+        often = [self._retries_too_often(rank, now) for rank in ranks]  # each is counted
+        return any(often)
 
     def _clear(self, report: DeviceReport, ranks: tuple[RankId, ...]) -> None:
         """Taken back: what this code said of them; of one rank, without a code, all."""

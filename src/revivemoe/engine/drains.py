@@ -82,7 +82,7 @@ class Drains:
         view = self._views[fault.rank]
         asked = any(w.fault.rank == view.rank and self._is_there(w) for w in self._asked)
         if view.dead or view.draining or asked:
-            if fault.kind != "device_fault" and not (switch or view.dead):
+            if not (switch or view.dead):
                 self._take_over(fault, request_id)
             return False
         if not switch:
@@ -91,18 +91,22 @@ class Drains:
         return True
 
     def _take_over(self, fault: Fault, request_id: str | None) -> None:
-        """What a device has asked for somebody else asks for, too: he alone takes it back."""
+        """What a device has asked for somebody else asks for, too: he alone takes it back. Who is
+        to go does not change its role first; what was moved for that is moved for this.
+        """
 
         def his(wanted: Wanted) -> Wanted:
-            same = wanted.fault.rank == fault.rank and wanted.fault.kind == "device_fault"
-            return replace(wanted, fault=fault, request_id=request_id) if same else wanted
+            if wanted.fault.rank != fault.rank or not _outweighs(fault, wanted):
+                return wanted
+            if wanted.switch:
+                reason = f"it is to leave ({fault.kind}: {fault.detail})"
+                self._tell(DrainRefused(fault.rank, reason, wanted.request_id))
+            self._views[fault.rank].fault = fault
+            return replace(wanted, fault=fault, request_id=request_id, switch=False)
 
         self._asked = deque(map(his, self._asked))
         if self._drain is not None:
             self._drain.wanted = his(self._drain.wanted)
-        view = self._views[fault.rank]
-        if view.fault is not None and view.fault.kind == "device_fault":
-            view.fault = fault
 
     def forget(self, ranks: Collection[RankId]) -> None:
         """These need not go for what their devices have said, if they have not begun to."""
@@ -242,3 +246,9 @@ class Drains:
             if tokens is not None and tokens <= before:
                 return False
         return True
+
+
+def _outweighs(fault: Fault, wanted: Wanted) -> bool:
+    """Whether a rank goes for `fault` rather than for what was wanted of it before."""
+    before = wanted.fault.kind
+    return wanted.switch or (fault.kind != before and before == "device_fault")

@@ -13,7 +13,7 @@ from revivemoe.engine.drains import Drains
 from revivemoe.engine.returns import Returns
 from revivemoe.engine.traffic import Traffic
 from revivemoe.epochs.epochs import Epochs
-from revivemoe.epochs.rank_life import Condemned, Gone, Leaving
+from revivemoe.epochs.rank_life import Condemned, Gone, Leaving, Queued
 from revivemoe.epochs.rank_view import RankView
 from revivemoe.ids import RankId
 from revivemoe.messages.events import Tell
@@ -41,6 +41,8 @@ class Maintenance:
 
     def drain_all(self, faults: list[Fault], now: float, request_id: str | None = None) -> None:
         """Several: none of them takes over from another one."""
+        for fault in faults:
+            self._joins.pop(fault.rank, None)  # a switch that it was to come back from
         asked = [self.drains.ask(fault, request_id) for fault in faults]
         if any(asked):
             self.tick(now)
@@ -51,7 +53,7 @@ class Maintenance:
             raise ValueError(refusal)
         fault = Fault(rank, "role_switch", "asked by an operator")
         if not self.drains.ask(fault, request_id, switch=True):
-            raise ValueError(f"rank {rank} is on its way out already")
+            raise ValueError(f"rank {rank} is on its way already: out, or to another role")
         self._joins[rank] = request_id
         self.tick(now)
 
@@ -76,7 +78,8 @@ class Maintenance:
         if isinstance(view.life, Gone | Leaving | Condemned):
             self._fleet.lives.call_off_launch(rank, now)
             return not was_out
-        if self._epochs.matters(rank):  # the change under way counts on it
+        queued = isinstance(view.life, Queued)  # nobody is there who could be accused
+        if not queued and self._epochs.matters(rank):  # the change under way counts on it
             self._epochs.accuse([Fault(rank, "isolate", "asked by an operator")], now)
         else:
             self._fleet.lives.call_off(view, now)

@@ -54,20 +54,21 @@ class Attempts:
         """Ranks are started anew on the way to this epoch: what was in vain before is settled.
 
         Returns how long that is to wait, seconds: the first is at once; those after it, as the ones
-        before have brought nothing, wait ever longer.
+        before have brought nothing, wait ever longer. A plan that is made anew begins no new wait.
         """
-        self._restarts.setdefault(epoch, now)
+        first_at = self._restarts.setdefault(epoch, now)
         self._starts.clear()
         self.domain_failures = 0
-        before = self.recent_restarts(now) - 1
-        assert before >= 0, "a restart that has not been counted"
+        before = self.recent_restarts(now, epoch)
         first_s, longest_s = self._policy.rejoin_after_s, self._policy.rejoin_at_most_s
-        return min(longest_s, first_s * 2.0 ** min(before - 1, 64)) if before else 0.0
+        wait_s = min(longest_s, first_s * 2.0 ** min(before - 1, 64)) if before else 0.0
+        return max(0.0, first_at + wait_s - now)
 
-    def recent_restarts(self, now: float) -> int:
-        """Restarts in a row that brought no step forward."""
+    def recent_restarts(self, now: float, under_way: Epoch | None) -> int:
+        """Restarts in a row that brought no step forward, without the one on the way to the epoch
+        `under_way`: whether that is in vain is not known yet."""
         since = now - self._policy.window_s
-        return sum(at >= since for at in self._restarts.values())
+        return sum(at >= since for epoch, at in self._restarts.items() if epoch != under_way)
 
     def load_failed(self, now: float) -> None:
         """A rank could not load experts before a resume."""

@@ -85,7 +85,7 @@ class Epochs:
         self.stopping = False
         fleet.lives.on_late = self._late
         fleet.on_launch = self.coordinator.renewed
-        fleet.lives.on_not_coming = self._replan
+        fleet.lives.on_not_coming = self.replan
         self._switch: RankId | None = None
         """The rank whose role the planned change under way is to change."""
 
@@ -273,8 +273,8 @@ class Epochs:
         elif plan is not None and plan is not carried_out:
             self._carry_out(plan)
 
-    def _replan(self, now: float) -> None:
-        """A rank that the change under way may have waited for does not come."""
+    def replan(self, now: float) -> None:
+        """Ranks that the change under way may have waited for do not come."""
         if self.coordinator.active:
             self.proceed(now)
 

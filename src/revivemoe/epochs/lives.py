@@ -102,7 +102,11 @@ class Lives:
         return life.Dismissed(now + self._policy.leave_timeout_s)
 
     def _doom(self, view: RankView, now: float, late: bool = False) -> None:
-        """Condemned, for the first time or once more; and killed, if it is there by now."""
+        """Condemned, for the first time or once more; and killed, if it is there by now. Where no
+        process was left whose end would start the next one, none is owed any more.
+        """
+        if isinstance(view.life, Queued):
+            self.obligations.met(LAUNCH, view.rank)
         if self._move(view, life.Accused(now + self._policy.corpse_timeout_s, late), now):
             self._cluster.kill(view.rank)
 
@@ -153,13 +157,19 @@ class Lives:
 
     def call_off(self, view: RankView, now: float) -> None:
         """A rank that is on its way back is not to come."""
+        if self.strike(view, now):
+            self.on_not_coming(now)
+
+    def strike(self, view: RankView, now: float) -> bool:
+        """It is not to come; whoever may have waited for it is not told yet. Whether it was
+        awaited: then a plan is to be made anew, once for all that are struck.
+        """
         awaited = self.obligations.met(LAUNCH, view.rank) or isinstance(view.life, Queued)
         if not self._move(view, self._dismissed(now), now):
             self.end(view, now)
         elif isinstance(view.life, Leaving):
             self._cluster.send(view.rank, Stop())
-        if awaited:
-            self.on_not_coming(now)
+        return awaited
 
     def call_off_launch(self, rank: RankId, now: float) -> None:
         """Its process is gone, or on its way out: no other one is to be started."""

@@ -28,12 +28,13 @@ class Outlook:
     ) -> World:
         """As of now. `switch`: the rank whose role the change under way is to change."""
         fleet, attempts, joining = self.fleet, self.attempts, self.fleet.joining
+        under_way = self.coordinator.record.epoch if self.coordinator.active else None
         return World(
             membership=present,
             sequences=host.unfinished(),
             maskable=all(view.maskable for view in fleet.views.values()),
             recent_recoveries=attempts.recent(now, self.coordinator.active),
-            recent_restarts=attempts.recent_restarts(now),
+            recent_restarts=attempts.recent_restarts(now, under_way),
             home=fleet.roles(self.home),
             gone=tuple(fleet.gone),
             ready=tuple(view.rank for view in joining),

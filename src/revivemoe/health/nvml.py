@@ -67,7 +67,8 @@ class NvmlSource:
     """Watches some devices of this host; makes no call before the first poll.
 
     `nvml` is the module `pynvml`, or one with its names. `ranks_of_device` says which ranks use a
-    device; several may share one. Times in seconds.
+    device; several may share one, and several be MIG instances of one GPU, which speaks for them
+    all. Times in seconds.
     """
 
     name = "nvml"
@@ -88,6 +89,10 @@ class NvmlSource:
         """What the queries have found of each device."""
         self._fewest_ecc: dict[DeviceId, int] = {}
         """Uncorrected errors that were there before we watched, or are left after a reset."""
+        self._gpus: dict[DeviceId, str] = {}
+        """UUIDs of the GPUs that the devices are, or are a part of, as far as they were found."""
+        self._deaf = False
+        """Whether it has been said that Xids cannot be had."""
         self._changes = Changes()
         self._unknown: set[DeviceId] = set()
         """Of which it has been said that they cannot be watched."""
@@ -100,18 +105,40 @@ class NvmlSource:
         """
         if self._session is None:
             self._session = Session(self._library, tuple(self._ranks_of_device))
-        now = self._clock()
-        for device, xid in self._session.xids():
-            _, times = self._xids.get((device, xid), (now, 0))
-            self._xids[device, xid] = now, times + 1
-        self._ask_all(self._session)
+        now, session = self._clock(), self._session
+        deaf = self._hear(session, now)
+        self._ask_all(session)
+        if deaf:
+            self._drop_session()
         return self._changes.to(
             DeviceReport(rank, c.level, c.code, c.detail, self.name, shared, c.times)
             for device, ranks in self._ranks_of_device.items()
-            for shared in (ranks if len(ranks) > 1 else (),)
+            for shared in (self._sharing(device),)
             for c in (*self._of_xids(device, now), *self._last.get(device, ()))
             for rank in ranks
         )
+
+    def _hear(self, session: "Session", now: float) -> bool:
+        """Take note of Xids. True if the session's events cannot be had: queries still can."""
+        try:
+            for device, xid in session.xids():
+                _, times = self._xids.get((device, xid), (now, 0))
+                self._xids[device, xid] = now, times + 1
+        except self._library.nvml.NVMLError as error:
+            if not self._deaf:
+                why = f"{type(error).__name__}: {error}"
+                log.warning("%s: Xids cannot be had, tried again: %s", self.name, why)
+            self._deaf = True
+            return True
+        self._deaf = False
+        return False
+
+    def _sharing(self, device: DeviceId) -> tuple[RankId, ...]:
+        """Ranks of the GPU that the device is, or is a part of; none if there is but one."""
+        gpu, ranks = self._gpus.get(device), self._ranks_of_device
+        same = [d for d in ranks if d == device or (gpu is not None and self._gpus.get(d) == gpu)]
+        together = tuple(dict.fromkeys(rank for d in same for rank in ranks[d]))
+        return together if len(together) > 1 else ()
 
     def _ask_all(self, session: "Session") -> None:
         failed: dict[DeviceId, Exception] = {}
@@ -120,12 +147,17 @@ class NvmlSource:
                 self._last[device] = list(self._conditions(session, device))
             except self._library.nvml.NVMLError as error:
                 failed[device] = error
+        self._gpus |= session.gpus
         if failed and len(failed) == len(self._ranks_of_device):
-            with suppress(self._library.nvml.NVMLError):
-                self.close()
+            self._drop_session()
             raise next(iter(failed.values()))
         for device, why in failed.items():
             self._say(device, f"{type(why).__name__}: {why}")
+
+    def _drop_session(self) -> None:
+        """Whether it can be closed or not: the next poll begins with another one."""
+        with suppress(self._library.nvml.NVMLError):
+            self.close()
 
     def close(self) -> None:
         session, self._session = self._session, None
@@ -181,7 +213,8 @@ class Session:
         self._library = library
         self._events: object = None
         self._handles: dict[DeviceId, object] = {}
-        self._device_of_uuid: dict[str, DeviceId] = {}
+        self.gpus: dict[DeviceId, str] = {}
+        """UUIDs of the GPUs; several devices may be parts of one."""
         library.nvml.nvmlInit()
         try:
             self._events = library.ask("nvmlEventSetCreate", otherwise=None)
@@ -206,14 +239,17 @@ class Session:
             library = self._library
             handle, xids = library.find(device), library.name("nvmlEventTypeXidCriticalError", 0)
             uuid = library.nvml.nvmlDeviceGetUUID(handle)
-            if self._events is not None and xids:  # some virtual devices have no events
+            known = uuid in self.gpus.values()
+            if self._events is not None and xids and not known:  # some have no events
                 library.ask("nvmlDeviceRegisterEvents", handle, xids, self._events, otherwise=None)
-            self._device_of_uuid[uuid] = device
+            self.gpus[device] = uuid
             self._handles[device] = handle
         return self._handles[device]
 
     def xids(self) -> Iterator[tuple[DeviceId, int]]:
-        """Xids since the last call, in their order."""
+        """Xids since the last call, in their order: of each device that is a part of the GPU.
+        Raises NVMLError where the events cannot be had.
+        """
         library, wait_ms = self._library, WAIT_MS
         if self._events is None:
             return
@@ -225,12 +261,16 @@ class Session:
             if event is None:
                 return
             wait_ms = 0
-            try:
-                device = self._device_of_uuid.get(library.nvml.nvmlDeviceGetUUID(event.device))
-            except library.nvml.NVMLError:
-                continue  # it cannot be asked any more: then the queries find it lost
-            if device is not None and event.eventType == library.nvml.nvmlEventTypeXidCriticalError:
-                yield device, int(event.eventData)
+            if event.eventType == library.nvml.nvmlEventTypeXidCriticalError:
+                for device in self._devices_of(event.device):
+                    yield device, int(event.eventData)
+
+    def _devices_of(self, handle: object) -> list[DeviceId]:
+        try:
+            uuid = self._library.nvml.nvmlDeviceGetUUID(handle)
+        except self._library.nvml.NVMLError:
+            return []  # it cannot be asked any more: then the queries find it lost
+        return [device for device, gpu in self.gpus.items() if gpu == uuid]
 
     def uncorrected_ecc(self, device: DeviceId) -> int:
         """Uncorrected errors since the driver was loaded; 0 if the device does not count them."""

@@ -90,10 +90,31 @@ def test_from_a_fetch_that_is_killed_to_a_cache_without_a_hub(
             p.name for p in published.iterdir() if p.suffix in (".json", ".jinja", ".safetensors")
         }
         assert there == wanted - {"consolidated.safetensors"}
+    (folder := next(cache.glob("hub/models--*/refs")) / "feature").mkdir()
+    (folder / "x").write_text(COMMIT)
+    asked = (*asked, *(f"{MODEL}@{name}" for name in ("feature/x", "feature", "feature/x/y", "")))
     offline = fetched(cache, NOWHERE, *asked, HF_HUB_OFFLINE="1")
-    assert offline[:2] == [told, told]
-    assert f"{OTHER} is no directory here, and as a model of the hub it is not" in offline[2]
-    assert "HF_HUB_OFFLINE is set" in offline[2]
+    assert [offline[n] for n in (0, 1, 3)] == [told] * 3
+    for line in (offline[2], *offline[4:6]):
+        assert "is no directory here, and as a model of the hub it is not, or not whole" in line
+        assert "HF_HUB_OFFLINE is set" in line
+    assert OTHER in offline[2]
+    assert "revision feature is" in offline[4]
+    assert "revision feature/x/y is" in offline[5]
+    assert "--revision is empty" in offline[6]
+
+
+@pytest.mark.parametrize("error", [IsADirectoryError, NotADirectoryError])
+def test_a_revision_that_the_cache_has_for_a_folder(
+    error: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise error(21, "refs/feature")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=f"{MODEL} at revision feature .* cannot be reached$"):
+        local_directory(MODEL, "feature")
 
 
 def test_refused_before_its_weights_are_fetched(published: Path, tmp_path: Path) -> None:
@@ -124,8 +145,17 @@ def test_a_cache_without_the_hubs_list_of_files_may_be_partial(
     _refuse_partial(snapshot, MODEL, None)
     lost = sorted(snapshot.glob("model-*.safetensors"))[0]
     lost.unlink()
-    with pytest.raises(ValueError, match=f"not whole in the cache .* lacks {lost.name}"):
-        _refuse_partial(snapshot, MODEL, None)
+    (tmp_path / "trees").mkdir()
+    listed = tmp_path / "trees" / f"{COMMIT}.json"
+    unreadable = ("", "{", "[]", "{}", "\0", '{"files": 7}', "[" * 10**5)
+    whole = json.dumps({"format_version": 1, "files": {lost.name: {"size": 1, "blob_id": ""}}})
+    for text in (None, *unreadable, whole):
+        if text is not None:
+            listed.write_text(text)
+        with pytest.raises(ValueError, match=f"not whole in the cache .* lacks {lost.name}"):
+            _refuse_partial(snapshot, MODEL, None)
+    listed.write_text(json.dumps({"format_version": 1, "files": {"pytorch_model.bin": {}}}))
+    _refuse_partial(snapshot, MODEL, None)  # what is wrong there is no matter of the cache
 
 
 def test_names() -> None:

@@ -246,10 +246,19 @@ def test_names_that_the_family_translates(model_dir: Path) -> None:
     """`attribute_map`: the name in the file is the family's, the one we ask for is common."""
     edit(
         model_dir, model_type="longcat_flash", num_layers=2, moe_topk=3, num_hidden_layers=None,
-        num_experts_per_tok=None, n_routed_experts=3,
+        num_experts_per_tok=None, n_routed_experts=3, zero_expert_num=0,
     )  # fmt: skip
     info = inspect_checkpoint(model_dir)
     assert (info.moe_layers, info.top_k) == ((0, 1), 3)
+
+
+def test_experts_that_are_none(model_dir: Path) -> None:
+    """It was called incomplete, by a count that has them among the others."""
+    edit(
+        model_dir, model_type="longcat_flash", num_layers=2, moe_topk=3, num_hidden_layers=None,
+        num_experts_per_tok=None, n_routed_experts=3, zero_expert_num=2,
+    )  # fmt: skip
+    assert "(longcat_flash) has 2 zero experts in each layer" in refusal(model_dir)
 
 
 def test_layers_that_keep_another_state(model_dir: Path) -> None:
@@ -369,7 +378,10 @@ def header(shape: Any, dtype: Any, name: str = "a") -> bytes:
     return struct.pack("<Q", len(raw)) + raw + bytes(4)
 
 
-SHAPES: tuple[Any, ...] = (["x"], [None], {"b": 1}, [-5], [1.5], [True], 5)
+SHAPES: tuple[Any, ...] = (
+    ["x"], [None], {"b": 1}, [-5], [1.5], [True], 5, [10**400], [1 << 63], [1 << 32] * 2, [1] * 65,
+    [0, 1 << 63],
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

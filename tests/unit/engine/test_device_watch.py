@@ -403,6 +403,57 @@ def test_a_shared_link_that_asks_for_a_retry_gets_one() -> None:
     assert members(instance) == (0, 3), "too often: they are drained, together"
 
 
+def repeat(instance: Instance, level: int, shared: tuple[RankId, ...], times: int) -> None:
+    """An Xid that comes again and again, as its source tells it."""
+    for number in range(1, times + 1):
+        for rank in shared or (R1,):
+            report = DeviceReport(rank, level, "xid", f"no. {number}", "test", shared, number)
+            instance.engine.on_health(report, instance.now)
+        instance.deliver()
+        instance.wait(0.2)
+
+
+@pytest.mark.parametrize("shared", [(), ALL], ids=["one", "all"])
+@pytest.mark.parametrize("level", [3, 4])
+def test_what_was_refused_and_is_said_again_is_refused_once(
+    level: int, shared: tuple[RankId, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A storm of Xids was answered with as many plans, and as many events."""
+    instance = serving(policy=replace(MASK, max_retries=0), redundant=0)
+    repeat(instance, level, shared, 3)
+    (since,) = [one["since_s"] for one in refused(instance)]
+    plan_for, planned = instance.engine.epochs.plan_for, list[Any]()
+
+    def counted(faults: Any) -> Any:
+        planned.append(faults)
+        return plan_for(faults)
+
+    monkeypatch.setattr(instance.engine.epochs, "plan_for", counted)
+    repeat(instance, level, shared, 5)
+    assert len(instance.named("device_refused")) == 1
+    assert len(instance.named("drain_refused")) == (0 if shared else 1)
+    (shown,) = refused(instance)
+    assert shown["since_s"] == pytest.approx(since + 1.0)
+    assert planned == []
+    assert members(instance) == ALL
+
+
+def test_the_only_rank_is_started_anew_behind_its_streams() -> None:
+    """It is one rank alone: drained it cannot be, and isolated it is started where it was."""
+    instance = Instance(1, redundant=0).start()
+    sink = instance.submit(max_tokens=20)
+    instance.step(3)
+    say(instance, 4, "not-ready", R0)
+    assert len(refused(instance)) == 1
+    say(instance, 6, "out-of-service", R0)
+    instance.engine.on_exit(R0, Incarnation(1), "killed", instance.now)
+    instance.wait(1)
+    assert members(instance) == (0,)
+    instance.step(20)
+    assert sink.failure is None
+    assert len(sink.token_ids()) == 20
+
+
 def test_a_signal_in_a_pause_waits_for_its_end() -> None:
     instance = serving(redundant=24)
     Operations(instance.engine).apply("pause", {}, "p", instance.now)

@@ -73,6 +73,14 @@ class Gpu:
             raise NVMLError_FunctionNotFound()
 
 
+@dataclass(frozen=True)
+class Part:
+    """A MIG instance of a GPU. It is its own handle."""
+
+    uuid: str
+    gpu: Gpu
+
+
 class FakeNvml:
     """The module. Attributes that are not functions are those above."""
 
@@ -83,6 +91,9 @@ class FakeNvml:
         """UUIDs registered with each living event set."""
         self.queue: deque[SimpleNamespace] = deque()
         self.waits_ms: list[int] = []
+        self.parts: tuple[Part, ...] = ()
+        self.wait_error: NVMLError | None = None
+        """Raised by a wait for events once none is queued."""
         self.no_driver = False
         self.absent: set[str] = set()
         """Names that this version of the module lacks."""
@@ -127,12 +138,21 @@ class FakeNvml:
         self.gpus[index].asked("nvmlDeviceGetHandleByIndex")
         return self.gpus[index]
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Gpu:
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Gpu | Part:
         for gpu in self.gpus:
             if gpu.uuid == uuid:
                 gpu.asked("nvmlDeviceGetHandleByUUID")
                 return gpu
+        for part in self.parts:
+            if part.uuid == uuid:
+                return part
         raise NVMLError_NotFound()
+
+    def nvmlDeviceIsMigDeviceHandle(self, device: Gpu | Part) -> int:
+        return int(isinstance(device, Part))
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, migDevice: Part) -> Gpu:
+        return migDevice.gpu
 
     def nvmlDeviceGetUUID(self, handle: Gpu) -> str:
         handle.asked("nvmlDeviceGetUUID")
@@ -153,12 +173,13 @@ class FakeNvml:
     ) -> None:
         handle.asked("nvmlDeviceRegisterEvents")
         assert eventTypes == nvmlEventTypeXidCriticalError
+        assert handle.uuid not in eventSet, "registered twice"
         eventSet.add(handle.uuid)
 
     def nvmlEventSetWait_v2(self, eventSet: set[str], timeoutms: int) -> SimpleNamespace:
         self.waits_ms.append(timeoutms)
         if not self.queue:
-            raise NVMLError_Timeout()
+            raise self.wait_error or NVMLError_Timeout()
         event = self.queue.popleft()
         assert event.device.uuid in eventSet, "an event of a device that was not registered"
         return event

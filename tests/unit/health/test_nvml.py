@@ -278,6 +278,47 @@ def test_a_device_that_cannot_be_asked_silences_no_other(
     assert bench.poll() == {(0, "row-remap-pending"): 0, (2, "row-remap-pending"): 0}
 
 
+def test_events_that_cannot_be_had_silence_no_query(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The wait for them raised at every poll: no device was ever asked again."""
+    assert bench.poll() == {}
+    bench.nvml.wait_error = fake_nvml.NVMLError_Unknown("no more")
+    bench.nvml.xid(bench.gpus[1], 79)
+    bench.gpus[1].pending = 1
+    assert bench.poll() == {(1, "xid-79"): 6, (1, "row-remap-pending"): 4}
+    assert bench.nvml.opened == 0, "the next one begins with a new session"
+    bench.gpus[1].pending = 0
+    assert bench.poll() == {(1, "row-remap-pending"): 0}
+    (said,) = caplog.messages
+    assert "Xids cannot be had" in said
+    assert "Unknown: no more" in said
+    bench.nvml.wait_error = None
+    assert bench.poll() == {}
+    bench.nvml.xid(bench.gpus[0], 95)
+    assert bench.poll() == {(0, "xid-95"): 5, (2, "xid-95"): 5}
+    assert bench.nvml.sets == [{"GPU-a", "GPU-b"}]
+
+
+@pytest.mark.parametrize("names", [(f"MIG-{B}/1/0", f"MIG-{B}/2/0"), ("MIG-1", "MIG-2")])
+def test_what_a_gpu_says_is_said_of_all_its_parts(names: tuple[str, str]) -> None:
+    """Ranks of all but the last were never told of an Xid, and of the rest not together."""
+    nvml = FakeNvml(Gpu(A), Gpu(B))
+    nvml.parts = tuple(fake_nvml.Part(name, nvml.gpus[1]) for name in ("MIG-1", "MIG-2"))
+    source = NvmlSource(nvml, {names[0]: [R0], names[1]: [R1], A: [R2]})
+    assert source.poll() == []
+    for gpu in nvml.gpus:
+        nvml.xid(gpu, 94)
+        gpu.pending = 1
+    said = {(r.rank, r.code, r.shared) for r in source.poll()}
+    both = {(rank, code, shared) for rank, shared in ((0, (0, 1)), (1, (0, 1)), (2, ()))
+            for code in ("xid-94", "row-remap-pending")}  # fmt: skip
+    assert said == both
+    nvml.gpus[1].error = fake_nvml.NVMLError_GpuIsLost("lost")
+    lost = {(r.rank, r.shared) for r in source.poll() if r.code == "gpu-lost"}
+    assert lost == {(0, (0, 1)), (1, (0, 1))}
+
+
 def test_an_xid_that_asks_for_a_retry_asks_each_time(bench: Bench) -> None:
     """The denser a fault was, the less was done."""
     for _ in range(3):

@@ -2,6 +2,7 @@
 walked by `make test-models`.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,31 @@ def test_an_attention_that_is_told_more_than_we_know_is_refused(
         SoloRank(tmp_path / "model", LIMITS)
 
 
-def test_one_request_does_not_change_anothers_numbers(tmp_path: Path) -> None:
-    """Scaled rotary angles that follow the longest text: up to the original length they do not."""
-    for name in (n for n in VARIANTS if "NTK" in n or "longrope" in n or "yarn" in n):
-        path = tmp_path / name
-        save_tiny(name, path)
-        short, long = prompts()
-        alone = SoloRank(path, LIMITS).run([short], GREEDY)
-        long = (long * 2)[: LIMITS.max_model_len - GREEDY.max_tokens]
-        assert SoloRank(path, LIMITS).run([short, long], GREEDY)[:1] == alone
+def beside_the_longest(path: Path) -> tuple[list[int], list[int]]:
+    """What a short text becomes alone, and beside one that grows to the longest that is served."""
+    short, long = prompts()
+    long = (long * 2)[: LIMITS.max_model_len - GREEDY.max_tokens]
+    (alone,) = SoloRank(path, LIMITS).run([short], GREEDY)
+    _, beside = SoloRank(path, LIMITS).run([long, short], GREEDY, steps_apart=12)
+    return alone, beside
+
+
+@pytest.mark.parametrize("switch_at", [LIMITS.max_model_len, 64])
+@pytest.mark.parametrize("kind", ["dynamic NTK", "longrope", "yarn"])
+def test_one_request_does_not_change_anothers_numbers(
+    kind: str, switch_at: int, tmp_path: Path
+) -> None:
+    """Scaled rotary angles that follow the longest text: up to the length at which they switch,
+    which is the longest that is served. Beyond it they would; yarn's follow none.
+    """
+    save_tiny(f"qwen3_moe, {kind}", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["original_max_position_embeddings"] = switch_at
+    if kind == "dynamic NTK":
+        del config["rope_parameters"]["original_max_position_embeddings"]
+        config["max_position_embeddings"] = switch_at
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    alone, beside = beside_the_longest(tmp_path)
+    assert (beside == alone) == (kind == "yarn" or switch_at == LIMITS.max_model_len)
+    if kind != "yarn":
+        assert inspect_checkpoint(tmp_path).max_positions == switch_at

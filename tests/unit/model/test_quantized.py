@@ -14,6 +14,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from revivemoe.checkpoint.files import tensors
 from revivemoe.checkpoint.inspect import inspect_checkpoint
+from revivemoe.checkpoint.quantization import scale_block
 from revivemoe.ids import ExpertId, LayerId
 from revivemoe.model.dense import DenseLayer, DenseReader
 from revivemoe.model.expert_reader import ExpertReader
@@ -197,6 +198,57 @@ def test_scales_that_do_not_fit(
         del listed["weight_map"][f"{Q_PROJ}_scale_inv"]
         index.write_text(json.dumps(listed))
     assert why in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+@pytest.mark.parametrize("end", ["_scale_inv", "_scale", None])
+def test_numbers_that_another_tool_has_stored_as_integers(
+    deepseek: Twins, tmp_path: Path, dtype: torch.dtype, end: str | None
+) -> None:
+    """The bytes were read as if they were the weights, and their scales not at all."""
+    path = Path(shutil.copytree(deepseek[0], tmp_path / "m"))
+    index = path / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    for shard in path.glob("*.safetensors"):
+        state = load_file(shard)
+        if (scale := state.pop(f"{Q_PROJ}_scale_inv", None)) is not None:
+            del listed["weight_map"][f"{Q_PROJ}_scale_inv"]
+            state[Q_PROJ] = state[Q_PROJ].view(torch.uint8).to(dtype)
+            if end is not None:
+                state[Q_PROJ + end] = scale
+                listed["weight_map"][Q_PROJ + end] = shard.name
+            save_file(state, shard, metadata={"format": "pt"})
+    index.write_text(json.dumps(listed))
+    stored = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}[dtype]
+    message = refusal(path)
+    assert f"{Q_PROJ} is stored as {stored}" in message
+    assert (f"with {Q_PROJ}{end} beside it" in message) == (end is not None)
+    assert "convert the checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "block", "expected"),
+    [
+        ((384, 128), (3, 1), (128, 128), (128, 128)),
+        ((400, 130), (4, 2), (128, 128), (128, 128)),
+        ((6, 400, 130), (6, 4, 2), (128, 128), (128, 128)),
+        ((384, 128), (384, 1), (128, 128), (1, 128)),
+        ((384, 128), (384,), (128, 128), (1, 128)),
+        ((384, 128), (1, 1), (128, 128), (384, 128)),
+        ((384, 128), (), (128, 128), (384, 128)),
+        ((6, 384, 128), (6, 1, 1), (128, 128), (384, 128)),
+        ((384, 128), (4, 1), None, (96, 128)),
+    ],
+)
+def test_who_shares_a_scale(shape: Any, scale: Any, block: Any, expected: Any) -> None:
+    assert scale_block(shape, scale, block) == expected
+
+
+@pytest.mark.parametrize("scale", [(4, 1), (2, 1), (3, 2), (384, 2), (1, 128), (384, 128)])
+def test_other_blocks_than_the_configurations(scale: tuple[int, int]) -> None:
+    """[4, 1] may have been 192 rows twice, each in blocks of 128 and 64: 96 was a guess."""
+    with pytest.raises(ValueError, match=r"do not fit weights of \[384, 128\] in blocks of"):
+        scale_block((384, 128), scale, (128, 128))
 
 
 def test_parameters_that_are_called_scales_too(deepseek: Twins, tmp_path: Path) -> None:
