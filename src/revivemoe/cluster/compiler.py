@@ -12,6 +12,7 @@ import platform
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -130,3 +131,10 @@ def _alone(lock: Path) -> Iterator[None]:
                     ) from None
                 time.sleep(0.05)
         yield
+
+
+if __name__ == "__main__":
+    try:
+        print(build(cache_folders(), compilers()))
+    except (NoKernels, OSError) as missing:
+        sys.exit(f"no kernels: {missing}")

@@ -177,8 +177,9 @@ class Signals:
 
     def _on_ready(self, ready: reports.Ready, now: float) -> None:
         log.info(
-            "rank %d ready on %s: %d KV blocks, weights in %.2f s",
+            "rank %d ready on %s: %d KV blocks, weights in %.2f s%s",
             ready.rank, ready.device, ready.kv_blocks_total, ready.load_s,
+            f", kernels: {ready.kernels}" if ready.kernels else "",
         )  # fmt: skip
         view = self._fleet.views[ready.rank]
         self._fleet.lives.on_ready(view, now)

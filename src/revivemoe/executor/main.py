@@ -95,7 +95,8 @@ def _serve(
             driver = Driver(rank, runner, domains, control.commands, report, progress)
             published.append(driver)
             ready = (num_blocks, runner.load_s, runner.maskable)
-            report(Ready(spec.rank, spec.incarnation, spec.device, *ready))
+            kernels = runner.kernels.told
+            report(Ready(spec.rank, spec.incarnation, spec.device, *ready, kernels=kernels))
             driver.run()
 
 

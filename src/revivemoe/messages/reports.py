@@ -64,6 +64,8 @@ class Ready(FromRank, frozen=True, tag=True):
     load_bytes: int = 0
     """Of experts, after a role switch in the background."""
     load_sources: dict[str, int] = {}
+    kernels: str = ""
+    """What it computes with, and why not with our own; empty where nothing has changed."""
 
 
 class Activity(msgspec.Struct, frozen=True):
