@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 import torch
@@ -17,6 +16,7 @@ from support.client import Load, run_load
 from support.deployment import deployed, kill, with_status
 from support.warm import zygote
 
+from revivemoe.bench import plain_http
 from revivemoe.checkpoint.inspect import inspect_checkpoint
 from revivemoe.checkpoint.make import make_model
 from revivemoe.cli.serve_run import load_tokenizer
@@ -198,7 +198,7 @@ def test_a_long_prefill_on_big_layers_raises_no_suspicion(tmp_path: Path) -> Non
         body = {"model": "medium", "prompt": [7 + i % 90 for i in range(800)], "max_tokens": 4}
 
         async def ask() -> None:
-            async with httpx.AsyncClient(timeout=110) as client:
+            async with plain_http.async_client(timeout=110) as client:
                 post = client.post(f"{server.url}/v1/completions", json=body)
                 asking = asyncio.create_task(post)
                 while not asking.done():

@@ -7,13 +7,14 @@ import socket
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 from support.cases import Weights
 from support.deployment import deployed, kill
 from support.forked import HARD_FILES, SOFT_FILES
 from support.memory_limit import MOUNT, CannotLimit
 from support.unkind_host import UnkindHost
+
+from revivemoe.bench import plain_http
 
 FEW = 160
 """Files; more than support.forked takes for itself."""
@@ -32,7 +33,7 @@ def checked(host: UnkindHost) -> UnkindHost:
 
 def complete(url: str, model: str) -> str:
     body = {"model": model, "prompt": "Once", "max_tokens": 8, "temperature": 0}
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    answer = plain_http.post(f"{url}/v1/completions", json=body, timeout=30)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["text"])
 

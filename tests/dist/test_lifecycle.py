@@ -20,6 +20,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.warm import ForkedServer, zygote
 
+from revivemoe.bench import plain_http
 from revivemoe.bench.loadgen import StreamResult, stream_all
 from revivemoe.checkpoint.make import make_model
 
@@ -63,7 +64,7 @@ class Served:
     def await_ready(self) -> None:
         self.url = self.await_line("listening on ").rsplit("listening on ", 1)[1]
         deadline = time.monotonic() + START_S
-        while httpx.get(f"{self.url}/ready", timeout=5).status_code != 200:
+        while plain_http.get(f"{self.url}/ready", timeout=5).status_code != 200:
             assert time.monotonic() < deadline, self.err
             time.sleep(0.02)
         self.look()
@@ -91,7 +92,7 @@ class Served:
         ]
 
     def status(self) -> dict[str, Any]:
-        document: dict[str, Any] = httpx.get(
+        document: dict[str, Any] = plain_http.get(
             f"{self.url}/v1/fault_tolerance/status", timeout=10
         ).json()
         return document

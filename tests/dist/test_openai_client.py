@@ -12,6 +12,7 @@ from support.cases import Weights
 from support.deployment import Deployment, deployed
 from support.reference import reference_tokens
 
+from revivemoe.bench import plain_http
 from revivemoe.sampling_params import SamplingParams
 
 MODEL = "tiny-moe"
@@ -269,7 +270,7 @@ def test_a_disconnect_frees_everything(client: openai.OpenAI, server: Deployment
 def test_a_disconnect_while_waiting_for_the_body(server: Deployment) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1800, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.2)
+        plain_http.post(f"{server.url}/v1/completions", json=body, timeout=0.2)
     began = time.monotonic()
     server.await_status(
         lambda s: not any(e["running"] or e["kv_blocks_used"] for e in s["engines"]), 5.0
@@ -306,4 +307,4 @@ def test_keys(qwen: Weights) -> None:
         path = f"{server.url}/v1/fault_tolerance/apply"
         for key, status in (("right", 401), ("admin", 200)):
             headers = {"Authorization": f"Bearer {key}"}
-            assert httpx.post(path, json=whatif, headers=headers).status_code == status
+            assert plain_http.post(path, json=whatif, headers=headers).status_code == status

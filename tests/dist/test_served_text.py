@@ -14,6 +14,7 @@ from support.cases import Case, Weights, plain_cases
 from support.deployment import Deployment, deployed, kill
 from support.fuzz import RIGHT, WRONG, fuzz
 
+from revivemoe.bench import plain_http
 from revivemoe.sampling_params import SamplingParams
 
 MAX_LEN = 256
@@ -44,7 +45,7 @@ def asked(case: Case, **fields: Any) -> dict[str, Any]:
 
 
 def post(server: Deployment, **body: Any) -> dict[str, Any]:
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    answer = plain_http.post(f"{server.url}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     (choice,) = answer.json()["choices"]
     return dict(choice)
@@ -53,7 +54,7 @@ def post(server: Deployment, **body: Any) -> dict[str, Any]:
 def streamed(server: Deployment, body: dict[str, Any], during: Any) -> dict[str, list[Any]]:
     """Text, tokens, offsets and so on of all chunks; `during(n)` after the n-th."""
     found: dict[str, list[Any]] = {"text": []}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True},
+    with plain_http.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True},
                       timeout=60) as answer:  # fmt: skip
         for n, line in enumerate(one for one in answer.iter_lines() if one.startswith("data: {")):
             document = json.loads(line[6:])

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
+from revivemoe.bench import plain_http
 from revivemoe.server import bodies, openai_routes, sse
 from revivemoe.server.admission import Admission
 from revivemoe.server.lifetime import Lifetime
@@ -75,7 +75,7 @@ def test_a_server_that_stops_waits_for_a_body_that_is_coming(start_server):
         server.stop()
         assert eventually(lifetime(server).draining.is_set)
         time.sleep(0.05)
-        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert plain_http.get(f"{server.url}/ready").status_code == 503
         client.sendall(BODY[5:])
         assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
 
@@ -92,7 +92,7 @@ def test_a_server_that_stops_waits_for_a_stream_that_begins(start_server, monkey
             stopping.join()
             assert eventually(lifetime(server).draining.is_set)
             time.sleep(0.05)
-            assert httpx.get(f"{server.url}/ready").status_code == 503
+            assert plain_http.get(f"{server.url}/ready").status_code == 503
             server.engine.hold_submit = False
             lines = [line for line in answer.iter_lines() if line]
         assert lines[-1] == "data: [DONE]"

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 
+from revivemoe.bench import plain_http
+
 TIMEOUT_S = 60.0
 LOGPROB_TOLERANCE = 1e-4
 
@@ -93,7 +95,7 @@ class Load:
         """Run all streams to their ends, and `beside` with them."""
         limits = httpx.Limits(max_connections=None)
         async with (
-            httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT_S, limits=limits) as client,
+            plain_http.async_client(base_url=self.url, timeout=TIMEOUT_S, limits=limits) as client,
             asyncio.TaskGroup() as group,
         ):
             for request, answer in zip(self.requests, self.answers, strict=True):
@@ -148,7 +150,7 @@ def run_load(
 def complete(url: str, request: Request) -> Answer:
     """The same request answered in one body."""
     body = {**request.body, "return_token_ids": True}
-    response = httpx.post(url + request.path, json=body, timeout=TIMEOUT_S)
+    response = plain_http.post(url + request.path, json=body, timeout=TIMEOUT_S)
     answer = Answer(status=response.status_code)
     answer.header_quality = response.headers.get("x-revivemoe-quality")
     if response.status_code != 200:

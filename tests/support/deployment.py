@@ -14,6 +14,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from support.warm import zygote
 
+from revivemoe.bench import plain_http
 from revivemoe.bench.server_process import ServerProcess
 
 Status = dict[str, Any]
@@ -44,20 +45,20 @@ class Deployment(ServerProcess):
     ) -> None:
         """Arm a fault at a point of a rank's step loop; now, without one."""
         body = {"id": rank, "kind": kind, "at": at or {}, "params": params or {}}
-        response = httpx.post(f"{self.url}/v1/fault_tolerance/inject", json=body, timeout=10)
+        response = plain_http.post(f"{self.url}/v1/fault_tolerance/inject", json=body, timeout=10)
         assert response.status_code == 202, response.text
 
     def apply(self, instruction: str, **params: Any) -> str:
         """Ask for something; returns the request id."""
         body = {"instruction": instruction, "params": params}
-        response = httpx.post(f"{self.url}/v1/fault_tolerance/apply", json=body, timeout=10)
+        response = plain_http.post(f"{self.url}/v1/fault_tolerance/apply", json=body, timeout=10)
         assert response.status_code == 202, response.text
         return str(response.json()["request_id"])
 
     def refused(self, instruction: str, **params: Any) -> str:
         """Ask for something that is refused with 400; returns why."""
         body = {"instruction": instruction, "params": params}
-        response = httpx.post(f"{self.url}/v1/fault_tolerance/apply", json=body, timeout=10)
+        response = plain_http.post(f"{self.url}/v1/fault_tolerance/apply", json=body, timeout=10)
         assert response.status_code == 400, response.text
         return str(response.json()["error"]["message"])
 
@@ -75,11 +76,11 @@ class Deployment(ServerProcess):
     def inject_kill(self, rank: int, **at: int | str) -> None:
         """Arm a SIGKILL of a rank by itself, at a point of its step loop."""
         body = {"id": rank, "kind": "kill", "at": at}
-        response = httpx.post(f"{self.url}/v1/fault_tolerance/inject", json=body, timeout=10)
+        response = plain_http.post(f"{self.url}/v1/fault_tolerance/inject", json=body, timeout=10)
         assert response.status_code == 202, response.text
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10)
+        return plain_http.get(self.url + path, timeout=10)
 
     def await_status(self, holds: Callable[[Status], bool], timeout_s: float = 20.0) -> Status:
         """The first status document of which something holds. Asks ever less often: the answers

@@ -17,6 +17,8 @@ import httpx
 import pytest
 from support.deployment import Deployment
 
+from revivemoe.bench import plain_http
+
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 SCRIPTS = ROOT / "tests" / "clients" / "scripts"
@@ -41,7 +43,7 @@ class Served:
 
     def ask(self, method: str, path: str, key: str = KEY, **more: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.request(method, self.url + path, headers=headers, timeout=60, **more)
+        return plain_http.request(method, self.url + path, headers=headers, timeout=60, **more)
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         answer = self.ask("POST", path, json={"model": self.model, **body})

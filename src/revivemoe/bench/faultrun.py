@@ -11,6 +11,7 @@ from functools import partial
 
 import httpx
 
+from revivemoe.bench import plain_http
 from revivemoe.bench.documents import Event, Status
 from revivemoe.bench.loadgen import Body, StreamResult, stream_all
 from revivemoe.bench.server_process import ServerProcess
@@ -117,7 +118,9 @@ def past_events(url: str, epoch: int, timeout_s: float = 5.0) -> list[Event]:
     def read() -> None:
         with (
             contextlib.suppress(httpx.HTTPError),
-            httpx.stream("GET", f"{url}/v1/fault_tolerance/events", timeout=timeout_s) as stream,
+            plain_http.stream(
+                "GET", f"{url}/v1/fault_tolerance/events", timeout=timeout_s
+            ) as stream,
         ):
             for line in stream.iter_lines():
                 if line.startswith("data: "):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from revivemoe.bench import plain_http
 from revivemoe.bench.documents import Chunk
 
 Body = dict[str, object]
@@ -105,7 +106,7 @@ async def stream_all(
     """All completions at once; results in order."""
     results = list(into) if into is not None else [StreamResult() for _ in bodies]
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits) as client:
+    async with plain_http.async_client(base_url=url, timeout=timeout_s, limits=limits) as client:
         await asyncio.gather(
             *(stream_completion(client, b, r) for b, r in zip(bodies, results, strict=True))
         )

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
-from revivemoe.bench import paper_table
+from revivemoe.bench import paper_table, plain_http
 from revivemoe.bench.faultrun import FaultRun, mend, run_with_fault
 from revivemoe.bench.loadgen import StreamResult, gaps, greedy, random_prompts, warm
 from revivemoe.bench.models import bench_model
@@ -184,7 +183,7 @@ def _prefill_rate(server: ServerProcess, model_dir: Path, draw: random.Random) -
         (prompt,) = random_prompts(draw, 1, length)
         body = {"model": model_dir.name, "prompt": prompt, "max_tokens": 1, "temperature": 0}
         began = time.monotonic()
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+        plain_http.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
         rates.append(length / (time.monotonic() - began))
     return statistics.median(rates)
 

@@ -5,8 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
-
+from revivemoe.bench import plain_http
 from revivemoe.bench.server_process import ServerProcess
 
 CATEGORIES = (
@@ -24,7 +23,7 @@ def restart(model_dir: Path, flags: Sequence[str]) -> dict[str, float]:
         began, wall = time.monotonic(), time.time()
         server.stop()
         server.restart()
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+        plain_http.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
         total_s = time.monotonic() - began
         return {"total": total_s, **_categories(server.log_tail(200), wall, total_s)}
 

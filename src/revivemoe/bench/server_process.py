@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 
+from revivemoe.bench import plain_http
 from revivemoe.bench.documents import Status
 
 BRIEF = ("--shutdown-timeout", "2")
@@ -91,14 +92,14 @@ class ServerProcess:
 
     def status(self) -> Status:
         """The status document."""
-        response = httpx.get(f"{self.url}/v1/fault_tolerance/status", timeout=10)
+        response = plain_http.get(f"{self.url}/v1/fault_tolerance/status", timeout=10)
         document: Status = response.json()
         return document
 
     def post(self, what: str, body: dict[str, object]) -> None:
         """Ask something of the fault-tolerance API: `apply` or `inject`."""
         url = f"{self.url}/v1/fault_tolerance/{what}"
-        httpx.post(url, json=body, timeout=10).raise_for_status()
+        plain_http.post(url, json=body, timeout=10).raise_for_status()
 
     def rank_pid(self, rank: int) -> int:
         """Process id of one rank."""
@@ -129,6 +130,6 @@ class ServerProcess:
                 return False
             self.url = match.group(1)
         try:
-            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+            return plain_http.get(f"{self.url}/ready", timeout=5).status_code == 200
         except httpx.TransportError:
             return False

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
+from revivemoe.bench import plain_http
 from revivemoe.bench.loadgen import greedy, random_prompts, stream_all
 from revivemoe.bench.models import bench_model
 from revivemoe.bench.server_process import ServerProcess
@@ -159,7 +159,7 @@ def _half(
 def _waits(server: ServerProcess) -> tuple[list[float], list[float]]:
     """Seconds in steps, and of these waiting, by rank."""
     time.sleep(0.3)  # heartbeats bring them
-    text = httpx.get(f"{server.url}/metrics", timeout=10).text
+    text = plain_http.get(f"{server.url}/metrics", timeout=10).text
     found = []
     for name in ("step", "wait"):
         pattern = rf'revivemoe_rank_{name}_seconds_total{{rank="(\d+)"}} (\S+)'

@@ -9,6 +9,7 @@ import pytest
 from unit.server.fake_engine import FakeEngine
 from unit.server.tiny_tokenizer import tiny_tokenizer
 
+from revivemoe.bench import plain_http
 from revivemoe.server import create_app, serve_app
 
 
@@ -62,7 +63,7 @@ class RunningServer:
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=10)
+        return plain_http.client(base_url=self.url, headers=headers, timeout=10)
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
-import httpx
-
+from revivemoe.bench import plain_http
 from revivemoe.host.descriptors import lowest_free
 from revivemoe.server import accepting
 from revivemoe.server.accepting import Acceptor
@@ -95,7 +94,7 @@ def test_a_stream_under_way_is_not_closed_for_room(start_server, monkeypatch):
             with connections(server.url, 20) as idle:
                 assert idle[0].recv(1) == b""
                 assert list(lines)[-2:].count("data: [DONE]") == 1
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert plain_http.get(f"{server.url}/health").status_code == 200
 
 
 def test_the_reserve_is_nobodys_however_clients_come_and_go() -> None:

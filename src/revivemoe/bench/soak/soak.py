@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from revivemoe.bench import plain_http
 from revivemoe.bench.server_process import ServerProcess
 from revivemoe.bench.soak.episode import Episode, Episodes
 from revivemoe.bench.soak.instance import Instance, rank_pids, shape
@@ -158,4 +159,4 @@ def _client(url: str) -> httpx.AsyncClient:
     """Streams are watched, not timed out; of the rest, each question says how long it waits."""
     limits = httpx.Limits(max_connections=None)
     timeout = httpx.Timeout(30.0, read=2 * SILENT_FOR_S)
-    return httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits)
+    return plain_http.async_client(base_url=url, timeout=timeout, limits=limits)
