@@ -194,15 +194,13 @@ class Epochs:
 
     def begin(self, exited: Fault | None, now: float) -> None:
         """All have met. One that exited just after that is a fault like any later one."""
-        self.fleet.enter_epoch(self.membership.epoch, self._alive(self.membership.members), now)
+        alive = [rank for rank in self.membership.members if not self.fleet.views[rank].dead]
+        self.fleet.enter_epoch(self.membership.epoch, alive, now)
         self._enter(Serving())
         if exited is not None:
             self.accuse([exited], now)
         else:
             self._host.epoch_began(self.membership, None)
-
-    def _alive(self, members: Sequence[RankId]) -> list[RankId]:
-        return [rank for rank in members if not self.fleet.views[rank].dead]
 
     def on_ack(self, ack: FenceAck, now: float) -> None:
         """A survivor has left and rolled back."""
@@ -319,8 +317,8 @@ class Epochs:
         log.info("epoch %d: %s", plan.membership.epoch, self.records[-1].reason)
         self._enter(Serving())
         self._host.epoch_began(self.membership, self.records[-1])
-        redundancy, now = self.policy.restore_redundancy, self._clock()
-        self.loads.epoch_began(plan, self.fleet.home, redundancy, now)
+        home, redundancy = self.fleet.home, self.policy.restore_redundancy
+        self.loads.epoch_began(plan, home, redundancy, self._clock())
 
     def restart(self, rank: RankId) -> None:
         """A new process for a rank, once the present one is gone."""
@@ -341,8 +339,7 @@ class Epochs:
 
     def plan_switch(self, rank: RankId) -> RecoveryPlan:
         """What would be done for the role switch of a rank now. Does nothing."""
-        world = replace(self.world(self._clock()), switch=rank)
-        return plan_recovery(world, [], self.policy)
+        return plan_recovery(replace(self.world(self._clock()), switch=rank), [], self.policy)
 
     def world(self, now: float) -> World:
         """Everything the plan depends on."""

@@ -1,12 +1,10 @@
 """Makes the faults of a scenario happen at their moments, and remembers what was done to whom."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 from revivemoe.core.step import Batch
-from revivemoe.engine.operations import Operations
 from revivemoe.ids import Epoch, RankId
 from revivemoe.messages.reports import Fatal
 from revivemoe.recovery.faults import DeviceReport
@@ -17,8 +15,8 @@ from revivemoe.sim.faults import POISONS, AtTime, FaultSpec, InStage
 from revivemoe.sim.host import EngineHost, stage_of
 from revivemoe.sim.links import Links
 from revivemoe.sim.mishaps import Mishaps
+from revivemoe.sim.outside import Outside
 from revivemoe.sim.process import Process
-from revivemoe.streams import Document
 
 SLOWNESS = 5.0
 BETWEEN_KILLS_S = 0.25
@@ -51,7 +49,7 @@ class Strikes(Mishaps):
         self.links = Links(cluster.rng)
         self.trace: Callable[[str], None] = lambda line: None
         self._clock, self._cluster, self._host = clock, cluster, host
-        self._operations: Operations | None = None
+        self._outside = Outside(clock, host)
         self._waiting = [f for f in faults if not isinstance(f.when, AtTime)]
         self._timed = [f for f in faults if isinstance(f.when, AtTime)]
         self._poison = next((f for f in faults if f.kind in POISONS), None)
@@ -171,7 +169,7 @@ class Strikes(Mishaps):
             case "deaf":
                 process.deaf = True
                 self.drained.add(process.rank)
-                self._instruct("isolate", {"id": process.rank})
+                self._outside.instruct("isolate", {"id": process.rank})
             case "kill-switching":
                 switching = self._host.engine.epochs.fleet.switching
                 self._kill(self._cluster.processes[switching[0].rank] if switching else process)
@@ -285,23 +283,23 @@ class Strikes(Mishaps):
                 self._report_shared(NODE, tuple(sorted(self._host.engine.ranks)), fault)
             case "drain":
                 self.drained.add(rank)
-                self._instruct("isolate", {"id": rank})
+                self._outside.instruct("isolate", {"id": rank})
             case "switch":
                 self._lose_an_expert_rank()
                 self._switch(MOST_RETRIES)
             case "rejoin":
                 self._rejoin(MOST_RETRIES)
             case "restore":
-                self._instruct("restore_experts", {})
+                self._outside.instruct("restore_experts", {})
             case "retry":
-                self._instruct("retry", {})
+                self._outside.instruct("retry", {})
             case "retries":
                 for number in range(NUM_RETRIES):
                     delay_s = number * BETWEEN_RETRIES_S * self._cluster.rng.random()
-                    self._later(delay_s, partial(self._instruct, "retry", {}))
+                    self._later(delay_s, partial(self._outside.instruct, "retry", {}))
             case "pause":
-                self._instruct("pause", {})
-                self._later(fault.seconds, lambda: self._instruct("resume", {}))
+                self._outside.instruct("pause", {})
+                self._later(fault.seconds, lambda: self._outside.instruct("resume", {}))
             case _:
                 return False
         return True
@@ -312,31 +310,22 @@ class Strikes(Mishaps):
             self.guilty.add(self._cluster.processes[rank])
         elif action == "drain":
             self.drained.add(rank)
-        report = DeviceReport(rank, level, "sim", "drawn by the seed", "injected")
-        self._host.call(lambda: self._host.engine.on_health(report, self._clock.now))
+        self._outside.tell_health(DeviceReport(rank, level, "sim", "drawn by the seed", "injected"))
 
     def _report_shared(self, code: str, ranks: tuple[RankId, ...], fault: FaultSpec) -> None:
         """One signal about several ranks, told of each; that of a node is over after a while."""
         action = self._host.engine.config.policy.action_of(fault.level)
         if code != NODE and action in ("drain", "isolate", "retry"):  # retries may be too many
             self.drained.update(ranks)
-        self._tell_health(code, ranks, fault.level)
+        self._outside.tell_health_of(code, ranks, fault.level)
         if code == NODE:
-            self._later(fault.seconds, partial(self._tell_health, code, ranks, 0))
-
-    def _tell_health(self, code: str, ranks: tuple[RankId, ...], level: int) -> None:
-        for rank in ranks:
-            report = DeviceReport(rank, level, code, "drawn by the seed", "injected", ranks)
-            self._host.call(partial(self._on_health, report))
-
-    def _on_health(self, report: DeviceReport) -> None:
-        self._host.engine.on_health(report, self._clock.now)
+            self._later(fault.seconds, partial(self._outside.tell_health_of, code, ranks, 0))
 
     def _rejoin(self, retries: int) -> None:
         """Let the first rank that is out come back; if there is none, look again later."""
         out = [view.rank for view in self._host.engine.ranks.values() if view.dead]
         if out:
-            self._instruct("rejoin", {"id": out[0]})
+            self._outside.instruct("rejoin", {"id": out[0]})
         elif retries:
             self._later(RETRY_S, partial(self._rejoin, retries - 1))
 
@@ -352,17 +341,6 @@ class Strikes(Mishaps):
         engine = self._host.engine
         for rank in engine.membership.topology.attention:
             self.drained.add(rank)
-            self._instruct("role_switch", {"id": rank})
+            self._outside.instruct("role_switch", {"id": rank})
         if retries and not engine.epochs.fleet.switched:
             self._later(RETRY_S / 3, partial(self._switch, retries - 1))
-
-    def _instruct(self, instruction: str, params: Document) -> None:
-        self._host.call(partial(self._apply, instruction, params))
-
-    def _apply(self, instruction: str, params: Document) -> None:
-        """As an operator would; what is refused now is not asked for again."""
-        if self._operations is None:
-            self._operations = Operations(self._host.engine)
-        request_id = f"{instruction} {self._clock.num_actions}"
-        with contextlib.suppress(ValueError):
-            self._operations.apply(instruction, params, request_id, self._clock.now)
