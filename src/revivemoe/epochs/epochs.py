@@ -123,8 +123,7 @@ class Epochs:
             return
         log.error("failed: %s", reason)
         self._enter(FailedState(reason, user_error))
-        ended = self._host.failed(reason)
-        self._tell(InstanceFailed(reason, ended))
+        self._tell(InstanceFailed(reason, self._host.failed(reason)))
         self.fleet.lives.close(self._clock())
 
     # ---- the way to the next epoch -----------------------------------------------------------
