@@ -45,7 +45,8 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
-    prefill_tokens_beside_decodes: int = 64
+    prefill_tokens_beside_decodes: int = 0
+    """0: by what steps cost (`core.pace`)."""
     block_size: int = 16
     num_kv_blocks: int | None = None
     kernels: str = "auto"
@@ -208,7 +209,7 @@ def _check_positive(config: EngineConfig) -> None:
         ("--max-model-len", config.max_model_len, 2),
         ("--max-num-seqs", config.max_num_seqs, 1),
         ("--max-num-batched-tokens", config.max_num_batched_tokens, 1),
-        ("--max-prefill-beside-decodes", config.prefill_tokens_beside_decodes, 1),
+        ("--max-prefill-beside-decodes", config.prefill_tokens_beside_decodes, 0),
         ("--block-size", config.block_size, 1),
         ("--num-kv-blocks", config.num_kv_blocks, 1),
     ):

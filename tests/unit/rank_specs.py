@@ -9,7 +9,7 @@ LIMITS = RankLimits(
     max_num_seqs=2,
     max_num_batched_tokens=64,
     max_model_len=160,
-    prefill_tokens_beside_decodes=64,
+    prefill_tokens_beside_decodes=0,
 )
 SPEC = RankSpec(
     rank=3,

@@ -46,7 +46,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         ("max_num_seqs", 0, "--max-num-seqs 0", "at least 1"),
         ("max_num_batched_tokens", 0, "--max-num-batched-tokens 0", "at least 1"),
         ("max_num_batched_tokens", 31, "--max-num-batched-tokens 31", "--max-num-seqs 32"),
-        ("prefill_tokens_beside_decodes", 0, "--max-prefill-beside-decodes 0", "at least 1"),
+        ("prefill_tokens_beside_decodes", -1, "--max-prefill-beside-decodes -1", "at least 0"),
         ("block_size", 0, "--block-size 0", "at least 1"),
         ("num_kv_blocks", 0, "--num-kv-blocks 0", "at least 1"),
         ("comm_backend", "mpi", "--comm-backend 'mpi'", "auto, shm, gloo, nccl"),

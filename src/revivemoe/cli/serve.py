@@ -91,8 +91,12 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option(help="Sequences running at once per rank.")] = 32,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per rank and step.")] = 512,
     max_prefill_beside_decodes: Annotated[
-        int, typer.Option(help="Prefill tokens per rank and step while some stream decodes.")
-    ] = 64,
+        int,
+        typer.Option(
+            help="Prefill tokens per rank and step while some stream decodes; 0: what decodes can "
+            "bear, by how long steps take; less while what a recovery has moved is computed again."
+        ),
+    ] = 0,
     block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
     num_kv_blocks: Annotated[
         int | None, typer.Option(help="KV blocks per rank; default: by need and free memory.")

@@ -44,6 +44,8 @@ class Ran(NamedTuple):
 
     results: Sequence[StepResult]
     seconds: float
+    waited_s: float = 0.0
+    """Of these, for peers."""
 
 
 class Loaded(NamedTuple):

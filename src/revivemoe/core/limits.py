@@ -21,8 +21,9 @@ class RankLimits:
     """Prompt plus output tokens of one sequence."""
     enable_prefix_caching: bool = True
     prefill_tokens_beside_decodes: int | None = None
-    """Prefill tokens per step while some member of the domain decodes; None: no such bound. Steps
-    are lock-step, so one rank's long prefill would hold back every stream of the instance."""
+    """Prefill tokens per step while some member of the domain decodes; None: no such bound, and 0:
+    by `core.pace`. Steps are lock-step: one rank's long prefill holds back every stream of the
+    instance."""
 
     def __post_init__(self) -> None:
         if min(self.block_size, self.max_num_seqs, self.max_model_len) < 1 or self.num_blocks < 0:

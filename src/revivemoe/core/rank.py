@@ -19,6 +19,7 @@ from revivemoe.core.counters import Counters
 from revivemoe.core.journal import Journal, release_all
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.outcome import Outcome, outcome_of
+from revivemoe.core.pace import Pace
 from revivemoe.core.queues import Queues
 from revivemoe.core.scheduler import Scheduler
 from revivemoe.core.sequence import Sequence
@@ -64,7 +65,8 @@ class Rank:
         self.tally = Tally()
         """Of the live sequences."""
         self.journal = Journal(self.pool, self.queues)
-        self._scheduler = Scheduler(limits, self.pool, self.queues, self.journal)
+        self.pace = Pace()
+        self._scheduler = Scheduler(limits, self.pool, self.queues, self.journal, self.pace)
 
     # ---- requests: valid in every state, between steps ---------------------------------------
 

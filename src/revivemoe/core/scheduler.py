@@ -1,10 +1,11 @@
 """Continuous batching with chunked prefill: which tokens of which sequences run in a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from revivemoe.core.blocks import BlockPool
 from revivemoe.core.journal import Journal
 from revivemoe.core.limits import RankLimits
+from revivemoe.core.pace import GENTLE, USUAL, Pace
 from revivemoe.core.queues import Queues
 from revivemoe.core.sequence import Sequence
 from revivemoe.core.step import Batch, ScheduledSequence
@@ -24,6 +25,7 @@ class Scheduler:
     _pool: BlockPool
     _queues: Queues
     _journal: Journal
+    _pace: Pace = field(default_factory=Pace)
 
     def schedule(self, step: int, mask_key: bytes, beside_decodes: bool = False) -> Batch:
         """The batch of the next step; empty only if no sequence is live.
@@ -42,8 +44,14 @@ class Scheduler:
         bound = self._limits.prefill_tokens_beside_decodes
         if bound is None or not beside_decodes:
             return most
+        bound = bound or self._pace.prefill_tokens(GENTLE if self._refills() else USUAL, most)
         ready = sum(sequence.num_remaining == 1 for sequence in self._queues.running)
         return min(most, ready + bound)
+
+    def _refills(self) -> bool:
+        """Whether a sequence that has put out tokens is computed again: moved, or preempted."""
+        every = (*self._queues.running, *self._queues.waiting)
+        return any(s.output_ids and s.num_remaining > 1 for s in every)
 
     def _schedule_running(self, budget: int) -> list[ScheduledSequence]:
         """Shares of the running sequences, as far as the budget goes.

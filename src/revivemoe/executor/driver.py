@@ -151,11 +151,13 @@ class Driver:
 
     def _forward(self, batch: Batch) -> effects.Ran:
         began, results = time.monotonic(), list[StepResult]()
+        waited_s = self._progress.total_waited_s
         if batch.items:
             results = self._runner.execute(batch)
         else:
             self._runner.serve()
-        return effects.Ran(results, time.monotonic() - began)
+        waited_s = self._progress.total_waited_s - waited_s
+        return effects.Ran(results, time.monotonic() - began, waited_s)
 
     def _reach_of_loop(self, effect: effects.Reach) -> None:
         now = time.monotonic()

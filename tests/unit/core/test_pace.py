@@ -1,0 +1,48 @@
+from revivemoe.core.pace import FIRST, GENTLE, LEAST, USUAL, Pace
+
+
+def learnt(decodes_s: float, token_s: float, steps: int = 60) -> Pace:
+    pace = Pace()
+    for step in range(steps):
+        prefill = 40 if step % 3 == 0 else 0
+        pace.note(prefill, 8, decodes_s + prefill * token_s)
+    return pace
+
+
+def test_before_anything_is_known():
+    assert Pace().prefill_tokens(USUAL, 512) == FIRST
+    assert Pace().prefill_tokens(USUAL, 20) == 20
+
+
+def test_a_step_takes_so_many_times_as_long_as_decodes():
+    pace = learnt(0.05, 0.001)
+    assert abs(pace.prefill_tokens(GENTLE, 512) - 50) <= 1
+    assert abs(pace.prefill_tokens(USUAL, 512) - 350) <= 3
+    assert pace.prefill_tokens(USUAL, 100) == 100
+
+
+def test_a_prefill_always_gets_on():
+    assert learnt(0.001, 0.1).prefill_tokens(GENTLE, 512) == LEAST
+    assert learnt(0.001, 0.1).prefill_tokens(GENTLE, 4) == 4
+
+
+def test_tokens_that_cost_nothing_are_bounded_by_the_step():
+    assert learnt(0.05, 0.0).prefill_tokens(GENTLE, 512) == 512
+
+
+def test_a_prefill_alone_tells_what_a_token_costs():
+    pace = Pace()
+    pace.note(200, 0, 0.2)
+    pace.note(0, 4, 0.05)
+    assert abs(pace.prefill_tokens(GENTLE, 512) - 50) <= 1
+    pace.note(0, 0, 9.0)  # it only served others
+    pace.note(3, 0, 9.0)  # too few to tell anything
+    assert abs(pace.prefill_tokens(GENTLE, 512) - 50) <= 1
+
+
+def test_it_follows_what_has_changed():
+    pace = learnt(0.05, 0.001)
+    for _ in range(40):
+        pace.note(0, 8, 0.1)
+        pace.note(40, 8, 0.1 + 40 * 0.004)
+    assert abs(pace.prefill_tokens(GENTLE, 512) - 25) <= 2
