@@ -154,7 +154,8 @@ class Dispatcher:
         outbox = transport.outbox(row_bytes, handle.received_N, route.sent_N, self._back)
         outbox.view(out_RH.dtype).copy_(out_RH)
         transport.send()
-        combined_TH = torch.empty_like(handle.like)
+        like = handle.like
+        combined_TH = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         self._rows.sum_parts(transport.receive(), out_RH.dtype, route, combined_TH)
         return combined_TH
 

@@ -52,6 +52,8 @@ class NativeExperts:
 
     def __call__(self, rows_RH: Tensor, slot_ids_RC: Tensor, weights_RC: Tensor) -> Tensor:
         module = self._module
+        if rows_RH.dtype != module.down_proj.dtype:  # such as experts that are kept in float32
+            return OwnExperts(module)(rows_RH, slot_ids_RC, weights_RC)
         return self._native.experts(
             rows_RH, slot_ids_RC, weights_RC, module.gate_up_proj, module.down_proj, self._exact
         )

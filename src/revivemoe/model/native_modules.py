@@ -33,14 +33,15 @@ def use_native(model: nn.Module, native: Native, always: bool = False) -> None:
             if most[shape]:
                 module.forward = partial(_linear, module, native, most[shape])
         elif (eps := _eps(module)) is not None and _is_rms_norm(module, native, eps):
-            module.forward = partial(_rms_norm, module, native, eps)
+            module.forward = partial(_rms_norm, module, native, eps, module.forward)
 
 
 # ---- linear layers --------------------------------------------------------------------------
 
 
 def _linear(module: nn.Linear, native: Native, most: int, rows: Tensor) -> Tensor:
-    if rows.numel() <= most * module.in_features:
+    few, same = rows.numel() <= most * module.in_features, rows.dtype == module.weight.dtype
+    if few and same and rows.shape[-1] == module.in_features:
         return native.linear(rows, module.weight, module.bias)
     return linear(rows, module.weight, module.bias)
 
@@ -76,8 +77,17 @@ def _eps(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def _rms_norm(module: nn.Module, native: Native, eps: float, rows: Tensor) -> Tensor:
-    return native.rms_norm(rows, module.weight, eps)
+def _rms_norm(
+    module: nn.Module,
+    native: Native,
+    eps: float,
+    original: Callable[[Tensor], Tensor],
+    rows: Tensor,
+) -> Tensor:
+    weight = module.weight
+    if rows.dtype != weight.dtype or rows.shape[-1] != len(weight):
+        return original(rows)
+    return native.rms_norm(rows, weight, eps)
 
 
 def _is_rms_norm(module: nn.Module, native: Native, eps: float) -> bool:

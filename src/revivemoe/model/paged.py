@@ -143,10 +143,10 @@ class PagedCache:
             for pages in pair:
                 pages.view(-1, *pages.shape[2:]).index_fill_(0, slots, 0)
 
-    def decodes_natively(self, module: nn.Module) -> bool:
-        """Whether single queries can read this layer's pages where they lie."""
+    def decodes_natively(self, module: nn.Module, dtype: torch.dtype) -> bool:
+        """Whether single queries of this dtype can read the layer's pages where they lie."""
         keys, values = self.pages[module.layer_idx]
-        if self.native is None or hasattr(module, "expand_kv"):
+        if self.native is None or hasattr(module, "expand_kv") or keys.dtype != dtype:
             return False
         return self.native.attends(keys.dtype, keys.device, keys.shape[-1], values.shape[-1])
 
@@ -202,7 +202,7 @@ def paged_attention(
         for item in batch.prefills:
             _attend_expanded(cache, module, item, query, out_THD, scale, sliding_window, sinks)
         return out_THD[None], None
-    if cache.decodes_natively(module):
+    if cache.decodes_natively(module, query.dtype):
         seen = Seen(batch.decode_rows_B, batch.decode_blocks_BN, batch.decode_lengths_B)
         pages = cache.pages[module.layer_idx]
         by_row = query[0].transpose(0, 1)
