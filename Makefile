@@ -28,8 +28,9 @@ demo: setup
 # On two cores at once. What starts no deployment comes first, so that what is broken shows early; the
 # others go by files, whose tests share deployments.
 SMALL = tests/unit tests/field tests/sim
-test: lint type
-	$(BIN)/python -m pytest -q -n 2 $(SMALL)
+test: lint
+	@echo "types are checked beside the first tests"; $(MAKE) -s type & types=$$!; \
+		$(BIN)/python -m pytest -q -n 2 $(SMALL) && wait $$types
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/gpu tests/dist
 
 # Every kind of fault at every point of a step, over both transports: about 25 minutes.

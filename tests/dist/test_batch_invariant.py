@@ -11,8 +11,8 @@ from support.faults import killer
 
 from revivemoe.kernels.library import NoKernels, open_library
 
-STREAMS, RANKS, TOKENS = 16, 4, 40
-KILLS = int(os.environ.get("REVIVEMOE_TEST_KILLS", "2"))
+STREAMS, RANKS, TOKENS = 8, 4, 32
+KILLS = int(os.environ.get("REVIVEMOE_TEST_KILLS", "1"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from revivemoe.sim.report import replay, run_seeds
 from revivemoe.sim.run import run_seed
 
 CHUNK = 20
-NUM_CHUNKS = 10
+NUM_CHUNKS = 6
 
 
 @pytest.mark.parametrize("chunk", range(NUM_CHUNKS))

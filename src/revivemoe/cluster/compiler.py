@@ -24,8 +24,8 @@ from revivemoe.kernels.library import SOURCE, SOURCES, NoKernels, do_without, us
 logger = logging.getLogger("revivemoe.kernels")
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
-BUILT_WITHIN_S = 60.0
-"""Twenty times what it takes; another process's build is waited for as long."""
+BUILT_WITHIN_S = 40.0
+"""Ten times what it takes; another process's build is waited for as long."""
 
 
 def provide_kernels() -> None:
@@ -49,10 +49,16 @@ def build(folders: Sequence[Path], names: Sequence[str]) -> Path:
     compiler = next((found for name in names if (found := shutil.which(name))), None)
     if compiler is None:
         raise NoKernels("no C++ compiler: install g++, or set CXX")
-    path = _folder(folders) / f"kernels-{_key(compiler)}.so"
-    if not path.exists():
-        _build(compiler, path)
-    return path
+    name, why = f"kernels-{_key(compiler)}.so", "none was named"
+    for folder in folders:
+        try:
+            path = _own(folder) / name
+            if not path.exists():
+                _build(compiler, path)
+            return path
+        except OSError as error:
+            why = str(error)
+    raise NoKernels(f"no folder to build them in (REVIVEMOE_CACHE_DIR names one): {why}")
 
 
 def _key(compiler: str) -> str:
@@ -72,24 +78,17 @@ def _processor() -> bytes:
     return b"".join(sorted(set(lines)))
 
 
-def _folder(folders: Sequence[Path]) -> Path:
-    """Where builds are kept: a folder that nobody else can write to. Raises NoKernels."""
-    why = ""
-    for folder in folders:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            of_folder = folder.stat()
-        except OSError as error:
-            why = str(error)
-            continue
-        others = stat.S_IWGRP | stat.S_IWOTH
-        if of_folder.st_uid != os.getuid() or of_folder.st_mode & others:
-            why = f"{folder} can be written to by others"
-        elif not os.access(folder, os.W_OK | os.X_OK) and not any(folder.glob("kernels-*.so")):
-            why = f"{folder} cannot be written to"
-        else:
-            return folder
-    raise NoKernels(f"no folder to build them in (REVIVEMOE_CACHE_DIR names one): {why}")
+def _own(folder: Path) -> Path:
+    """The folder, made if need be, without links on the way. Raises OSError where somebody else
+    could put something into it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()
+    of_folder = folder.lstat()
+    others = stat.S_IWGRP | stat.S_IWOTH
+    if of_folder.st_uid != os.getuid() or of_folder.st_mode & others:
+        raise PermissionError(f"{folder} can be written to by others")
+    return folder
 
 
 def _build(compiler: str, path: Path) -> None:

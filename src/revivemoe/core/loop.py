@@ -199,9 +199,7 @@ class StepLoop:
             self._rank.mark_executing()
         ran = _of((yield effects.Forward(batch)), effects.Ran)
         yield effects.Reach("commit", batch.num_tokens)
-        self._rank.pace.note(
-            batch.num_tokens - batch.num_decodes, batch.num_decodes, ran.seconds - ran.waited_s
-        )
+        self._rank.note_pace(batch, ran.seconds - ran.waited_s)
         tokens = self._rank.commit(ran.results, ran.seconds)
         self._begun = None
         if tokens.tokens or tokens.prompt_logprobs:

@@ -8,6 +8,8 @@ LEAST = 16
 """So that a prefill always gets on."""
 MANY = 64
 """Prompt tokens from which on a step without decodes tells what one costs."""
+ASK_AGAIN = 32
+"""Steps with prefill, after which one without shows what decodes cost by now."""
 WEIGHT = 0.2
 """Of the newest step in what is remembered."""
 USUAL, GENTLE = 8.0, 2.0
@@ -25,9 +27,15 @@ class Pace:
     _token_s: float | None = None
     """Of one prompt token more."""
 
+    _mixed: int = 0
+    """Steps with prefill beside decodes, one after another."""
+
     def note(self, num_prefill: int, num_decodes: int, seconds: float) -> None:
-        """A step has taken so long: for so many prompt tokens, and so many sequences' next one."""
-        if num_prefill == 0:
+        """A step has taken so long: for so many prompt tokens, and so many sequences' next one. Not
+        to be told of steps in which peers had a prefill: part of it was worked on here.
+        """
+        self._mixed = self._mixed + 1 if num_prefill > 1 and num_decodes else 0
+        if num_prefill <= 1:
             self._decodes_s = _blend(self._decodes_s, seconds) if num_decodes else self._decodes_s
         elif num_decodes and num_prefill >= LEAST:
             if self._decodes_s is not None:
@@ -38,6 +46,8 @@ class Pace:
 
     def prefill_tokens(self, stretch: float, most: int) -> int:
         """So many that a step takes at most `stretch` times as long as one that only decodes."""
+        if self._mixed >= ASK_AGAIN:
+            return 1  # what decodes cost by now is not known otherwise
         if self._decodes_s is None or self._token_s is None:
             return min(FIRST, most)
         spare = (stretch - 1) * self._decodes_s

@@ -54,7 +54,7 @@ class Rank:
         self._wake = 0
         self._leave = Epoch(0)
         """The epoch to leave for at the next step boundary."""
-        self._domain_decodes = False
+        self._domain_decodes, self._domain_prefill = False, 0
         """Whether some member decoded in the last step that all agreed on."""
 
     def _lay_out(self) -> None:
@@ -94,6 +94,12 @@ class Rank:
 
     # ---- the step ----------------------------------------------------------------------------
 
+    def note_pace(self, batch: Batch, seconds: float) -> None:
+        """A step has taken so long, without waits."""
+        num_prefill = batch.num_tokens - batch.num_decodes
+        if num_prefill == self._domain_prefill:
+            self.pace.note(num_prefill, batch.num_decodes, seconds)
+
     def begin_step(self) -> Batch:
         """Open a step. Its batch is empty if and only if no sequence is live here."""
         state = self._in_domain()
@@ -125,6 +131,7 @@ class Rank:
         state, open_step = self._open_step()
         agreement = agree(headers)
         self._domain_decodes = any(header.num_decodes for header in headers)
+        self._domain_prefill = sum(header.num_tokens - header.num_decodes for header in headers)
         if isinstance(agreement, Run):
             return agreement
         assert isinstance(agreement, Leave) or not open_step.batch.items, (

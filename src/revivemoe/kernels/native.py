@@ -52,6 +52,10 @@ class Native:
     def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[..., K] to [..., N]."""
         num_outputs, inner = weight.shape
+        if rows.shape[-1] != inner or rows.dtype != weight.dtype:
+            raise RuntimeError(f"{rows.shape} {rows.dtype} times {weight.shape} {weight.dtype}")
+        if bias is not None and (bias.dtype != rows.dtype or not bias.is_contiguous()):
+            bias = bias.to(rows.dtype).contiguous()
         rows_MK = rows.reshape(-1, inner)
         if rows_MK.stride(-1) != 1:
             rows_MK = rows_MK.contiguous()
@@ -126,6 +130,8 @@ class Native:
         """
         if not len(seen.rows_B):
             return
+        if {query_THD.dtype, value_pages.dtype, out_THD.dtype} != {key_pages.dtype}:
+            raise RuntimeError("query, keys, values and output are of different dtypes")
         if query_THD.stride(-1) != 1:
             query_THD = query_THD.contiguous()
         _, heads, dim = query_THD.shape

@@ -30,6 +30,8 @@ ELEMENTWISE = frozenset({
 what fills vectors: for silu, sigmoid, softplus (float32) and rsqrt (bfloat16) with other bits."""
 VECTORS = 256
 """Elements: a multiple of all that the library takes at once."""
+UNDIVIDED = 32768
+"""Elements that it does not share out among threads."""
 
 
 class BatchVariant(ValueError):
@@ -73,15 +75,16 @@ def _in_whole_vectors(
     args: Sequence[object],
     kwargs: Mapping[str, object],
 ) -> object:
-    count, multiple = values.numel(), VECTORS * torch.get_num_threads()
-    if count % multiple == 0 and values.is_contiguous():
-        return func(values, *args, **kwargs)
-    padded = values.new_ones(-(-count // multiple) * multiple)
+    count = values.numel()
+    padded = values.new_ones(-(-count // VECTORS) * VECTORS)
     padded[:count] = values.reshape(-1)
-    result = func(padded, *args, **kwargs)
-    assert isinstance(result, Tensor)
-    result = result[:count].view(values.shape)
-    return values.copy_(result) if kwargs.get("inplace") else result
+    results: list[Tensor] = []
+    for piece in padded.split(UNDIVIDED):
+        result = func(piece, *args, **kwargs)
+        assert isinstance(result, Tensor)
+        results.append(result)
+    whole = torch.cat(results)[:count].view(values.shape) if results else padded.view(values.shape)
+    return values.copy_(whole) if kwargs.get("inplace") else whole
 
 
 def _inner(args: Sequence[object]) -> int:

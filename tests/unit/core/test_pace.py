@@ -1,4 +1,4 @@
-from revivemoe.core.pace import FIRST, GENTLE, LEAST, USUAL, Pace
+from revivemoe.core.pace import ASK_AGAIN, FIRST, GENTLE, LEAST, USUAL, Pace
 
 
 def learnt(decodes_s: float, token_s: float, steps: int = 60) -> Pace:
@@ -46,3 +46,19 @@ def test_it_follows_what_has_changed():
         pace.note(0, 8, 0.1)
         pace.note(40, 8, 0.1 + 40 * 0.004)
     assert abs(pace.prefill_tokens(GENTLE, 512) - 25) <= 2
+
+
+def test_decodes_are_looked_at_again_where_a_prefill_never_ends():
+    """Many streams are decoded by now: what they cost must not be put down to prompt tokens."""
+    pace, seen = learnt(0.01, 0.001), []
+    for _ in range(400):
+        tokens = pace.prefill_tokens(USUAL, 512)
+        pace.note(tokens, 64, 0.1 + tokens * 0.001)
+        seen.append(tokens)
+    assert seen.count(1) >= 400 // ASK_AGAIN - 1
+    assert seen[-2] == 512
+    fresh = Pace()
+    for _ in range(400):
+        tokens = fresh.prefill_tokens(USUAL, 512)
+        fresh.note(tokens, 8, 0.05 + tokens * 0.001)
+    assert fresh.prefill_tokens(USUAL, 512) > FIRST, "it has never seen a step of decodes alone"

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from revivemoe.cluster.compiler import provide_kernels
+from revivemoe.cluster.compiler import build, provide_kernels
+from revivemoe.config import compilers
 from revivemoe.kernels import library
 from revivemoe.kernels.choice import choose
 from revivemoe.kernels.library import NoKernels
 
 OPEN = """
-from revivemoe.cluster.compiler import provide_kernels
+from revivemoe.cluster.compiler import build, provide_kernels
+from revivemoe.config import compilers
 from revivemoe.kernels.library import open_library
 provide_kernels()
 print(open_library()._name)
@@ -83,6 +85,14 @@ def test_a_folder_that_others_can_write_to(forgetful):
     assert "can be written to by others" in why()
 
 
+def test_the_next_folder_where_the_first_cannot_be_used(tmp_path, forgetful):
+    forgetful.mkdir()
+    forgetful.chmod(0o777)
+    built = build([forgetful, tmp_path / "other"], compilers())
+    assert built.parent == tmp_path / "other"
+    assert build([forgetful, tmp_path / "other"], compilers()) == built
+
+
 def test_a_folder_that_cannot_be_made(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REVIVEMOE_CACHE_DIR", str(tmp_path / "file" / "folder"))
@@ -106,7 +116,7 @@ def test_several_at_once_build_once_and_a_killed_one_holds_nobody(tmp_path, forg
         time.sleep(0.02)
     first.kill()
     first.wait()
-    others = [start() for _ in range(2)]
+    others = [start(), start()]
     names = {other.communicate(timeout=60)[0] for other in others}
     (name,) = names
     assert name.startswith(str(forgetful))

@@ -123,3 +123,18 @@ def test_elementwise_functions_do_not_depend_on_where_an_element_lies(act, dtype
             assert torch.equal(act(values[row : row + 1]), whole[row : row + 1])
             assert torch.equal(act(values[row:].T).T, whole[row:])
     torch.testing.assert_close(whole, act(values))
+
+
+def test_nor_on_the_number_of_threads() -> None:
+    """Torch shares out what is long, and computes the end of each share otherwise."""
+    values = torch.randn(47, 1408, generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(4)
+    try:
+        with RowsAlone(Native()):
+            whole = nn.functional.silu(values)
+            assert all(
+                torch.equal(nn.functional.silu(values[i : i + 1]), whole[i : i + 1])
+                for i in range(47)
+            )
+    finally:
+        torch.set_num_threads(1)
