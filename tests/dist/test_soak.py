@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.cases import Weights
 
-from revivemoe.bench.soak import report
+from revivemoe.bench.soak import prompts, report
 from revivemoe.bench.soak.layouts import COLLOCATED, DISAGGREGATED
 from revivemoe.bench.soak.load import Request
 from revivemoe.bench.soak.prompts import screened_requests
@@ -19,7 +19,10 @@ from revivemoe.bench.soak.soak import Soaked
 
 @pytest.fixture(scope="module")
 def requests(qwen: Weights) -> list[Request]:
-    return screened_requests(qwen.dir, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "OF_EACH_LENGTH", 3)
+        patch.setattr(prompts, "OUTPUT_TOKENS", 48)
+        return screened_requests(qwen.dir, 0)
 
 
 @pytest.mark.timeout(240)
