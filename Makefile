@@ -30,7 +30,7 @@ demo: setup
 SMALL = tests/unit tests/field tests/sim
 test: lint
 	@echo "types are checked beside the first tests"; $(MAKE) -s type & types=$$!; \
-		$(BIN)/python -m pytest -q -n 2 $(SMALL) && wait $$types
+		$(BIN)/python -m pytest -q -n 2 $(SMALL); tests=$$?; wait $$types && exit $$tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/gpu tests/dist
 
 # Every kind of fault at every point of a step, over both transports: about 25 minutes.

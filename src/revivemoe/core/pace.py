@@ -26,13 +26,18 @@ class Pace:
     """Of a step that only decodes."""
     _token_s: float | None = None
     """Of one prompt token more."""
-
     _mixed: int = 0
     """Steps with prefill beside decodes, one after another."""
 
+    def note_shared(self) -> None:
+        """A step in which peers had a prefill: part of it was worked on here, so it tells nothing.
+        Nor is it waited for any longer that one does: two ranks would wait for each other.
+        """
+        self._mixed = 0
+
     def note(self, num_prefill: int, num_decodes: int, seconds: float) -> None:
-        """A step has taken so long: for so many prompt tokens, and so many sequences' next one. Not
-        to be told of steps in which peers had a prefill: part of it was worked on here.
+        """A step has taken so long: for so many prompt tokens, and so many sequences' next one; no
+        peer had a prefill in it.
         """
         self._mixed = self._mixed + 1 if num_prefill > 1 and num_decodes else 0
         if num_prefill <= 1:

@@ -99,6 +99,8 @@ class Rank:
         num_prefill = batch.num_tokens - batch.num_decodes
         if num_prefill == self._domain_prefill:
             self.pace.note(num_prefill, batch.num_decodes, seconds)
+        else:
+            self.pace.note_shared()
 
     def begin_step(self) -> Batch:
         """Open a step. Its batch is empty if and only if no sequence is live here."""

@@ -26,18 +26,15 @@ _built = _Built()
 
 
 def use(path: Path) -> None:
-    """What `open_library` returns from here on. Raises NoKernels, and then so does that."""
+    """What `open_library` returns from here on. Raises NoKernels for what is no such library."""
     try:
         library = ctypes.CDLL(str(path))
-        if library.rv_version() != VERSION:
-            raise NoKernels(f"{path} is of another version: remove it")
+        version = library.rv_version()
     except (OSError, AttributeError) as error:
-        do_without(" ".join(str(error).split())[:300])
-    except NoKernels as error:
-        do_without(str(error))
-    else:
-        _built.found = library
-    open_library()
+        raise NoKernels(" ".join(str(error).split())[:300]) from None
+    if version != VERSION:
+        raise NoKernels(f"{path} is of another version: remove it")
+    _built.found = library
 
 
 def do_without(why: str) -> None:

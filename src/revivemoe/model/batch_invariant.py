@@ -22,9 +22,8 @@ PRODUCTS = frozenset({
 
 
 ELEMENTWISE = frozenset({
-    "silu", "sigmoid", "softplus", "logsigmoid", "rsqrt", "sqrt", "exp", "exp2", "expm1", "log",
-    "log2", "log1p", "tanh", "gelu", "mish", "erf", "hardswish", "hardsigmoid", "selu", "elu",
-    "pow", "reciprocal", "cos", "sin", "relu2",
+    "silu", "sigmoid", "softplus", "logsigmoid", "rsqrt", "exp", "exp2", "expm1", "log", "log2",
+    "log1p", "tanh", "gelu", "mish", "erf", "selu", "elu", "cos", "sin",
 })  # fmt: skip
 """Of one argument. Torch computes the end of a tensor, or of a thread's share of it, otherwise than
 what fills vectors: for silu, sigmoid, softplus (float32) and rsqrt (bfloat16) with other bits."""
@@ -88,6 +87,8 @@ def _in_whole_vectors(
 
 
 def _inner(args: Sequence[object]) -> int:
-    """Over how many products it sums; a single one needs no order."""
-    first = args[0] if args else None
+    """Over how many products it sums; a single one needs no order. Of the usual two factors: with
+    more, such as a sum to add to, it is not looked at.
+    """
+    first = args[0] if len(args) == 2 else None
     return first.shape[-1] if isinstance(first, Tensor) and first.dim() else 2

@@ -62,3 +62,13 @@ def test_decodes_are_looked_at_again_where_a_prefill_never_ends():
         tokens = fresh.prefill_tokens(USUAL, 512)
         fresh.note(tokens, 8, 0.05 + tokens * 0.001)
     assert fresh.prefill_tokens(USUAL, 512) > FIRST, "it has never seen a step of decodes alone"
+
+
+def test_two_that_prefill_do_not_wait_for_each_other():
+    """To see a step of decodes alone; neither would ever come to one."""
+    pace = learnt(0.05, 0.001)
+    for _ in range(2 * ASK_AGAIN):
+        pace.note(40, 8, 0.09)
+    assert pace.prefill_tokens(USUAL, 512) == 1
+    pace.note_shared()
+    assert pace.prefill_tokens(USUAL, 512) > FIRST

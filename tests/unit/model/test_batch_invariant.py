@@ -106,6 +106,8 @@ def test_products_that_cannot_be_alone_are_refused() -> None:
             _ = rows @ weight.T
         with pytest.raises(BatchVariant, match="bmm"):
             torch.bmm(rows[None], weight.T[None])
+        with pytest.raises(BatchVariant, match="addmm"):
+            torch.addmm(torch.zeros(1), rows, weight.T)
         with pytest.raises(BatchVariant, match="scaled_dot_product"):
             nn.functional.scaled_dot_product_attention(rows[None], rows[None], rows[None])
         with pytest.raises(BatchVariant, match=r"shape \(9, 64\) in float64"):
