@@ -6,6 +6,8 @@ from hypothesis import settings
 from support.warm import Zygote, zygote
 
 from revivemoe.cluster.compiler import provide_kernels
+from revivemoe.kernels.library import NoKernels
+from revivemoe.kernels.native import Native
 
 # Tiny models gain nothing from more, and threads that wait for each other suffer beside busy ranks.
 torch.set_num_threads(1)
@@ -26,6 +28,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def warm() -> Zygote:
     return zygote()
+
+
+@pytest.fixture(scope="session")
+def native() -> Native:
+    try:
+        return Native()
+    except NoKernels as error:
+        pytest.skip(f"no kernels: {error}")
 
 
 def pytest_sessionfinish() -> None:

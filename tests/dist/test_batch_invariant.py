@@ -9,18 +9,9 @@ from support.client import Answer, Choice, Request, run_load
 from support.deployment import deployed
 from support.faults import killer
 
-from revivemoe.kernels.library import NoKernels, open_library
-
+pytestmark = pytest.mark.usefixtures("native")
 STREAMS, RANKS, TOKENS = 8, 4, 32
 KILLS = int(os.environ.get("REVIVEMOE_TEST_KILLS", "1"))
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> None:
-    try:
-        open_library()
-    except NoKernels as error:
-        pytest.skip(str(error))
 
 
 def requests(seed: int) -> list[Request]:

@@ -7,9 +7,11 @@ builds, and all who come later wait for it without end; and torch's headers cost
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -99,19 +101,36 @@ def _build(compiler: str, path: Path) -> None:
         logger.info("building kernels for this processor, once: a few seconds")
         part = path.with_suffix(f".{os.getpid()}")
         try:
-            subprocess.run(
-                [compiler, *FLAGS, "-o", str(part), str(SOURCE)],
-                check=True, capture_output=True, timeout=BUILT_WITHIN_S, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
+            _compile(compiler, part)
+            with open(part, "rb") as file:
+                os.fsync(file)  # else a power cut leaves an empty file under the name
             part.replace(path)
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.decode(errors="replace").split("\n")
-            said = next((line for line in lines if "error" in line), lines[0])
-            raise NoKernels(f"{compiler} failed: {said.strip()[:200]}") from None
-        except subprocess.TimeoutExpired:
-            raise NoKernels(f"{compiler} took longer than {BUILT_WITHIN_S:g} s") from None
         finally:
             part.unlink(missing_ok=True)
+
+
+def _compile(compiler: str, to: Path) -> None:
+    """Raises NoKernels. The compiler and what it starts end with us, or by their limit of CPU time
+    where we are killed.
+    """
+    limited = ("/bin/sh", "-c", f'ulimit -t {math.ceil(BUILT_WITHIN_S)}; exec "$0" "$@"')
+    process = subprocess.Popen(
+        [*limited, compiler, *FLAGS, "-o", str(to), str(SOURCE)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        process_group=0,
+    )  # fmt: skip
+    try:
+        _, said = process.communicate(timeout=BUILT_WITHIN_S)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)  # not waited for yet, so the number is its own
+        process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise NoKernels(f"{compiler} took longer than {BUILT_WITHIN_S:g} s") from None
+    if process.returncode:
+        lines = said.decode(errors="replace").split("\n")
+        line = next((line for line in lines if "error" in line), lines[0])
+        raise NoKernels(f"{compiler} failed: {line.strip()[:200]}")
 
 
 @contextmanager

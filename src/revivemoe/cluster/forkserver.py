@@ -32,10 +32,12 @@ RunRank = Callable[[RankSpec, int, int | None, int | None], int]
 
 
 class Hail(msgspec.Struct, frozen=True, tag=True):
-    """First message in: what shared memory this instance uses."""
+    """First message in: what this instance uses."""
 
     segment: SegmentSpec | None
     host_cache: HostCacheSpec | None
+    kernels: bool
+    """Whether its ranks may want our own."""
 
 
 class Warm(msgspec.Struct, frozen=True, tag=True):
@@ -208,10 +210,14 @@ def main(argv: list[str]) -> None:
     from revivemoe.cluster.compiler import provide_kernels
     from revivemoe.executor.main import run_rank
     from revivemoe.executor.preload import preload
+    from revivemoe.kernels.library import do_without
 
     hail = msgspec.msgpack.decode(sock.recv(MAX_MESSAGE), type=Hail)
     preload()
-    provide_kernels()  # after torch, whose threads they share
+    if hail.kernels:
+        provide_kernels()  # after torch, whose threads they share
+    else:
+        do_without("they are not wanted here")
     segment_fd = None if segment_arg == NO_FD else segment_arg
     cache_fd = None if cache_arg == NO_FD else cache_arg
     new_segment = segment_fd is None and hail.segment is not None

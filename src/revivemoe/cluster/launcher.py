@@ -62,9 +62,13 @@ class Launcher:
     """Owns the fork server and shared memory. A context manager; leaving it ends all ranks."""
 
     def __init__(
-        self, segment: SegmentSpec | None, host_cache: HostCacheSpec | None = None
+        self,
+        segment: SegmentSpec | None,
+        host_cache: HostCacheSpec | None = None,
+        kernels: bool = True,
     ) -> None:
-        self._hail = Hail(segment, host_cache)
+        """`kernels`: ranks may want our own, which are built if they are not there."""
+        self._hail = Hail(segment, host_cache, kernels)
         self._segment_fd: int | None = None
         self._cache_fd: int | None = None
         self._lifeline_read, self._lifeline_write = os.pipe()

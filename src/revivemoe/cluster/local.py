@@ -61,13 +61,14 @@ class LocalCluster:
         callbacks: Callbacks,
         host_cache: HostCacheSpec | None = None,
         channels: int = 1,
+        kernels: bool = True,
     ) -> None:
         token = secrets.token_hex(8)
         self.reports = f"ipc://@revivemoe-{token}-reports"
         self._token, self._channels = token, channels
         self._spec_for, self._callbacks, self._backend = spec_for, callbacks, backend
         told = ProcessCallbacks(self._on_arrived, self._on_exit, self._on_forkserver_gone)
-        self._processes = Processes(Launcher(segment, host_cache), told)
+        self._processes = Processes(Launcher(segment, host_cache, kernels), told)
         self._store = GroupStore() if backend in ("gloo", "nccl") else None
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)

@@ -4,37 +4,12 @@ Legend: T tokens, K choices, N members, M rows sent, R rows received, H hidden s
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from revivemoe.kernels.rows import Route, RowLayout
-
-
-class Rows(Protocol):
-    """What a dispatcher does with rows. `kernels.rows.NativeRows` does it with fewer calls."""
-
-    def route(self, slot_ids_TK: Tensor, members: int, slots: int) -> Route: ...
-
-    def pack(
-        self,
-        layout: RowLayout,
-        hidden_TH: Tensor,
-        slot_ids_TK: Tensor,
-        weights_TK: Tensor,
-        tokens_M: Tensor,
-        out_MB: Tensor,
-    ) -> None: ...
-
-    def unpack(
-        self, layout: RowLayout, pieces: Sequence[Tensor], like: Tensor, first: int, slots: int
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def sum_parts(
-        self, pieces: Sequence[Tensor], parts: torch.dtype, route: Route, out_TH: Tensor
-    ) -> None: ...
+from revivemoe.kernels.rows import NativeRows, Route, RowLayout
 
 
 class TorchRows:
@@ -105,6 +80,10 @@ class TorchRows:
             out_TH.zero_()
             return
         out_TH.copy_(torch.embedding_bag(parts_MH, route.rows_by_token_M, route.first_row_T)[0])
+
+
+Rows = TorchRows | NativeRows
+"""What a dispatcher does with rows; ours does the same with fewer calls."""
 
 
 def _fields(

@@ -12,9 +12,10 @@ from torch import Tensor
 from revivemoe.kernels.library import function_of, open_library
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-MAX_HEAD_DIM = 1024
+SCRATCH = 1 << 24
+"""Floats in which experts lay out rows, or so many as `LEAST_ROWS` take: what there are more of is
+computed in portions."""
+LEAST_ROWS = 64
 
 
 class Seen(NamedTuple):
@@ -92,26 +93,34 @@ class Native:
 
         `slot_ids_RC` int64, S or more for none; `weights_RC` float32; `gate_up` [S, 2I, H]; `down`
         [S, H, I]. In float32; `exact`: in float64, of terms rounded so that their sum is the same
-        in any order.
+        in any order, up to sums of 2^17.
         """
+        if {rows_RH.dtype, gate_up.dtype} != {down.dtype}:
+            raise RuntimeError(f"rows {rows_RH.dtype} for experts {gate_up.dtype} {down.dtype}")
         dtype = torch.float64 if exact else torch.float32
         out_RH = torch.empty(rows_RH.shape, dtype=dtype)
-        num_rows, hidden = rows_RH.shape
+        (num_rows, hidden), choices = rows_RH.shape, slot_ids_RC.shape[1]
         num_slots, _, inner = down.shape
         if num_rows == 0 or num_slots == 0:
             return out_RH.zero_()
         rows_RH = rows_RH.contiguous()
         slot_ids_RC, weights_RC = slot_ids_RC.contiguous(), weights_RC.contiguous()
-        self._experts(
-            rows_RH.data_ptr(), slot_ids_RC.data_ptr(), weights_RC.data_ptr(), gate_up.data_ptr(),
-            down.data_ptr(), out_RH.data_ptr(), num_rows, slot_ids_RC.shape[1], num_slots, hidden,
-            inner, rows_RH.dtype == torch.bfloat16, exact, torch.get_num_threads(),
-        )  # fmt: skip
+        at_once = max(SCRATCH // (hidden + choices * (hidden + inner)), LEAST_ROWS)
+        for first in range(0, num_rows, at_once):
+            rows, slots, weights, out = (
+                whole[first : first + at_once]
+                for whole in (rows_RH, slot_ids_RC, weights_RC, out_RH)
+            )
+            self._experts(
+                rows.data_ptr(), slots.data_ptr(), weights.data_ptr(), gate_up.data_ptr(),
+                down.data_ptr(), out.data_ptr(), len(rows), choices, num_slots, hidden, inner,
+                rows.dtype == torch.bfloat16, exact, torch.get_num_threads(),
+            )  # fmt: skip
         return out_RH
 
-    def attends(self, dtype: torch.dtype, device: torch.device, dim: int, dim_v: int) -> bool:
-        """Whether heads of these sizes can attend."""
-        return dtype in DTYPES and device.type == "cpu" and max(dim, dim_v) <= MAX_HEAD_DIM
+    def attends(self, pages: Tensor) -> bool:
+        """Whether there is attention over such pages."""
+        return pages.dtype in DTYPES and pages.device.type == "cpu"
 
     def attend(
         self,

@@ -19,20 +19,25 @@ float64 where they are exact.
 """
 
 
-def experts_of(module: nn.Module, native: Native | None, exact: bool = False) -> Experts:
-    """`module` holds S slots; parameters may be exchanged for others later, of other slots.
-    `exact`: sums are float64, and the same however experts are spread over ranks. Raises
-    BatchVariant where that cannot be.
+def experts_of(
+    module: nn.Module, dtype: torch.dtype, native: Native | None, exact: bool = False
+) -> Experts:
+    """`module` holds S slots; parameters may be exchanged for others later, of other slots. Rows
+    will be of `dtype`. `exact`: sums are float64, and the same however experts are spread over
+    ranks. Raises BatchVariant where that cannot be.
     """
-    if native is not None and _is_plain(module, native):
+    if native is not None and _is_plain(module, dtype, native):
         return NativeExperts(module, native, exact)
     if exact:
-        raise BatchVariant(f"the experts of {type(module).__name__} are not gate, up, silu, down")
+        name = type(module).__name__
+        raise BatchVariant(f"the experts of {name} are not gate, up, silu, down in {dtype}")
     return OwnExperts(module)
 
 
-def _is_plain(module: nn.Module, native: Native) -> bool:
-    """Whether an expert is down(silu(gate(x)) * up(x)), and its weights are of a kind that fits."""
+def _is_plain(module: nn.Module, dtype: torch.dtype, native: Native) -> bool:
+    """Whether an expert is down(silu(gate(x)) * up(x)), and its weights are of a kind that fits.
+    Experts may be kept in float32.
+    """
     names = {name for name, _ in module.named_parameters()}
     return (
         names == {"gate_up_proj", "down_proj"}
@@ -43,6 +48,7 @@ def _is_plain(module: nn.Module, native: Native) -> bool:
         and isinstance(module.act_fn, nn.SiLU | SiLUActivation)
         and native.fits_experts(module.gate_up_proj)
         and native.fits_experts(module.down_proj)
+        and module.gate_up_proj.dtype == module.down_proj.dtype == dtype
     )
 
 
@@ -51,12 +57,8 @@ class NativeExperts:
         self._module, self._native, self._exact = module, native, exact
 
     def __call__(self, rows_RH: Tensor, slot_ids_RC: Tensor, weights_RC: Tensor) -> Tensor:
-        module = self._module
-        if rows_RH.dtype != module.down_proj.dtype:  # such as experts that are kept in float32
-            return OwnExperts(module)(rows_RH, slot_ids_RC, weights_RC)
-        return self._native.experts(
-            rows_RH, slot_ids_RC, weights_RC, module.gate_up_proj, module.down_proj, self._exact
-        )
+        up, down = self._module.gate_up_proj, self._module.down_proj
+        return self._native.experts(rows_RH, slot_ids_RC, weights_RC, up, down, self._exact)
 
 
 class OwnExperts:

@@ -38,14 +38,15 @@ class MoeLayer:
         top_k: int,
         native: Native | None = None,
         exact: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`module` holds slots (`load_model`)."""
-        self.layer = layer
+        """`module` holds slots (`load_model`). `dtype`: of the hidden states that come."""
+        self.layer, self.dtype = layer, dtype
         self.module = module
         self.top_k = top_k
         self.num_experts = num_experts
         self.slot_of_expert_E = torch.full((num_experts,), -1, dtype=torch.int64)
-        self._experts = experts_of(module, native, exact)
+        self._experts = experts_of(module, dtype, native, exact)
 
     def compute(self, rows_RH: Tensor, slot_ids_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Weighted sum of this rank's experts for each row, [R, H] float32 (`exact`: float64).
@@ -290,6 +291,8 @@ def dispatched_experts(
     """Registered with `ALL_EXPERTS_FUNCTIONS`: the experts modules' forward."""
     exchange = module.revive_exchange
     if exchange is None:  # shape probe at start-up
+        if hidden_TH.dtype != module.revive_layer.dtype:
+            raise NotImplementedError(f"experts of {hidden_TH.dtype} hidden states")
         return torch.zeros_like(hidden_TH)
     out: Tensor = exchange.run(module.revive_layer, hidden_TH, top_k_index, top_k_weights)
     return out

@@ -243,7 +243,9 @@ class Generator:
     def _probe(self) -> list[KVShape]:
         """Learn the KV shapes; from now on the experts are called for real."""
         with self._arithmetic:
-            shapes = probe(self.model, self._attention_modules(), self._device)
+            shapes = probe(
+                self.model, self._attention_modules(), self._device, self._dtype, self._alone
+            )
         for layer in self._exchange.layers.values():
             layer.module.revive_exchange = self._exchange
         for module in self.model.modules():

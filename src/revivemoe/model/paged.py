@@ -145,10 +145,10 @@ class PagedCache:
 
     def decodes_natively(self, module: nn.Module, dtype: torch.dtype) -> bool:
         """Whether single queries of this dtype can read the layer's pages where they lie."""
-        keys, values = self.pages[module.layer_idx]
+        keys, _ = self.pages[module.layer_idx]
         if self.native is None or hasattr(module, "expand_kv") or keys.dtype != dtype:
             return False
-        return self.native.attends(keys.dtype, keys.device, keys.shape[-1], values.shape[-1])
+        return self.native.attends(keys)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are always given explicitly; this is only asked for defaults."""
@@ -190,7 +190,7 @@ def paged_attention(
     """
     cache = module.revive_cache
     if isinstance(cache, ProbeCache):
-        cache.attend(module.layer_idx, attention_mask, sliding_window, kwargs)
+        cache.attend(module.layer_idx, query.dtype, attention_mask, sliding_window, kwargs)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     batch = cache.batch
     cache.on_attention(module.layer_idx, query.shape[2])

@@ -1,5 +1,5 @@
-"""One token through a loaded model, with stand-ins for cache and experts: what its layers keep, and
-whether their attention is one that pages can be read for.
+"""Two tokens through a loaded model, with stand-ins for cache and experts: what its layers keep,
+and whether their attention is one that pages can be read for.
 
 A model that would compute something else over pages than over its own cache is refused here, by
 what it does and not by its name: what it asks its cache for, and what it hands to its attention.
@@ -28,7 +28,9 @@ _WITHOUT_MEANING_HERE = (
 class ProbeCache:
     """Stands in for the pages once, to learn each layer's shapes from the model itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype, alone: bool) -> None:
+        """`dtype`: of the pages. `alone`: only our own attention will do."""
+        self._dtype, self._alone = dtype, alone
         self.shapes: dict[int, KVShape] = {}
         self.windows: dict[int, int | None] = {}
         """Of the layers whose attention is ours."""
@@ -38,6 +40,8 @@ class ProbeCache:
     ) -> tuple[Tensor, Tensor]:
         if layer_idx in self.shapes:
             raise NotImplementedError(f"layer {layer_idx} keeps keys and values twice")
+        if {key.dtype, value.dtype} != {self._dtype}:
+            raise NotImplementedError(f"layer {layer_idx} keeps {_name(key)} and {_name(value)}")
         self.shapes[layer_idx] = (
             (key.shape[1], key.shape[3]),
             (value.shape[1], value.shape[3]),
@@ -50,11 +54,16 @@ class ProbeCache:
     def attend(
         self,
         layer_idx: int,
+        of_query: torch.dtype,
         mask: Tensor | None,
         window: int | None,
         others: Mapping[str, object],
     ) -> None:
-        """A layer's attention is called. Raises NotImplementedError for what would be lost."""
+        """A layer's attention is called. Raises NotImplementedError for what would be lost, and
+        BatchVariant.
+        """
+        if self._alone and of_query != self._dtype:
+            raise BatchVariant(f"layer {layer_idx} has queries of another dtype than its pages")
         given = {name for name, value in others.items() if value is not None}
         given -= set(_WITHOUT_MEANING_HERE)
         if mask is not None:
@@ -71,18 +80,23 @@ class ProbeCache:
 
 @torch.inference_mode()
 def probe(
-    model: PreTrainedModel, attention: Sequence[nn.Module], device: torch.device
+    model: PreTrainedModel,
+    attention: Sequence[nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+    alone: bool,
 ) -> list[KVShape]:
-    """What each layer keeps of a position. Raises CheckpointError for a model whose attention is
-    not, or not only, what `paged_attention` computes.
+    """What each layer keeps of a position, in `dtype`. `alone`: as `Generator` has it. Raises
+    CheckpointError for a model whose attention is not, or not only, what `paged_attention`
+    computes; BatchVariant.
     """
     name = type(model).__name__
-    cache = ProbeCache()
+    cache = ProbeCache(dtype, alone)
     for module in attention:
         module.revive_cache = cache
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    two = torch.arange(2, device=device)[None]
     try:
-        model(input_ids=zero, position_ids=zero, past_key_values=cache, use_cache=True)
+        model(input_ids=two, position_ids=two, past_key_values=cache, use_cache=True)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # a device's trouble is none of the checkpoint's
     except BatchVariant:
@@ -95,6 +109,10 @@ def probe(
     if problem := _problem(model, cache):
         raise CheckpointError(f"{name} is not supported: {problem}")
     return [cache.shapes[layer] for layer in sorted(cache.shapes)]
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _said(error: Exception) -> str:

@@ -79,7 +79,7 @@ class ModelRunner:
             lambda model: replace_dense(model, shared), num_experts,
         )  # fmt: skip
         native = self.kernels.native
-        layers = _moe_layers(loaded, num_experts, top_k, device, native, alone)
+        layers = _moe_layers(loaded, num_experts, top_k, device, native, alone, dtype)
         held = ExpertSlots({layer.layer: slots.get(layer.layer, ()) for layer in layers})
         hidden_size, each = loaded.model_config.hidden_size, list(shared.values())
         self.worker = ExpertWorker(layers, held, hidden_size, model_dir, dtype, each)
@@ -192,9 +192,10 @@ def _moe_layers(
     device: torch.device,
     native: Native | None,
     exact: bool,
+    dtype: torch.dtype,
 ) -> list[MoeLayer]:
     layers = [
-        MoeLayer(layer, module, num_experts, top_k, native, exact)
+        MoeLayer(layer, module, num_experts, top_k, native, exact, dtype)
         for layer, module in loaded.experts.items()
     ]
     for layer in layers:

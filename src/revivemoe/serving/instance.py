@@ -86,6 +86,7 @@ class Instance:
             ),
             host_cache_spec(config, info) if config.expert_host_cache else None,
             config.num_microbatches or 1,
+            kernels=config.kernels != "torch" and config.device != "cuda",
         )
         self.engine = Engine(
             config, home, Vocabulary(tokenizer), self._cluster, time.monotonic, self._on_event

@@ -169,7 +169,7 @@ def _limits(rng: Random) -> RankLimits:
         max_num_batched_tokens=rng.choice((12, 24)),
         max_model_len=MAX_MODEL_LEN,
         enable_prefix_caching=rng.random() < 0.9,
-        prefill_tokens_beside_decodes=rng.choice((None, 6)),
+        prefill_tokens_beside_decodes=rng.choice((0, 6)),
     )
 
 

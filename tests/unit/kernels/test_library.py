@@ -66,11 +66,22 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, forgetful):
 
 
 def test_a_compiler_that_does_not_end(monkeypatch, tmp_path, forgetful):
+    """Nor what it has started."""
     monkeypatch.setattr("revivemoe.cluster.compiler.BUILT_WITHIN_S", 0.3)
-    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", "exec sleep 60"))
+    act = f"sleep 60 & echo $! > {tmp_path}/pid; exec sleep 60"
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", act))
     began = time.monotonic()
     assert "longer than 0.3 s" in why()
-    assert time.monotonic() - began < 5
+    status = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() - began < 5
+        time.sleep(0.02)
+
+
+def test_a_compiler_has_so_much_cpu_time_also_where_nobody_waits_for_it(monkeypatch, tmp_path):
+    act = "ulimit -t >&2; exit 1"
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", act))
+    assert why().endswith("failed: 40")
 
 
 def test_what_is_built_and_is_no_library(monkeypatch, tmp_path):

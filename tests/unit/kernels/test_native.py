@@ -5,19 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from revivemoe.kernels.library import NoKernels
-from revivemoe.kernels.native import Native, Seen
+from revivemoe.kernels.native import Seen
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS, CHOICES, SLOTS, HIDDEN, INNER = 37, 4, 8, 128, 96
-
-
-@pytest.fixture(scope="module")
-def native() -> Native:
-    try:
-        return Native()
-    except NoKernels as error:
-        pytest.skip(str(error))
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -120,6 +111,20 @@ def test_experts(native, dtype, exact):
     torch.set_num_threads(2)
     assert torch.equal(native.experts(*case, exact=exact), got)
     torch.set_num_threads(1)
+
+
+def test_many_rows_are_computed_in_portions(native, monkeypatch):
+    case = expert_case(torch.float32)
+    whole = native.experts(*case)
+    monkeypatch.setattr("revivemoe.kernels.native.SCRATCH", 1)
+    monkeypatch.setattr("revivemoe.kernels.native.LEAST_ROWS", 5)
+    assert torch.equal(native.experts(*case), whole)
+
+
+def test_rows_of_another_dtype_than_the_experts_are_refused(native):
+    x, *rest = expert_case(torch.float32)
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        native.experts(x.bfloat16(), *rest)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,20 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from revivemoe.checkpoint.presets import ARCHS
 from revivemoe.core.limits import RankLimits
-from revivemoe.kernels.library import NoKernels, open_library
 from revivemoe.kernels.native import Native
 from revivemoe.model.batch_invariant import BatchVariant, RowsAlone
 from revivemoe.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("native")
 PARAMS = SamplingParams(seed=0, temperature=0.0, max_tokens=12, logprobs=3)
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> None:
-    try:
-        open_library()
-    except NoKernels as error:
-        pytest.skip(str(error))
 
 
 def limits(tokens: int, seqs: int) -> RankLimits:

@@ -6,17 +6,8 @@ from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-from revivemoe.kernels.library import NoKernels
 from revivemoe.kernels.native import Native
 from revivemoe.model.native_modules import rows_ours, use_native
-
-
-@pytest.fixture
-def native() -> Native:
-    try:
-        return Native()
-    except NoKernels as error:
-        pytest.skip(str(error))
 
 
 class Model(nn.Module):

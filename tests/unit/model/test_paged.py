@@ -15,6 +15,7 @@ from revivemoe.core.sequence import Sequence
 from revivemoe.core.step import ScheduledSequence
 from revivemoe.ids import BlockId, SeqId
 from revivemoe.messages.tokens import SequenceSpec
+from revivemoe.model.batch_invariant import BatchVariant
 from revivemoe.model.paged import PagedCache, paged_attention, plan_attention
 from revivemoe.model.probe import ProbeCache
 from revivemoe.sampling_params import SamplingParams
@@ -242,14 +243,26 @@ def test_pages_begin_as_zeros() -> None:
 def test_features_that_would_be_lost_are_refused(feature: str) -> None:
     zeros = torch.zeros(1, 1, 1, 4)
     with pytest.raises(NotImplementedError, match=feature):
-        paged_attention(Attention(ProbeCache()), zeros, zeros, zeros, None, **{feature: 1.0})
+        paged_attention(
+            Attention(ProbeCache(torch.float32, False)), zeros, zeros, zeros, None, **{feature: 1.0}
+        )
 
 
 def test_the_probe_learns_the_shapes() -> None:
-    probe = ProbeCache()
+    probe = ProbeCache(torch.float32, alone=False)
     probe.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 1, 1, 6), 3)
     assert probe.shapes == {3: ((2, 8), (1, 6))}
     query = torch.ones(1, 4, 1, 8)
     out, _ = paged_attention(Attention(probe), query, query, torch.zeros(1, 1, 1, 6), None)
     assert out.shape == (1, 1, 4, 6)
     assert not out.any()
+
+
+def test_the_probe_refuses_what_pages_or_our_own_attention_cannot_take() -> None:
+    narrow, zeros = torch.zeros(1, 1, 1, 4).bfloat16(), torch.zeros(1, 1, 1, 4)
+    with pytest.raises(NotImplementedError, match="bfloat16"):
+        ProbeCache(torch.float32, alone=False).update(zeros, narrow, 0)
+    probe = Attention(ProbeCache(torch.float32, alone=True))
+    paged_attention(probe, zeros, zeros, zeros, None)
+    with pytest.raises(BatchVariant):
+        paged_attention(probe, narrow, zeros, zeros, None)
