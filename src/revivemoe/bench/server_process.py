@@ -23,6 +23,9 @@ BRIEF = ("--shutdown-timeout", "2")
 class ServerProcess:
     """Owns one server and, through it, its ranks. A context manager."""
 
+    ready_path = "/ready"
+    """Answers with 200 when it serves."""
+
     def __init__(self, model_dir: Path, flags: Sequence[str], start_timeout_s: float = 120.0):
         self._arguments = ["serve", str(model_dir), "--port", "0", *BRIEF, *flags]
         self._start_timeout_s = start_timeout_s
@@ -130,6 +133,6 @@ class ServerProcess:
                 return False
             self.url = match.group(1)
         try:
-            return plain_http.get(f"{self.url}/ready", timeout=5).status_code == 200
+            return plain_http.get(f"{self.url}{self.ready_path}", timeout=5).status_code == 200
         except httpx.TransportError:
             return False

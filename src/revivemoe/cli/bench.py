@@ -12,11 +12,12 @@ from revivemoe.cli.interrupts import cleaned_up
 
 if TYPE_CHECKING:
     from revivemoe.bench import recovery
+    from revivemoe.bench.peers import run as peers
     from revivemoe.bench.soak.setup import Setup
 
 Measure = Callable[[], dict[str, object]]
 
-NAMES = ("recovery", "throughput", "dispatch", "overhead", "soak")
+NAMES = ("recovery", "throughput", "dispatch", "overhead", "peers", "soak")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Options:
     every: str
     seed: int | None
     comm_backend: str
+    streams: str
+    ranks: str
+    others: bool
 
 
 def bench(
@@ -60,7 +64,7 @@ def bench(
         str, typer.Option(help="recovery: paper, kinds, or both separated by a comma.")
     ] = "paper,kinds",
     rounds: Annotated[
-        int, typer.Option(help="throughput, recovery's paper table: rounds of each.")
+        int, typer.Option(help="throughput, peers, recovery's paper table: rounds of each.")
     ] = 3,
     minutes: Annotated[float, typer.Option(help="soak: how long, over all layouts.")] = 30.0,
     layout: Annotated[str, typer.Option(help="soak: collocated, disaggregated or both.")] = "both",
@@ -73,6 +77,16 @@ def bench(
     comm_backend: Annotated[
         str, typer.Option(help="soak: auto, shm or gloo (which has links to cut).")
     ] = "auto",
+    streams: Annotated[
+        str, typer.Option(help="peers: requests at once, separated by commas.")
+    ] = "1,4,16,64",
+    ranks: Annotated[
+        str, typer.Option(help="peers: ranks of ours that share the cores, separated by commas.")
+    ] = "1",
+    others: Annotated[
+        bool,
+        typer.Option(help="peers: install and serve vLLM's CPU build, or only ours."),
+    ] = True,
     out: Annotated[
         Path | None,
         typer.Option("--out", "--json", help="JSON file; default: bench-NAME.json."),
@@ -83,7 +97,7 @@ def bench(
         raise ValueError(f"unknown bench {name!r}: choose one of {', '.join(NAMES)}")
     options = Options(
         preset, faults, kinds, contexts, tables, rounds,
-        model, minutes, layout, every, seed, comm_backend,
+        model, minutes, layout, every, seed, comm_backend, streams, ranks, others,
     )  # fmt: skip
     measure = _measure(name, options)
     with cleaned_up():
@@ -122,6 +136,10 @@ def _measure(name: str, options: Options) -> Measure:
             from revivemoe.bench import overhead
 
             return partial(overhead.run, overhead.Setup(preset=preset), Console())
+        case "peers":
+            from revivemoe.bench.peers import run as peers
+
+            return partial(peers.run, _peers_setup(preset, options), Console())
         case "soak":
             from revivemoe.bench.soak import run as soak
 
@@ -147,6 +165,27 @@ def _recovery_setup(preset: str, options: Options) -> "recovery.Setup":
     _check("--tables", setup.tables, recovery.TABLES)
     _check("--kinds", setup.kinds, tuple(recovery.KINDS))
     return setup
+
+
+def _peers_setup(preset: str, options: Options) -> "peers.Setup":
+    """Raises ValueError."""
+    from revivemoe.bench.peers import run as peers
+
+    return peers.Setup(
+        preset=preset,
+        rounds=options.rounds,
+        streams=_numbers("--streams", options.streams),
+        ranks=_numbers("--ranks", options.ranks),
+        peers=options.others,
+    )
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Raises ValueError."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{flag}: {text!r} is no list of numbers: write for example 1,16")
+    return tuple(int(part) for part in parts)
 
 
 def _soak_setup(options: Options) -> "Setup":

@@ -18,7 +18,7 @@ struct Attention {
 
 // Scores of G heads of one query against the positions [first, last), each head's on end.
 template <typename T>
-void scores(const Attention& a, const float* const* q, i64 heads, const T* keys, const i64* table, i64 first,
+void scores(const Attention& a, const Packed<T>* const* q, i64 heads, const T* keys, const i64* table, i64 first,
             i64 last, i64 kv_head, float* to, i64 stride) {
   const i64 position = a.kv_heads * a.dim;
   for (i64 j = first; j < last;) {
@@ -75,7 +75,7 @@ void weigh(const Attention& a, const float* p, i64 heads, i64 stride, const T* v
     float out[BLOCK];
     store(out, mul(acc[g][0], set1(over[g])));
     store(out + W, mul(acc[g][1], set1(over[g])));
-    for (i64 i = 0; i < count; i++) narrow(out[packed_at<T>(i)], to[g] + d + i);
+    for (i64 i = 0; i < count; i++) narrow(out[sizeof(T) == 2 ? widened_at(i) : i], to[g] + d + i);
   }
 }
 
@@ -112,15 +112,16 @@ void attention(const Attention& a, const T* q, const T* keys, const T* values, c
   const i64 group = a.heads / a.kv_heads, parts = (group + HEADS - 1) / HEADS;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (i64 item = 0; item < a.queries * a.kv_heads * parts; item++) {
-    static thread_local std::vector<float> score_buffer, q_buffer;
+    static thread_local std::vector<float> score_buffer;
+    static thread_local std::vector<Packed<T>> q_buffer;
     const i64 query = item / (a.kv_heads * parts), kv_head = item / parts % a.kv_heads, part = item % parts;
     const i64 head = kv_head * group + part * HEADS, heads = std::min(HEADS, group - part * HEADS);
     const i64 last = lengths[query], first = a.window ? std::max<i64>(0, last - a.window) : 0;
     const i64 stride = (last - first + W - 1) / W * W;
     float* p = scratch(score_buffer, HEADS * stride);
     const i64 dim = up_to(a.dim, STEP<T>);
-    float* packed = scratch(q_buffer, HEADS * dim);
-    const float* q_of[HEADS];
+    Packed<T>* packed = scratch(q_buffer, HEADS * dim);
+    const Packed<T>* q_of[HEADS];
     T* to[HEADS];
     float over[HEADS];
     for (i64 g = 0; g < heads; g++) {

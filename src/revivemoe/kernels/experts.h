@@ -7,16 +7,17 @@
 
 namespace {
 
-// silu(gate) * up, into the packed form.
+// silu(gate) * up, rounded as weights are, into the packed form.
 template <typename Weight>
-void gated(const float* gate, const float* up, i64 count, i64 first, float* to) {
+void gated(const float* gate, const float* up, i64 count, i64 first, Packed<Weight>* to) {
   float h[COLS];
   for (i64 i = 0; i < COLS; i += W) {
     const vf g = load(gate + i);
     const vf e = vexp(mul(g, set1(-1.0f)));
     store(h + i, mul(div(g, add(e, set1(1.0f))), load(up + i)));
   }
-  for (i64 i = 0; i < count; i++) to[packed_at<Weight>(first + i)] = h[i];
+  for (i64 i = 0; i < count; i++) 
+    narrow(rounded(h[i], (const Weight*)nullptr), to + packed_at<Weight>(first + i));
 }
 
 // A multiple of 2^-36: sums of such numbers are exact in a double up to 2^17, in any order.
@@ -29,9 +30,10 @@ inline double grain(float value) {
 template <typename X, typename Weight, typename Out>
 void experts(const X* x, const i64* slots, const float* weights, const Weight* gate_up, const Weight* down,
              Out* out, i64 num_rows, i64 choices, i64 num_slots, i64 hidden, i64 inner, int threads) {
-  static thread_local std::vector<float> packed_buffer, inner_buffer, out_buffer;
+  static thread_local std::vector<Packed<Weight>> packed_buffer, inner_buffer;
+  static thread_local std::vector<float> out_buffer;
   static thread_local std::vector<i64> start_buffer, pair_of_buffer, next_buffer;
-  static thread_local std::vector<const float*> x_buffer, h_buffer;
+  static thread_local std::vector<const Packed<Weight>*> x_buffer, h_buffer;
   i64* start = scratch(start_buffer, num_slots + 1);
   i64* next = scratch(next_buffer, num_slots + 1);
   i64* pair_of = scratch(pair_of_buffer, num_rows * choices);  // of a row's choice; -1: not here
@@ -41,11 +43,11 @@ void experts(const X* x, const i64* slots, const float* weights, const Weight* g
   for (i64 s = 0; s < num_slots; s++) start[s + 1] += start[s];
   std::copy(start, start + num_slots, next);
   const i64 pairs = start[num_slots];
-  float* packed = scratch(packed_buffer, num_rows * hidden);
-  float* h = scratch(inner_buffer, pairs * inner);
+  Packed<Weight>* packed = scratch(packed_buffer, num_rows * hidden);
+  Packed<Weight>* h = scratch(inner_buffer, pairs * inner);
   float* y = scratch(out_buffer, pairs * hidden);
-  const float** x_of = scratch(x_buffer, pairs);
-  const float** h_of = scratch(h_buffer, pairs);
+  const Packed<Weight>** x_of = scratch(x_buffer, pairs);
+  const Packed<Weight>** h_of = scratch(h_buffer, pairs);
   for (i64 i = 0; i < num_rows * choices; i++) {
     pair_of[i] = -1;
     if (slots[i] < 0 || slots[i] >= num_slots) continue;

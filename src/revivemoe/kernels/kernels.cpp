@@ -5,21 +5,19 @@
 // many threads share it and how tiles are cut leave each row's bits alone. (A dot product runs
 // along K in two chains, even and odd elements, or one; lanes are then added up in a fixed tree.)
 //
-// A vector register takes 2 W bfloat16 at once: the low halves of its 32-bit words are the even
+// Where the processor multiplies bfloat16 (AVX512_BF16), rows meet weights as they are. Elsewhere a
+// vector register takes 2 W bfloat16 at once: the low halves of its 32-bit words are the even
 // elements, shifted up, and the high halves the odd ones, masked. So rows they meet are *packed*:
 // float32, in each block of 2 W elements the even ones before the odd ones.
 //
 // Legend: M rows, N outputs, K inner size, H hidden, I inner size of an expert, S slots, C choices
 // of a row, P pairs of a row and a slot.
 
-
 #include "attention.h"
 #include "experts.h"
 #include "norms.h"
 #include "products.h"
 #include "rows.h"
-
-// ---- called from Python; `half`: elements are bfloat16, else float32 --------------------------
 
 // ---- called from Python; `half`: elements are bfloat16, else float32 ----------------------------
 

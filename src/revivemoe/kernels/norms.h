@@ -7,13 +7,6 @@
 
 namespace {
 
-inline float rounded(float a, const float*) { return a; }
-inline float rounded(float a, const bf16*) {
-  bf16 to;
-  narrow(a, &to);
-  return widen(to);
-}
-
 // y = weight * (x / sqrt(mean(x^2) + eps)), the quotient and the product each rounded to T.
 template <typename T>
 void rms_norm(const T* x, i64 stride, const T* weight, T* y, i64 rows, i64 size, float eps) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -9,18 +10,36 @@ namespace {
 
 // ---- rows as the products take them ---------------------------------------------------------
 
-// Where element i of a row lies in its packed form.
 template <typename Weight>
-inline i64 packed_at(i64 i) {
-  if constexpr (sizeof(Weight) == 4) return i;
+struct PackedOf {
+  using type = float;
+};
+template <>
+struct PackedOf<bf16> {
+  using type = std::conditional_t<PAIRS, bf16, float>;
+};
+// An element of a row that meets such weights.
+template <typename Weight>
+using Packed = typename PackedOf<Weight>::type;
+
+// Where element i of a block of halves lies once they are widened.
+inline i64 widened_at(i64 i) {
   const i64 r = i % BLOCK;
   return i - r + (r & 1) * W + r / 2;
 }
 
+// Where element i of a row lies in its packed form.
 template <typename Weight>
-void pack(const bf16* row, i64 k, float* to) {
+inline i64 packed_at(i64 i) {
+  return sizeof(Weight) == 4 || PAIRS ? i : widened_at(i);
+}
+
+template <typename Weight>
+void pack(const bf16* row, i64 k, Packed<Weight>* to) {
   if constexpr (sizeof(Weight) == 4) {
     for (i64 i = 0; i < k; i++) to[i] = widen(row[i]);
+  } else if constexpr (PAIRS) {
+    std::memcpy(to, row, k * sizeof(bf16));
   } else {
     for (i64 i = 0; i < k; i += BLOCK) {
       vf even, odd;
@@ -32,15 +51,55 @@ void pack(const bf16* row, i64 k, float* to) {
 }
 
 template <typename Weight>
-void pack(const float* row, i64 k, float* to) {
+void pack(const float* row, i64 k, Packed<Weight>* to) {
   if constexpr (sizeof(Weight) == 4) {
     std::memcpy(to, row, k * sizeof(float));
   } else {
-    for (i64 i = 0; i < k; i++) to[packed_at<Weight>(i)] = row[i];
+    for (i64 i = 0; i < k; i++) narrow(row[i], to + packed_at<Weight>(i));
   }
 }
 
 // ---- tiles: MR rows against NR rows of weights ----------------------------------------------
+
+// Ask for what comes next: rows of weights end before the processor has seen that it reads on.
+template <typename T>
+inline void ahead(const T* next, i64 first, i64 count) {
+  const char* at = (const char*)(next + first);
+  for (i64 i = 0; i < count * (i64)sizeof(T); i += 64) _mm_prefetch(at + i, _MM_HINT_T0);
+}
+
+template <int MR, int NR>
+inline void write_sums(const vf (&acc)[MR][NR], float* out, i64 ldo) {
+  for (int m = 0; m < MR; m++) {
+    if constexpr (NR == TILE_N) {
+      sums(acc[m], out + m * ldo);
+    } else {
+      for (int n = 0; n < NR; n++) out[m * ldo + n] = sum(acc[m][n]);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+template <int MR, int NR>
+inline void tile(const bf16* const* x, const bf16* w, i64 ldw, i64 k, float* out, i64 ldo) {
+  vf acc[MR][NR];
+  for (int m = 0; m < MR; m++)
+    for (int n = 0; n < NR; n++) acc[m][n] = zero();
+  for (i64 i = 0; i < k; i += BLOCK) {
+    vh b[NR];
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; n++) b[n] = load_pairs(w + n * ldw + i);
+    ahead(w + NR * ldw, NR * i, NR * BLOCK);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++) {
+      const vh a = load_pairs(x[m] + i);
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; n++) acc[m][n] = add_pairs(acc[m][n], a, b[n]);
+    }
+  }
+  write_sums<MR, NR>(acc, out, ldo);
+}
+#endif
 
 template <int MR, int NR>
 inline void tile(const float* const* x, const bf16* w, i64 ldw, i64 k, float* out, i64 ldo) {
@@ -51,6 +110,7 @@ inline void tile(const float* const* x, const bf16* w, i64 ldw, i64 k, float* ou
     vf even[NR], odd[NR];
 #pragma GCC unroll 4
     for (int n = 0; n < NR; n++) load_halves(w + n * ldw + i, even[n], odd[n]);
+    ahead(w + NR * ldw, NR * i, NR * BLOCK);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; m++) {
       const vf a = load(x[m] + i), b = load(x[m] + i + W);
@@ -58,8 +118,7 @@ inline void tile(const float* const* x, const bf16* w, i64 ldw, i64 k, float* ou
       for (int n = 0; n < NR; n++) acc[m][n] = fma(b, odd[n], fma(a, even[n], acc[m][n]));
     }
   }
-  for (int m = 0; m < MR; m++)
-    for (int n = 0; n < NR; n++) out[m * ldo + n] = sum(acc[m][n]);
+  write_sums<MR, NR>(acc, out, ldo);
 }
 
 template <int MR, int NR>
@@ -71,6 +130,7 @@ inline void tile(const float* const* x, const float* w, i64 ldw, i64 k, float* o
     vf b[NR];
 #pragma GCC unroll 4
     for (int n = 0; n < NR; n++) b[n] = load(w + n * ldw + i);
+    ahead(w + NR * ldw, NR * i, NR * W);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; m++) {
       const vf a = load(x[m] + i);
@@ -78,15 +138,17 @@ inline void tile(const float* const* x, const float* w, i64 ldw, i64 k, float* o
       for (int n = 0; n < NR; n++) acc[m][n] = fma(a, b[n], acc[m][n]);
     }
   }
-  for (int m = 0; m < MR; m++)
-    for (int n = 0; n < NR; n++) out[m * ldo + n] = sum(acc[m][n]);
+  write_sums<MR, NR>(acc, out, ldo);
 }
 
 template <int NR, typename Weight>
-void rows_of_tile(const float* const* x, i64 m, const Weight* w, i64 ldw, i64 k, float* out, i64 ldo) {
+void rows_of_tile(const Packed<Weight>* const* x, i64 m, const Weight* w, i64 ldw, i64 k, float* out, i64 ldo) {
   i64 at = 0;
-  for (; at + TILE_M <= m; at += TILE_M) tile<TILE_M, NR>(x + at, w, ldw, k, out + at * ldo, ldo);
+  constexpr i64 MOST = sizeof(Weight) == 2 && PAIRS ? 6 : TILE_M;
+  for (; at + MOST <= m; at += MOST) tile<MOST, NR>(x + at, w, ldw, k, out + at * ldo, ldo);
   switch (m - at) {
+    case 5: tile<5, NR>(x + at, w, ldw, k, out + at * ldo, ldo); break;
+    case 4: tile<4, NR>(x + at, w, ldw, k, out + at * ldo, ldo); break;
     case 3: tile<3, NR>(x + at, w, ldw, k, out + at * ldo, ldo); break;
     case 2: tile<2, NR>(x + at, w, ldw, k, out + at * ldo, ldo); break;
     case 1: tile<1, NR>(x + at, w, ldw, k, out + at * ldo, ldo); break;
@@ -96,7 +158,7 @@ void rows_of_tile(const float* const* x, i64 m, const Weight* w, i64 ldw, i64 k,
 
 // out[m, n] = x[m] . w[n] for n rows of weights, `out` with `ldo` elements a row.
 template <typename Weight>
-void products(const float* const* x, i64 m, const Weight* w, i64 ldw, i64 n, i64 k, float* out, i64 ldo) {
+void products(const Packed<Weight>* const* x, i64 m, const Weight* w, i64 ldw, i64 n, i64 k, float* out, i64 ldo) {
   i64 at = 0;
   for (; at + TILE_N <= n; at += TILE_N)
     rows_of_tile<TILE_N>(x, m, w + at * ldw, ldw, k, out + at, ldo);
@@ -110,17 +172,17 @@ inline i64 up_to(i64 size, i64 step) { return (size + step - 1) / step * step; }
 
 // `to` has room for `k` rounded up to STEP.
 template <typename Weight, typename X>
-void pack_padded(const X* row, i64 k, float* to) {
+void pack_padded(const X* row, i64 k, Packed<Weight>* to) {
   const i64 whole = k / STEP<Weight> * STEP<Weight>;
   pack<Weight>(row, whole, to);
   if (whole == k) return;
-  std::fill(to + whole, to + whole + STEP<Weight>, 0.0f);
-  for (i64 i = whole; i < k; i++) to[packed_at<Weight>(i)] = widen(row[i]);
+  std::fill(to + whole, to + whole + STEP<Weight>, Packed<Weight>(0));
+  for (i64 i = whole; i < k; i++) narrow(widen(row[i]), to + packed_at<Weight>(i));
 }
 
 // Products with rows of any length: what is not a multiple of STEP is copied and padded with zeros.
 template <typename T>
-void products_padded(const float* const* x, i64 m, const T* w, i64 ldw, i64 n, i64 k, float* out, i64 ldo) {
+void products_padded(const Packed<T>* const* x, i64 m, const T* w, i64 ldw, i64 n, i64 k, float* out, i64 ldo) {
   if (k % STEP<T> == 0) return products(x, m, w, ldw, n, k, out, ldo);
   static thread_local std::vector<T> buffer;
   const i64 padded = up_to(k, STEP<T>);
@@ -139,11 +201,11 @@ constexpr i64 COLS = 64;   // outputs of one piece of work
 
 template <typename X, typename Weight>
 void linear(const X* x, i64 ldx, const Weight* w, const Weight* bias, X* y, i64 m, i64 n, i64 k, int threads) {
-  static thread_local std::vector<float> packed_buffer;
-  static thread_local std::vector<const float*> rows_buffer;
+  static thread_local std::vector<Packed<Weight>> packed_buffer;
+  static thread_local std::vector<const Packed<Weight>*> rows_buffer;
   const i64 padded = up_to(k, STEP<Weight>);
-  float* packed = scratch(packed_buffer, m * padded);
-  const float** rows = scratch(rows_buffer, m);
+  Packed<Weight>* packed = scratch(packed_buffer, m * padded);
+  const Packed<Weight>** rows = scratch(rows_buffer, m);
   const i64 pieces = (n + COLS - 1) / COLS;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -42,6 +42,20 @@ inline float sum(vf a) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+// The sums of TILE_N vectors, added up lane by lane in the same tree as `sum`.
+inline void sums(const vf* a, float* to) {
+  const __m512d a0 = _mm512_castps_pd(a[0]), a1 = _mm512_castps_pd(a[1]);
+  const __m512d a2 = _mm512_castps_pd(a[2]), a3 = _mm512_castps_pd(a[3]);
+  const vf h01 = add(_mm512_castpd_ps(_mm512_shuffle_f64x2(a0, a1, 0x44)),
+                     _mm512_castpd_ps(_mm512_shuffle_f64x2(a0, a1, 0xee)));
+  const vf h23 = add(_mm512_castpd_ps(_mm512_shuffle_f64x2(a2, a3, 0x44)),
+                     _mm512_castpd_ps(_mm512_shuffle_f64x2(a2, a3, 0xee)));
+  vf q = add(_mm512_shuffle_f32x4(h01, h23, 0x88), _mm512_shuffle_f32x4(h01, h23, 0xdd));
+  q = add(q, _mm512_permute_ps(q, 0x4e));
+  q = add(q, _mm512_permute_ps(q, 0xb1));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, q)));
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int W = 8;
 constexpr int TILE_M = 4, TILE_N = 2;
@@ -74,8 +88,20 @@ inline float sum(vf h) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+inline void sums(const vf* a, float* to) {
+  for (int n = 0; n < TILE_N; n++) to[n] = sum(a[n]);
+}
 #else
 #error "AVX-512F, or AVX2 with FMA, is needed"
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;  // products of bfloat16 two at a time, without widening either factor
+using vh = __m512bh;
+inline vh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline vf add_pairs(vf a, vh x, vh w) { return _mm512_dpbf16_ps(a, x, w); }
+#else
+constexpr bool PAIRS = false;
 #endif
 
 constexpr int BLOCK = 2 * W;  // elements that K has to be a multiple of
@@ -97,6 +123,13 @@ inline void narrow(float a, bf16* to) {  // to the nearest, ties to even, as tor
   } else {
     *to = static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
+}
+
+inline float rounded(float a, const float*) { return a; }
+inline float rounded(float a, const bf16*) {
+  bf16 to;
+  narrow(a, &to);
+  return widen(to);
 }
 
 // exp to about 2 ulp; NaN stays NaN, and what is too large becomes infinity.

@@ -1,0 +1,1 @@
+"""`bench peers`: the same checkpoint and client, served by others on the same machine."""
