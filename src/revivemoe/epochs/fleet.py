@@ -188,12 +188,10 @@ class Fleet:
         """Without the process that was, or would be, in the present epoch."""
         return [v.rank for v in self.views.values() if not v.member]
 
-    @property
-    def relaunchable(self) -> list[RankId]:
-        """For which a process may be started: on devices that are to be trusted, if there are."""
-        dead = [v for v in self.views.values() if self.replaceable(v)]
-        trusted = [v for v in dead if self.trusted(v)]
-        return [v.rank for v in trusted or dead]
+    def relaunchable(self, trusted: bool) -> list[RankId]:
+        """For which a process may be started, on devices that are to be trusted, or are not."""
+        dead = (v for v in self.views.values() if self.replaceable(v))
+        return [v.rank for v in dead if self.trusted(v) == trusted]
 
     @staticmethod
     def trusted(view: RankView) -> bool:

@@ -79,11 +79,14 @@ def _no_roles(present: Membership, lost: Lost) -> str | None:
 
 
 def _restart(world: World, ranks: tuple[RankId, ...], policy: Policy, why: str) -> Restart | GiveUp:
-    """Start what can be started, if the policy allows it."""
+    """Start what can be started, if the policy allows it. The last resort waits until nobody else
+    is left who could help: who is on the way may, and a plan is made when he comes or does not.
+    """
     ranks = tuple(sorted(set(ranks) - set(world.launching)))
     if not ranks and world.launching:
         waiting = ", ".join(map(str, world.launching))
         return Restart((), f"{why}: waiting for ranks {waiting}, which are being started")
+    ranks = ranks or tuple(sorted(world.last_resort))
     if "restart" not in policy.repair:
         return GiveUp(f"{why}, and the policy does not allow a restart")
     if not ranks:

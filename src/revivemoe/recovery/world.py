@@ -56,6 +56,8 @@ class World:
     """Of these, expert ranks that are started for the change under way."""
     relaunchable: tuple[RankId, ...] = ()
     """Ranks without a process, for which one may be started."""
+    last_resort: tuple[RankId, ...] = ()
+    """Others without one: their devices are bad, or an operator has taken them out."""
     loaded: tuple[Reload, ...] = ()
     """Experts that lie in slots the map does not name yet."""
     loading: tuple[Reload, ...] = ()

@@ -336,6 +336,23 @@ def test_while_a_rank_is_loading_the_plan_waits() -> None:
     assert plan.ranks == ()
 
 
+def test_the_last_resort_is_the_last() -> None:
+    one, two = RankId(1), RankId(2)
+    asked = {"gone": (one, two), "last_resort": (two,)}
+    for others, expected in (
+        ({"relaunchable": (one,)}, (one,)),
+        ({"relaunchable": (one,), "launching": (one,)}, ()),
+        ({}, (two,)),
+    ):
+        plan = plan_recovery(world(ONCE, **asked, **others), lost(1, 2), Policy())
+        assert isinstance(plan, Restart)
+        assert plan.ranks == expected
+    in_vain = world(ONCE, **asked, recent_recoveries=6, relaunchable=(one,))
+    plan = plan_recovery(in_vain, lost(1, 2), Policy(max_recoveries=6))
+    assert isinstance(plan, Restart)
+    assert plan.ranks == (0, 1, 3)
+
+
 def test_all_ranks_at_once() -> None:
     everybody = tuple(RankId(r) for r in range(3))
     plan = plan_recovery(world(relaunchable=everybody), lost(0, 1, 2), Policy())
