@@ -91,8 +91,8 @@ class NvmlSource:
         """Uncorrected errors that were there before we watched, or are left after a reset."""
         self._gpus: dict[DeviceId, str] = {}
         """UUIDs of the GPUs that the devices are, or are a part of, as far as they were found."""
-        self._deaf = False
-        """Whether it has been said that Xids cannot be had."""
+        self._deaf: set[DeviceId] = set()
+        """Of which it has been said that their Xids cannot be had."""
         self._changes = Changes()
         self._unknown: set[DeviceId] = set()
         """Of which it has been said that they cannot be watched."""
@@ -119,19 +119,24 @@ class NvmlSource:
         )
 
     def _hear(self, session: "Session", now: float) -> bool:
-        """Take note of Xids. True if the session's events cannot be had: queries still can."""
+        """Take note of Xids. True if the session has none: its queries still can be asked."""
         try:
             for device, xid in session.xids():
                 _, times = self._xids.get((device, xid), (now, 0))
                 self._xids[device, xid] = now, times + 1
         except self._library.nvml.NVMLError as error:
-            if not self._deaf:
-                why = f"{type(error).__name__}: {error}"
-                log.warning("%s: Xids cannot be had, tried again: %s", self.name, why)
-            self._deaf = True
+            self._say_deaf(dict.fromkeys(self._ranks_of_device, error))
             return True
-        self._deaf = False
+        self._say_deaf(session.unheard)
         return False
+
+    def _say_deaf(self, unheard: Mapping[DeviceId, Exception]) -> None:
+        """Once of each, until it is heard again."""
+        if news := [device for device in unheard if device not in self._deaf]:
+            which, why = ", ".join(map(str, news)), unheard[news[0]]
+            said = f"{type(why).__name__}: {why}"
+            log.warning("%s: Xids of %s cannot be had, tried again: %s", self.name, which, said)
+        self._deaf = set(unheard)
 
     def _sharing(self, device: DeviceId) -> tuple[RankId, ...]:
         """Ranks of the GPU that the device is, or is a part of; none if there is but one."""
@@ -212,19 +217,22 @@ class Session:
         """Raises NVMLError; then nothing is left open."""
         self._library = library
         self._events: object = None
+        self._no_events: Exception | None = None
+        """Why there are none, where there should be."""
+        self.unheard: dict[DeviceId, Exception] = {}
+        """Devices whose events are refused, and why."""
         self._handles: dict[DeviceId, object] = {}
         self.gpus: dict[DeviceId, str] = {}
         """UUIDs of the GPUs; several devices may be parts of one."""
         library.nvml.nvmlInit()
         try:
             self._events = library.ask("nvmlEventSetCreate", otherwise=None)
-            for device in devices:
-                # One that cannot be had now is not given up: its queries say why, and look again.
-                with suppress(Unknown, library.nvml.NVMLError):
-                    self._handle(device)
-        except library.nvml.NVMLError:
-            self.close()
-            raise
+        except library.nvml.NVMLError as error:
+            self._no_events = error
+        for device in devices:
+            # One that cannot be had now is not given up: its queries say why, and look again.
+            with suppress(Unknown, library.nvml.NVMLError):
+                self._handle(device)
 
     def close(self) -> None:
         try:
@@ -236,28 +244,48 @@ class Session:
     def _handle(self, device: DeviceId) -> object:
         """Found, and registered for events, the first time it can be had. Raises Unknown."""
         if device not in self._handles:
-            library = self._library
-            handle, xids = library.find(device), library.name("nvmlEventTypeXidCriticalError", 0)
-            uuid = library.nvml.nvmlDeviceGetUUID(handle)
-            known = uuid in self.gpus.values()
-            if self._events is not None and xids and not known:  # some have no events
-                library.ask("nvmlDeviceRegisterEvents", handle, xids, self._events, otherwise=None)
+            handle = self._library.find(device)
+            uuid = self._library.nvml.nvmlDeviceGetUUID(handle)
+            if uuid not in self.gpus.values():
+                self._listen(device, handle)
             self.gpus[device] = uuid
             self._handles[device] = handle
         return self._handles[device]
 
+    def _listen(self, device: DeviceId, handle: object) -> None:
+        """Register it for events. Who refuses them may still be asked; who is lost, or wants a
+        reset, cannot: that is raised.
+        """
+        library = self._library
+        xids = library.name("nvmlEventTypeXidCriticalError", 0)
+        if self._events is None or not xids:
+            return
+        try:
+            library.ask("nvmlDeviceRegisterEvents", handle, xids, self._events, otherwise=None)
+        except (*library.lost, *library.reset_required):
+            raise
+        except library.nvml.NVMLError as error:
+            self.unheard[device] = error
+        else:
+            self.unheard.pop(device, None)
+
     def xids(self) -> Iterator[tuple[DeviceId, int]]:
         """Xids since the last call, in their order: of each device that is a part of the GPU.
-        Raises NVMLError where the events cannot be had.
+        Raises NVMLError where no events can be had: once a device is lost, those of the whole set.
         """
         library, wait_ms = self._library, WAIT_MS
+        if self._no_events is not None:
+            raise self._no_events
         if self._events is None:
             return
+        for device in list(self.unheard):
+            with suppress(*library.lost, *library.reset_required):  # its queries say so
+                self._listen(device, self._handles[device])
         for _ in range(MAX_EVENTS_PER_POLL):
             try:
                 event = library.ask(library.event_wait, self._events, wait_ms, otherwise=None)
-            except (*library.timeout, *library.lost):
-                return  # of a device that is lost, the queries find out which
+            except library.timeout:
+                return
             if event is None:
                 return
             wait_ms = 0

@@ -63,6 +63,8 @@ class Gpu:
     """Functions that it does not support."""
     old_driver: set[str] = field(default_factory=set)
     """Functions that the driver lacks."""
+    register_error: NVMLError | None = None
+    """Raised where its events are asked for."""
 
     def asked(self, what: str) -> None:
         if self.error is not None:
@@ -94,6 +96,8 @@ class FakeNvml:
         self.parts: tuple[Part, ...] = ()
         self.wait_error: NVMLError | None = None
         """Raised by a wait for events once none is queued."""
+        self.create_error: NVMLError | None = None
+        """Raised where an event set is asked for."""
         self.no_driver = False
         self.absent: set[str] = set()
         """Names that this version of the module lacks."""
@@ -159,11 +163,15 @@ class FakeNvml:
         return handle.uuid
 
     def nvmlEventSetCreate(self) -> set[str]:
+        if self.create_error is not None:
+            raise self.create_error
         self.sets.append(set())
         return self.sets[-1]
 
     def nvmlEventSetFree(self, eventSet: set[str]) -> None:
+        """What is queued of its devices goes with it."""
         self.sets.remove(eventSet)
+        self.queue = deque(e for e in self.queue if e.device.uuid not in eventSet)
 
     def nvmlDeviceRegisterEvents(
         self,
@@ -172,12 +180,18 @@ class FakeNvml:
         eventSet: set[str],
     ) -> None:
         handle.asked("nvmlDeviceRegisterEvents")
+        if handle.register_error is not None:
+            raise handle.register_error
         assert eventTypes == nvmlEventTypeXidCriticalError
         assert handle.uuid not in eventSet, "registered twice"
         eventSet.add(handle.uuid)
 
     def nvmlEventSetWait_v2(self, eventSet: set[str], timeoutms: int) -> SimpleNamespace:
+        """For the whole set it says that one of its devices is lost."""
         self.waits_ms.append(timeoutms)
+        for gpu in self.gpus:
+            if gpu.uuid in eventSet and isinstance(gpu.error, NVMLError_GpuIsLost):
+                raise gpu.error
         if not self.queue:
             raise self.wait_error or NVMLError_Timeout()
         event = self.queue.popleft()

@@ -186,9 +186,9 @@ def test_an_older_module_is_asked_for_what_it_has(bench: Bench, absent: set[str]
     no_events = absent & {"nvmlEventTypeXidCriticalError", "nvmlEventSetCreate"}
     if not no_events:
         bench.nvml.xid(bench.gpus[1], 79)
+    assert bench.poll() == ({} if no_events else {(1, "xid-79"): 6})
     bench.gpus[0].error = fake_nvml.NVMLError_GpuIsLost("lost")
-    expected = {(0, "gpu-lost"): 6, (2, "gpu-lost"): 6}
-    assert bench.poll() == (expected if no_events else expected | {(1, "xid-79"): 6})
+    assert bench.poll() == {(0, "gpu-lost"): 6, (2, "gpu-lost"): 6}
 
 
 def test_functions_that_the_driver_lacks_are_left_out(bench: Bench) -> None:
@@ -291,13 +291,52 @@ def test_events_that_cannot_be_had_silence_no_query(
     bench.gpus[1].pending = 0
     assert bench.poll() == {(1, "row-remap-pending"): 0}
     (said,) = caplog.messages
-    assert "Xids cannot be had" in said
+    assert "Xids of 0, GPU-b cannot be had" in said
     assert "Unknown: no more" in said
     bench.nvml.wait_error = None
     assert bench.poll() == {}
     bench.nvml.xid(bench.gpus[0], 95)
     assert bench.poll() == {(0, "xid-95"): 5, (2, "xid-95"): 5}
     assert bench.nvml.sets == [{"GPU-a", "GPU-b"}]
+
+
+@pytest.mark.parametrize("what", ["the set", "one device"])
+def test_events_that_cannot_be_asked_for_silence_no_query(
+    what: str, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No device was ever asked, or the one of them."""
+    error = fake_nvml.NVMLError_Unknown("not now")
+    if what == "the set":
+        bench.nvml.create_error = error
+    else:
+        bench.gpus[1].register_error = error
+    bench.gpus[1].pending = 1
+    assert bench.poll() == {(1, "row-remap-pending"): 4}
+    if what == "one device":
+        bench.nvml.xid(bench.gpus[0], 95)
+    assert bench.poll() == ({} if what == "the set" else {(0, "xid-95"): 5, (2, "xid-95"): 5})
+    (said,) = caplog.messages
+    assert "Unknown: not now" in said
+    assert f"Xids of {'0, GPU-b' if what == 'the set' else 'GPU-b'} cannot be had" in said
+    bench.nvml.create_error = bench.gpus[1].register_error = None
+    bench.poll()
+    bench.nvml.xid(bench.gpus[1], 79)
+    assert bench.poll() == {(1, "xid-79"): 6}
+
+
+def test_a_lost_device_deafens_nobody_to_the_others(bench: Bench) -> None:
+    """The wait for events of all of them said no more than that one is lost, for ever."""
+    bench.poll()
+    bench.gpus[0].error = fake_nvml.NVMLError_GpuIsLost("lost")
+    assert bench.poll() == {(0, "gpu-lost"): 6, (2, "gpu-lost"): 6}
+    assert bench.poll() == {}
+    assert bench.nvml.sets == [{"GPU-b"}]
+    bench.nvml.xid(bench.gpus[1], 95)
+    assert bench.poll() == {(1, "xid-95"): 5}
+    bench.gpus[0].error = None
+    assert bench.poll() == {(0, "gpu-lost"): 0, (2, "gpu-lost"): 0}
+    bench.nvml.xid(bench.gpus[0], 95)
+    assert bench.poll() == {(0, "xid-95"): 5, (2, "xid-95"): 5}
 
 
 @pytest.mark.parametrize("names", [(f"MIG-{B}/1/0", f"MIG-{B}/2/0"), ("MIG-1", "MIG-2")])
