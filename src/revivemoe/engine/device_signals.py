@@ -61,6 +61,12 @@ class Signal:
         return Fault(rank, "device_fault", said, self.level)
 
 
+def about_the_same(one: Key, other: Key) -> bool:
+    """Whether one source says one thing of some of the same ranks: which share a device, it may
+    find out later."""
+    return one[:2] == other[:2] and not set(one[2]).isdisjoint(other[2])
+
+
 @dataclass
 class Open:
     """One that has not been carried out to its end."""
@@ -90,14 +96,18 @@ class DeviceSignals:
 
     def ask(self, signal: Signal, now: float) -> None:
         """These ranks are to go. One alone that is to be isolated goes at once: what is wrong with
-        it is worse than to be without it. What was refused, and is only said once more, stays so.
+        it is worse than to be without it. What was refused, and is only said once more, stays so;
+        so do those that have gone for it before.
         """
         before = self._open.get(signal.key)
         self.take_back(signal.key)
         if signal.action == "isolate" and not signal.shared:
             self._carry_out(signal, now)
             return
-        self._note(signal, signal.ranks, takes_out=not signal.shared)
+        views = [self._views[rank] for rank in signal.ranks]
+        left = {v.rank for v in views if v.dead and signal.code in v.device_faults}
+        self._note(signal, left, takes_out=True)
+        self._note(signal, set(signal.ranks) - left, takes_out=not signal.shared)
         refused = before is not None and before.reason and before.signal.asks_as(signal)
         one = replace(before, signal=signal) if before and refused else Open(signal, now)
         while len(self._open) >= MOST_OPEN:
@@ -108,13 +118,14 @@ class DeviceSignals:
         self.tick(now)
 
     def take_back(self, key: Key) -> None:
-        """It is over, or something else is said. Who has not begun to go for it stays, unless
-        another code asks for that."""
-        one = self._open.pop(key, None)
-        if one is not None and one.under_way:
-            views = [self._views[rank] for rank in one.signal.ranks]
-            stay = [v.rank for v in views if not set(v.device_faults) - {one.signal.code}]
-            self._maintenance.drains.forget(stay)
+        """It is over, or something else is said, be it of some of its ranks or of more. Who has not
+        begun to go for it stays, unless another code asks for that."""
+        for same in [k for k in self._open if about_the_same(k, key)]:
+            one = self._open.pop(same)
+            if one.under_way:
+                views = [self._views[rank] for rank in one.signal.ranks]
+                stay = [v.rank for v in views if not set(v.device_faults) - {one.signal.code}]
+                self._maintenance.drains.forget(stay)
 
     def take_back_of(self, rank: RankId, code: str) -> None:
         """Those that speak of this rank alone, with this code; with any, without one."""
@@ -157,16 +168,20 @@ class DeviceSignals:
         elif not self._epochs.quiet:
             pass
         elif not set(here) & {fault.rank for fault in self._maintenance.drains.leaving}:
-            one.under_way = False
+            self._leave_here(one, here)
             self._refuse(one, TURNED_DOWN, told=True)
         elif one.tried != self._epochs.membership.epoch:
             one.tried = self._epochs.membership.epoch
             reason = self._cannot_do_without(one.signal, here)
             if reason is not None:
-                one.under_way = False
                 self._maintenance.drains.withdraw(here, now)
-                self._note(one.signal, here, takes_out=not one.signal.shared)
+                self._leave_here(one, here)
                 self._refuse(one, reason)
+
+    def _leave_here(self, one: Open, ranks: list[RankId]) -> None:
+        """These stay: should they be lost otherwise, they may be started where they were."""
+        one.under_way = False
+        self._note(one.signal, ranks, takes_out=not one.signal.shared)
 
     def _cannot_do_without(self, signal: Signal, members: list[RankId]) -> str | None:
         """Why the instance could not go on without them all; None: it can."""

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from revivemoe.engine.device_signals import DeviceSignals, Key, Signal
+from revivemoe.engine.device_signals import DeviceSignals, Key, Signal, about_the_same
 from revivemoe.engine.maintenance import Maintenance
 from revivemoe.epochs.epochs import Epochs
 from revivemoe.epochs.state import FailedState, Starting
@@ -76,10 +76,11 @@ class DeviceWatch:
             self._clear(report, ranks)
 
     def _act(self, signal: Signal, times: int, now: float) -> None:
+        said = (signal.level, times)
+        if self._said.get(signal.key) == said:
+            return
+        self._unsay(signal.key)
         if signal.shared:
-            said = (signal.level, times)
-            if self._said.get(signal.key) == said:
-                return
             self._said[signal.key] = said
         living = [rank for rank in signal.ranks if not self._views[rank].dead]
         if signal.action == "retry" and self._retried_too_often(living, now):
@@ -101,16 +102,25 @@ class DeviceWatch:
         return any(often)
 
     def _clear(self, report: DeviceReport, ranks: tuple[RankId, ...]) -> None:
-        """Taken back: what this code said of them; of one rank, without a code, all."""
+        """Taken back: what this code said of them; of one rank, without a code, all that was said
+        of it alone."""
         key = (report.source, report.code, ranks)
-        self._said.pop(key, None)
+        self._unsay(key)
         self.signals.take_back(key)
         for rank in ranks:
-            view = self._views[rank]
-            for code in [report.code] if report.code else view.device_codes:
-                view.device_says(code, None)
+            for code in [report.code] if report.code else self._said_alone(rank):
+                self._views[rank].device_says(code, None)
         if len(ranks) == 1:
             self.signals.take_back_of(report.rank, report.code)
+
+    def _unsay(self, key: Key) -> None:
+        """Something else is said of these ranks, or nothing any more."""
+        self._said = {k: said for k, said in self._said.items() if not about_the_same(k, key)}
+
+    def _said_alone(self, rank: RankId) -> list[str]:
+        """Codes of this rank that no signal about several has said."""
+        together = {code for _, code, ranks in self._said if rank in ranks}
+        return [code for code in self._views[rank].device_codes if code not in together]
 
     def _retries_too_often(self, rank: RankId, now: float) -> bool:
         policy = self._epochs.policy

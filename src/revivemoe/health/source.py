@@ -33,8 +33,8 @@ class Changes:
         self._last: dict[tuple[RankId, str], DeviceReport] = {}
 
     def to(self, reports: Iterable[DeviceReport]) -> list[DeviceReport]:
-        """Reports that appeared, changed their level or happened once more, then a level 0 for each
-        that is gone.
+        """Reports that appeared, changed their level or whom they speak of, or happened once more,
+        then a level 0 for each that is gone, which speaks of none that still has it.
 
         Of several for one (rank, code) the highest level counts, and of equals the first.
         """
@@ -46,7 +46,12 @@ class Changes:
         self._last = now
         risen = [r for k, r in now.items() if k not in before or _news(before[k], r)]
         cleared = [
-            replace(report, level=0, detail=f"{report.code} is over")
+            replace(
+                report,
+                level=0,
+                detail=f"{report.code} is over",
+                shared=tuple(rank for rank in report.shared if (rank, report.code) not in now),
+            )
             for key, report in before.items()
             if key not in now
         ]
@@ -54,4 +59,4 @@ class Changes:
 
 
 def _news(before: DeviceReport, now: DeviceReport) -> bool:
-    return (before.level, before.times) != (now.level, now.times)
+    return replace(before, detail=now.detail) != now

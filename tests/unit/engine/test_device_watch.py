@@ -35,8 +35,9 @@ def say_of_all(
     instance: Instance, level: int, ranks: Iterable[RankId] = ALL, code: str = "taint"
 ) -> None:
     """One signal, as a source tells it: a report for each rank."""
-    shared = tuple(ranks)
-    for rank in shared:
+    told = tuple(ranks)
+    shared = told if len(told) > 1 else ()
+    for rank in told:
         report = DeviceReport(rank, level, code, "as a monitor says", "test", shared)
         instance.engine.on_health(report, instance.now)
     instance.deliver()
@@ -401,6 +402,82 @@ def test_a_shared_link_that_asks_for_a_retry_gets_one() -> None:
     say_of_all(instance, 3, (R1, R2), "link")
     instance.wait(2)
     assert members(instance) == (0, 3), "too often: they are drained, together"
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
+def test_who_has_gone_for_it_stays_out_while_the_others_are_refused(again: bool) -> None:
+    """Said once more it brought those back that had left, onto the device that it speaks of."""
+    instance = serving(redundant=24, auto_rejoin=True)
+    say_of_all(instance, 4, (R1, R2, R3), "xid")
+    instance.wait(0.1)
+    assert members(instance) == (0, 3)
+    for rank in (R1, R2):
+        instance.engine.on_exit(rank, Incarnation(1), "exited", instance.now)
+    instance.engine.epochs.accuse([Fault(R0, "non_finite", "twice")], instance.now)
+    instance.deliver()
+    instance.wait(0.3)
+    assert [one["ids"] for one in refused(instance)] == [[1, 2, 3]]
+    if again:
+        repeat(instance, 4, (R1, R2, R3), 2)
+    instance.wait(20)
+    assert members(instance) == (3,)
+    assert len(instance.named("device_refused")) == 1
+
+
+def test_who_stays_because_its_drain_could_not_be_ended_may_be_started_again() -> None:
+    """As it may where the signal itself is refused."""
+    instance = serving(redundant=0, spare=8, policy=Policy(drain_timeout_s=1.0))
+    loaded(instance, 40)
+    instance.step(2)
+    say_of_all(instance, 4, (R2, R3), "gpu")
+    assert refused(instance) == []
+    instance.engine.epochs.attempts.load_failed(instance.now)  # so their experts cannot be moved
+    for _ in range(10):
+        instance.step()
+        instance.wait(0.5)
+    assert members(instance) == ALL
+    (one,) = refused(instance)
+    assert "could not be ended" in one["reason"]
+    fleet = instance.engine.epochs.fleet
+    assert all(fleet.trusted(instance.engine.ranks[rank]) for rank in (R2, R3))
+
+
+@pytest.mark.parametrize("later", [(R0, R1), (R0,)], ids=["more", "the same"])
+def test_what_is_said_of_more_ranks_later_is_over_for_all(later: tuple[RankId, ...]) -> None:
+    """The first word was kept, and drained a healthy rank when strength came back."""
+    instance = serving(redundant=24, policy=MASK, auto_rejoin=True)
+    for rank in (1, 2, 3):
+        instance.die(rank)
+    for level, ranks in ((4, (R0,)), (4, later), (0, later)):
+        say_of_all(instance, level, ranks, "gpu")
+    assert refused(instance) == []
+    instance.wait(30)
+    assert members(instance) == ALL
+
+
+def test_a_signal_whose_ranks_change_and_change_back_is_heard_each_time() -> None:
+    instance = serving(redundant=24)
+    for ranks in ((R0, R1), ALL, (R0, R1)):
+        say_of_all(instance, 4 if ranks == ALL else 2, ranks)
+    assert refused(instance) == []
+    assert [fault_of(instance, rank) for rank in (R0, R1)] == [("taint", 2)] * 2
+
+
+def test_an_outside_monitor_takes_back_nothing_that_was_said_of_several() -> None:
+    """A rank came back on a GPU that is lost: its source alone can say that it is there again."""
+    instance = serving(redundant=24, auto_rejoin=True)
+    say(instance, 2, "fan")
+    say_of_all(instance, 6, (R1, R2), "gpu-lost")
+    for rank in (R1, R2):
+        instance.engine.on_exit(rank, Incarnation(1), "killed", instance.now)
+    instance.wait(1)
+    Operations(instance.engine).apply("report", {"id": 1, "level": 0}, "good", instance.now)
+    instance.wait(20)
+    assert members(instance) == (0, 3)
+    assert instance.engine.ranks[R1].device_codes == ["gpu-lost"]
+    say_of_all(instance, 0, (R1, R2), "gpu-lost")
+    instance.wait(20)
+    assert members(instance) == ALL
 
 
 def repeat(instance: Instance, level: int, shared: tuple[RankId, ...], times: int) -> None:

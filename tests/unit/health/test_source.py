@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from revivemoe.health.source import Changes
 from revivemoe.ids import RankId
 from revivemoe.recovery.faults import DeviceReport
@@ -24,3 +26,15 @@ def test_only_changes_of_level_are_changes() -> None:
         report(1, "gone", 0, "gone is over"),
     ]
     assert changes.to(now) == []
+
+
+def test_whom_a_report_speaks_of_is_told_anew_when_that_changes() -> None:
+    """Which ranks share a device may be found out while something is wrong with it."""
+    changes = Changes()
+    first = report(0, "a", 4)
+    assert changes.to([first]) == [first]
+    both = [replace(report(rank, "a", 4), shared=(RankId(0), RankId(1))) for rank in (0, 1)]
+    assert changes.to(both) == both
+    assert changes.to(both) == []
+    over = replace(report(1, "a", 0, "a is over"), shared=(RankId(1),))
+    assert changes.to([first]) == [first, over], "and of rank 0 it is not over"
