@@ -78,10 +78,13 @@ class Drains:
         return [w.fault for w in (*drains, *self._asked) if not w.switch and self._is_there(w)]
 
     def ask(self, fault: Fault, request_id: str | None, switch: bool = False) -> bool:
-        """Take a rank out, or make it an expert rank. False if it is on its way already."""
+        """Take a rank out, or make it an expert rank. False if it is on its way already. One that
+        changes its role now goes after that.
+        """
         view = self._views[fault.rank]
         asked = any(w.fault.rank == view.rank and self._is_there(w) for w in self._asked)
-        if view.dead or view.draining or asked:
+        leaving = view.draining and self._epochs.changing_role != view.rank
+        if view.dead or leaving or asked:
             if not (switch or view.dead):
                 self._take_over(fault, request_id)
             return False
@@ -105,7 +108,7 @@ class Drains:
             return replace(wanted, fault=fault, request_id=request_id, switch=False)
 
         self._asked = deque(map(his, self._asked))
-        if self._drain is not None:
+        if self._drain is not None and self._epochs.changing_role != fault.rank:
             self._drain.wanted = his(self._drain.wanted)
 
     def forget(self, ranks: Collection[RankId]) -> None:
@@ -139,11 +142,20 @@ class Drains:
         self._follow_epoch(now)
         if self._drain is not None:
             self._go_on(self._drain, now)
-        elif self._asked:
-            self._begin(self._asked.popleft(), now)
+        elif (wanted := self._next()) is not None:
+            self._begin(wanted, now)
         else:
             return False
         return True
+
+    def _next(self) -> Wanted | None:
+        """Who is not a member yet, for it is changing its role, lets others go first."""
+        self._asked = deque(w for w in self._asked if self._is_there(w))
+        members = self._epochs.membership.members
+        wanted = next((w for w in self._asked if w.fault.rank in members), None)
+        if wanted is not None:
+            self._asked.remove(wanted)
+        return wanted
 
     def _follow_epoch(self, now: float) -> None:
         """In another epoch than its own a drain begins anew, if its rank can still go."""
@@ -160,8 +172,6 @@ class Drains:
     def _begin(self, wanted: Wanted, now: float) -> None:
         epochs, fault, request_id = self._epochs, wanted.fault, wanted.request_id
         view, present = self._views[fault.rank], epochs.membership
-        if fault.rank not in present.members or not self._is_there(wanted):
-            return
         plan = self._plan(wanted)
         if not isinstance(plan, Continue) or (wanted.switch and not plan.switches):
             self._refuse(wanted, plan.reason)
@@ -251,4 +261,6 @@ class Drains:
 def _outweighs(fault: Fault, wanted: Wanted) -> bool:
     """Whether a rank goes for `fault` rather than for what was wanted of it before."""
     before = wanted.fault.kind
-    return wanted.switch or (fault.kind != before and before == "device_fault")
+    return wanted.switch or (
+        fault.kind != before and (before == "device_fault" or fault.kind == "isolate")
+    )

@@ -31,7 +31,6 @@ class Maintenance:
         self.returns = Returns(epochs, self.drains, tell)
         self._restore_id: str | None = None
         self._pause: tuple[bool, str | None] = (False, None)
-        self._joins: dict[RankId, str | None] = {}
 
     # ---- asked for ---------------------------------------------------------------------------
 
@@ -41,8 +40,6 @@ class Maintenance:
 
     def drain_all(self, faults: list[Fault], now: float, request_id: str | None = None) -> None:
         """Several: none of them takes over from another one."""
-        for fault in faults:
-            self._joins.pop(fault.rank, None)  # a switch that it was to come back from
         asked = [self.drains.ask(fault, request_id) for fault in faults]
         if any(asked):
             self.tick(now)
@@ -54,7 +51,6 @@ class Maintenance:
         fault = Fault(rank, "role_switch", "asked by an operator")
         if not self.drains.ask(fault, request_id, switch=True):
             raise ValueError(f"rank {rank} is on its way already: out, or to another role")
-        self._joins[rank] = request_id
         self.tick(now)
 
     def rejoin(self, rank: RankId, now: float, request_id: str | None) -> None:
@@ -64,9 +60,8 @@ class Maintenance:
             raise ValueError(f"id {rank} is not a rank of this instance")
         if view.member:
             raise ValueError(f"rank {rank} is not out: it is a member")
-        self._joins[rank] = request_id
-        view.taken_out = False
-        view.device_faults.clear()  # the operator vouches for it, until it is told of anew
+        view.request_id = request_id
+        view.vouch()
         self.returns.asked(rank)
         if view.dead:
             self._fleet.lives.replace(rank, now)
@@ -110,6 +105,8 @@ class Maintenance:
         """Make the next planned change, if the instance is free for it."""
         epochs = self._epochs
         self.returns.tick(now)
+        if not (epochs.loads.loading or epochs.loads.awaits_epoch):
+            self._restore_id = None  # what was asked for has come about otherwise, or will not
         if not epochs.quiet:
             return
         wanted, request_id = self._pause
@@ -127,12 +124,13 @@ class Maintenance:
             pass
         elif epochs.loads.awaits_epoch:
             epochs.loads.epoch_asked()
-            epochs.change([], "restore_experts", now, request_id=self._restore_id)
+            request_id, self._restore_id = self._restore_id, None
+            epochs.change([], "restore_experts", now, request_id=request_id)
         else:
             self.returns.see_to_the_rest(now)
 
     def _take_in(self, joiners: list[RankView], now: float) -> None:
-        ids = [self._joins.pop(view.rank, None) for view in joiners]
+        ids = [view.request_id for view in joiners]
         switched = any(view.rank in self._fleet.switched for view in joiners)
         cause, request_id = "role_switch" if switched else "rejoin", next(filter(None, ids), None)
         self._epochs.change([], cause, now, request_id=request_id)

@@ -86,7 +86,7 @@ class Epochs:
         fleet.lives.on_late = self._late
         fleet.on_launch = self.coordinator.renewed
         fleet.lives.on_not_coming = self.replan
-        self._switch: RankId | None = None
+        self.changing_role: RankId | None = None
         """The rank whose role the planned change under way is to change."""
 
     # ---- life --------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class Epochs:
         `switch` becomes an expert rank. `hold`: stay there until `release`.
         """
         assert self.quiet, f"no planned change can begin: {self.state}"
-        self._switch = switch
+        self.changing_role = switch
         self.symptoms.explained()
         self.attempts.planned()
         self.coordinator.begin_at_boundary(self.membership, faults, now, cause, hold)
@@ -241,7 +241,7 @@ class Epochs:
         assert not isinstance(self.state, FailedState | Starting), f"no way back from {self.state}"
         if counts:
             self.attempts.recovery(now, self.coordinator.active)
-        self._switch = None
+        self.changing_role = None
         self.symptoms.explained()
         absent = [r for r, v in self.fleet.views.items() if not v.ready]
         self.coordinator.begin(self.membership, faults, now, cause=cause, absent=absent)
@@ -276,10 +276,11 @@ class Epochs:
             self.proceed(now)
 
     def _carry_out(self, plan: Continue) -> None:
-        self._switch = None
+        asked, self.changing_role = self.changing_role, None
         for switch in plan.switches:
             self.coordinator.held.pop(switch.rank, None)  # told of another role
-            self.fleet.switch(switch, plan.switch_aside, self._clock())
+            by = self.coordinator.record.request_id if switch.rank == asked else None
+            self.fleet.switch(switch, plan.switch_aside, by, self._clock())
         self._retire_leavers(plan.membership)
         for rank in sorted({*self.membership.attention} - {*plan.membership.attention}):
             self._host.lost(rank, None)  # what was not moved, such as a suspect, has no rank now
@@ -342,7 +343,7 @@ class Epochs:
 
     def world(self, now: float) -> World:
         """Everything the plan depends on."""
-        return self._outlook.world(self.membership, self._host, self._switch, now)
+        return self._outlook.world(self.membership, self._host, self.changing_role, now)
 
     def _enter(self, state: State) -> None:
         assert not isinstance(self.state, FailedState), "a failed instance stays so"

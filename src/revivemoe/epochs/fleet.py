@@ -135,12 +135,14 @@ class Fleet:
             view.slow = ratio
         return found
 
-    def switch(self, switch: RoleSwitch, aside: bool, now: float) -> None:
+    def switch(self, switch: RoleSwitch, aside: bool, request_id: str | None, now: float) -> None:
         """The rank's process has been told to become an expert rank: there is no way back. It is
         no member in its old role any more. `aside`: it says when it is ready for the new one.
+        `request_id`: of whoever has asked for it.
         """
         view = self.views[switch.rank]
         self.lives.switch(view, aside, now)
+        view.request_id = request_id
         self.switched[switch.rank] = switch.replaces
         view.table, view.stats = switch.table, RankStats()
         self._tell(RoleSwitched(switch.rank, switch.replaces, aside))

@@ -106,12 +106,13 @@ class Lives:
         process was left whose end would start the next one, none is owed any more.
         """
         if isinstance(view.life, Queued):
-            self.obligations.met(LAUNCH, view.rank)
+            self._not_to_come(view)
         if self._move(view, life.Accused(now + self._policy.corpse_timeout_s, late), now):
             self._cluster.kill(view.rank)
 
     def _give_up_waiting(self, rank: RankId, now: float) -> None:
         """A process that does not die cannot be replaced: its memory may still be written to."""
+        self._not_to_come(self._views[rank])
         self._doom(self._views[rank], now, late=True)
         self._tell(Unkillable(rank, self._views[rank].pid))
         self.on_not_coming(now)
@@ -164,7 +165,7 @@ class Lives:
         """It is not to come; whoever may have waited for it is not told yet. Whether it was
         awaited: then a plan is to be made anew, once for all that are struck.
         """
-        awaited = self.obligations.met(LAUNCH, view.rank) or isinstance(view.life, Queued)
+        awaited = self._not_to_come(view) or isinstance(view.life, Queued)
         if not self._move(view, self._dismissed(now), now):
             self.end(view, now)
         elif isinstance(view.life, Leaving):
@@ -173,8 +174,13 @@ class Lives:
 
     def call_off_launch(self, rank: RankId, now: float) -> None:
         """Its process is gone, or on its way out: no other one is to be started."""
-        if self.obligations.met(LAUNCH, rank):
+        if self._not_to_come(self._views[rank]):
             self.on_not_coming(now)
+
+    def _not_to_come(self, view: RankView) -> bool:
+        """Its next process is not to be started. Whether one was owed."""
+        view.request_id = None
+        return self.obligations.met(LAUNCH, view.rank)
 
     def drain(self, view: RankView, on: bool, now: float) -> None:
         """Nothing new goes there; or, not `on`, again."""
@@ -198,6 +204,9 @@ class Lives:
             return False
         was, name, until = type(view.life).__name__, type(after).__name__, deadline(after)
         self.obligations.met(was, view.rank)
+        lost = isinstance(after, life.OUT) and not view.dead
+        if lost or isinstance(after, life.Member):
+            view.request_id = None  # what its process was to come in by has come about, or will not
         view.life = after
         if until is not None:
             lapse = partial(self._lapsed, view)

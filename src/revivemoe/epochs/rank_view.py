@@ -34,6 +34,9 @@ class RankView:
     """What they have said besides."""
     taken_out: bool = False
     """An operator wants it out."""
+    request_id: str | None = None
+    """Of the operator's request that its process, or the next one, is to come in by: back, or in
+    another role."""
     slow: float | None = None
     """How many times longer than its peers it takes, if it is slow."""
     last_words: str = ""
@@ -77,6 +80,12 @@ class RankView:
         for codes in (self.device_faults, self.device_watched):
             while len(codes) > KEPT_CODES:
                 del codes[next(iter(codes))]
+        self._show_device()
+
+    def vouch(self) -> None:
+        """An operator wants it back, whatever has taken it out, until it is told of anew."""
+        self.taken_out, self.fault = False, None
+        self.device_faults.clear()
         self._show_device()
 
     def _show_device(self) -> None:
