@@ -3,7 +3,7 @@
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -45,6 +45,14 @@ NUMBERS_END = 1 << 63
 """No tensor has as many numbers."""
 
 FLOATS = ("F64", "F32", "BF16", "F16")
+_TYPES_OF_BYTES = {
+    8: "F64 I64 U64 C64",
+    4: "F32 I32 U32",
+    2: "BF16 F16 I16 U16",
+    1: "I8 U8 BOOL F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+}
+BYTES = {dtype: size for size, dtypes in _TYPES_OF_BYTES.items() for dtype in dtypes.split()}
+"""Of a number, by its type. There are others, which nobody reads."""
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 _UNREADABLE = (
@@ -93,13 +101,13 @@ def tensors(model_dir: Path, complete: bool = True) -> dict[str, TensorInfo]:
 
 
 def missing_files(model_dir: Path) -> list[str]:
-    """Files of weights that are not there, by name. Raises ValueError for an index that cannot be
-    read.
+    """Files of weights that are not there, by name; where one of two would do, both. Raises
+    ValueError for an index that cannot be read.
     """
     if (model_dir / SINGLE).is_file():
         return []
     if not (model_dir / INDEX).is_file():
-        return [SINGLE]
+        return [SINGLE, INDEX]
     shards = sorted(set(_index(model_dir / INDEX).values()))
     return [name for name in shards if not (model_dir / name).is_file()]
 
@@ -117,8 +125,10 @@ def _is_prediction(name: str) -> bool:
 def _scaled(
     stored: dict[str, TensorInfo], quantised: Quantization | None, model_dir: Path
 ) -> dict[str, TensorInfo]:
-    _refuse_whole_numbers(stored, model_dir)
-    scales = set() if quantised is None else _scales(stored)
+    scales = _scales(stored)
+    _refuse_whole_numbers(stored, scales, model_dir)
+    if quantised is None:
+        scales = set()
     return {
         name: _with_scale(name, tensor, stored, quantised, model_dir)
         if tensor.dtype.startswith("F8_")
@@ -128,15 +138,17 @@ def _scaled(
     }
 
 
-def _refuse_whole_numbers(stored: Mapping[str, TensorInfo], model_dir: Path) -> None:
+def _refuse_whole_numbers(
+    stored: Mapping[str, TensorInfo], scales: Set[str], model_dir: Path
+) -> None:
     """Raises ValueError for weights whose bytes would be read as if they were their values: float8
     ones that another tool has stored as integers, or ones that are quantised to these.
     """
     for name, tensor in stored.items():
-        if tensor.dtype.startswith("F8_") or tensor.dtype in FLOATS:
+        if tensor.dtype.startswith("F8_") or tensor.dtype in FLOATS or name in scales:
             continue
         scale = next((name + end for end in SCALES if name + end in stored), None)
-        if scale is not None or name.endswith(".weight"):
+        if scale is not None or name.endswith(".weight") or EXPERT_KEY.match(name):
             beside = "" if scale is None else f", with {scale} beside it"
             raise ValueError(
                 f"{model_dir}: {name} is stored as {tensor.dtype[:20]}{beside}: weights are read "
@@ -227,10 +239,13 @@ def _header(file: Path) -> dict[str, TensorInfo]:
                 raise ValueError("header is longer than the file, or than any may be")
             entries = json.loads(handle.read(length))
         entries.pop("__metadata__", None)
-        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
+        found = {name: _tensor(file, name, entry) for name, entry in entries.items()}
+        end = _laid_out(found, {name: e["data_offsets"] for name, e in entries.items()})
         if 8 + length + end > size:
             raise ValueError("it is cut short (an interrupted download?)")
-        return {name: _tensor(file, name, entry) for name, entry in entries.items()}
+        if 8 + length + end < size:
+            raise ValueError("it goes on behind its last tensor: damaged?")
+        return found
     except FileNotFoundError:
         raise ValueError(f"{file} is missing: the checkpoint is incomplete") from None
     except _UNREADABLE as error:
@@ -246,6 +261,21 @@ def _tensor(file: Path, name: str, entry: Mapping[str, object]) -> TensorInfo:
             f"{name[:80]} has shape {repr(shape)[:80]} and type {repr(dtype)[:80]}: damaged?"
         )
     return TensorInfo(file, tuple(shape), dtype)
+
+
+def _laid_out(tensors: Mapping[str, TensorInfo], offsets: Mapping[str, list[int]]) -> int:
+    """Where the last one ends. As `safetensors` has it each begins where the one before it ends,
+    and is as long as its numbers are. Raises ValueError.
+    """
+    last = 0
+    for name, (begin, end) in sorted(offsets.items(), key=lambda one: one[1]):
+        size, count = BYTES.get(tensors[name].dtype), prod(tensors[name].shape)
+        fits = size is None or end - begin == size * count
+        if begin != last or end < begin or not fits:
+            where = f"{begin} to {end}"[:80]
+            raise ValueError(f"{name[:80]} lies where it cannot ({where}): damaged?")
+        last = end
+    return last
 
 
 def _is_shape(value: object) -> TypeGuard[list[int]]:

@@ -158,6 +158,20 @@ def test_a_cache_without_the_hubs_list_of_files_may_be_partial(
     _refuse_partial(snapshot, MODEL, None)  # what is wrong there is no matter of the cache
 
 
+def test_a_cache_that_lacks_the_index_is_partial(published: Path, tmp_path: Path) -> None:
+    """It was taken for a checkpoint in another format, which is to be converted."""
+    snapshot = tmp_path / "snapshots" / COMMIT
+    shutil.copytree(published, snapshot)
+    index = "model.safetensors.index.json"
+    listed = tmp_path / "trees" / f"{COMMIT}.json"
+    listed.parent.mkdir()
+    files = {path.name: {} for path in snapshot.iterdir()}
+    listed.write_text(json.dumps({"format_version": 1, "files": files}))
+    (snapshot / index).unlink()
+    with pytest.raises(ValueError, match=f"not whole in the cache .* lacks {index}"):
+        _refuse_partial(snapshot, MODEL, None)
+
+
 def test_names() -> None:
     for name in ("Qwen/Qwen3-30B-A3B", "a/b", "deepseek-ai/DeepSeek-V3.1_x"):
         assert is_hub_id(name)

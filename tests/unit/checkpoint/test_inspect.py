@@ -400,6 +400,50 @@ def test_a_header_that_says_what_cannot_be(model_dir: Path, file: bytes) -> None
     assert "damaged?" in message
 
 
+A, B = "model.layers.0.mlp.experts.0.up_proj.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        {A: [0, 4], B: [4, 12]},
+        {A: [0, 16], B: [16, 24]},
+        {A: [0, 8], B: [4, 12]},
+        {A: [0, 8], B: [0, 8]},
+        {A: [0, 8], B: [12, 20]},
+        {A: [8, 0], B: [0, 8]},
+        {A: [-8, 0], B: [0, 8]},
+        {A: [0.0, 8.5], B: [8, 16]},
+        {A: [0, 8], B: [8, 10**400]},
+        {A: "ab", B: [0, 8]},
+        {A: [0, 8, 9], B: [8, 16]},
+        {A: [8], B: [8, 16]},
+        {A: [0, 8]},
+    ],
+)
+def test_tensors_that_lie_where_they_cannot(model_dir: Path, offsets: dict[str, Any]) -> None:
+    """Their bytes were other tensors', or nobody's, which came out where they were loaded."""
+    entries = {n: {"dtype": "F32", "shape": [2], "data_offsets": o} for n, o in offsets.items()}
+    raw = json.dumps(entries).encode()
+    file = struct.pack("<Q", len(raw)) + raw + bytes(64)
+    (model_dir / "model.safetensors").write_bytes(file)
+    message = refusal(model_dir)
+    assert "model.safetensors cannot be read" in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8"])
+@pytest.mark.parametrize("name", ["gate_up_proj", "0.up_proj.qweight"])
+def test_experts_that_are_stored_as_integers(model_dir: Path, name: str, dtype: str) -> None:
+    """Where they are fused, their names do not end as those of other weights do."""
+    name = f"model.layers.0.mlp.experts.{name}"
+    entries = {name: {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}
+    raw = json.dumps(entries).encode()
+    file = struct.pack("<Q", len(raw)) + raw + bytes(4)
+    (model_dir / "model.safetensors").write_bytes(file)
+    assert f"{name} is stored as {dtype}: weights are read where" in refusal(model_dir)
+
+
 def test_a_header_as_long_as_none_may_be(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_HEADER_BYTES", 100)
     assert "longer than the file, or than any may be" in refusal(model_dir)
