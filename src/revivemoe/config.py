@@ -43,8 +43,8 @@ class EngineConfig:
     dequantize: bool = False
     """Float8 weights are welcome: they are turned back into `dtype` on load."""
     max_model_len: int | None = None
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     prefill_tokens_beside_decodes: int = 0
     """0: by what steps cost (`core.pace`)."""
     block_size: int = 16
@@ -132,6 +132,12 @@ def this_pod() -> tuple[str, str] | None:
     return (namespace, name) if namespace and name else None
 
 
+MAX_SEQS = 256
+"""At once on a rank, as elsewhere; or as many as a step has tokens."""
+MAX_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Of a step on a rank: where a device has enough to do; more only let others wait."""
+
+
 def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
     """Replace every `auto`, and check the flags against the checkpoint and the machine.
 
@@ -160,15 +166,19 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
             f"experts on {holders} ranks can use ({most}): lower it"
         )
     _check_dense(config, info)
-    if config.max_num_batched_tokens < config.max_num_seqs:
+    max_tokens = config.max_num_batched_tokens or MAX_TOKENS[device]
+    max_seqs = config.max_num_seqs or min(MAX_SEQS, max_tokens)
+    if max_tokens < max_seqs:
         raise ValueError(
-            f"--max-num-batched-tokens {config.max_num_batched_tokens} is below --max-num-seqs "
-            f"{config.max_num_seqs}: running sequences could not all decode in one step"
+            f"--max-num-batched-tokens {max_tokens} is below --max-num-seqs {max_seqs}: running "
+            "sequences could not all decode in one step"
         )
     return replace(
         config,
         served_model_name=config.served_model_name or config.model_dir.resolve().name,
         device=device,
+        max_num_seqs=max_seqs,
+        max_num_batched_tokens=max_tokens,
         dtype=info.dtype if config.dtype == "auto" else config.dtype,
         comm_backend=_backend(config, device),
         num_microbatches=config.num_microbatches or default_microbatches(topology),

@@ -45,7 +45,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         ("max_model_len", 8193, "--max-model-len 8193", "lower it"),
         ("max_num_seqs", 0, "--max-num-seqs 0", "at least 1"),
         ("max_num_batched_tokens", 0, "--max-num-batched-tokens 0", "at least 1"),
-        ("max_num_batched_tokens", 31, "--max-num-batched-tokens 31", "--max-num-seqs 32"),
         ("prefill_tokens_beside_decodes", -1, "--max-prefill-beside-decodes -1", "at least 0"),
         ("block_size", 0, "--block-size 0", "at least 1"),
         ("num_kv_blocks", 0, "--num-kv-blocks 0", "at least 1"),
@@ -89,7 +88,15 @@ def test_auto_becomes_something() -> None:
     assert resolved.comm_backend == "shm"
     assert resolved.dtype == "bfloat16"
     assert resolved.max_model_len == 4096
+    assert (resolved.max_num_seqs, resolved.max_num_batched_tokens) == (256, 512)
     assert resolve(CONFIG, replace(INFO, max_positions=100)).max_model_len == 100
+
+
+def test_as_many_sequences_as_a_step_has_tokens() -> None:
+    few = resolve(replace(CONFIG, max_num_batched_tokens=31), INFO)
+    assert few.max_num_seqs == 31
+    with pytest.raises(ValueError, match="--max-num-batched-tokens 31 is below --max-num-seqs 32"):
+        resolve(replace(CONFIG, max_num_batched_tokens=31, max_num_seqs=32), INFO)
 
 
 def test_why_a_text_may_not_be_longer() -> None:
@@ -100,8 +107,9 @@ def test_why_a_text_may_not_be_longer() -> None:
 
 def test_what_is_said_stays() -> None:
     said = replace(
-        CONFIG, served_model_name="m", comm_backend="gloo", dtype="float32", max_model_len=8192
-    )
+        CONFIG, served_model_name="m", comm_backend="gloo", dtype="float32", max_model_len=8192,
+        max_num_seqs=8, max_num_batched_tokens=64,
+    )  # fmt: skip
     resolved = resolve(said, INFO)
     assert resolved == replace(said, device="cpu", num_microbatches=1)
 

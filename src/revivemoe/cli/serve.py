@@ -88,8 +88,14 @@ def serve(
         int | None,
         typer.Option(help="Prompt plus output, tokens; default: the model's own, at most 4096."),
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences running at once per rank.")] = 32,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per rank and step.")] = 512,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(help="Sequences running at once per rank; default: 256, or tokens of a step."),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens per rank and step; default: 512 on CPU, 8192 on CUDA."),
+    ] = None,
     max_prefill_beside_decodes: Annotated[
         int,
         typer.Option(

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TypeVar, assert_never
 
 import msgspec
+import torch
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.comm.domain import Domains
@@ -22,6 +23,7 @@ from revivemoe.core.state import InDomain
 from revivemoe.core.step import Batch, StepHeader, StepResult
 from revivemoe.executor.injection import Injections
 from revivemoe.executor.loading import Loader
+from revivemoe.executor.threads import Threads
 from revivemoe.messages.commands import Command, Configure, Inject
 from revivemoe.messages.reports import ExpertsLoaded, RankStats, Report
 from revivemoe.messages.tally import Tally
@@ -54,6 +56,7 @@ class Driver:
         self._loader = Loader(runner, domains, progress, (rank.rank_id, rank.incarnation))
         self._transport: Transport | None = None
         self._injections = Injections()
+        self._threads = Threads(torch.get_num_threads())
         self._memory_bytes = runner.num_bytes()
         self._step_began = self._waited_before_s = 0.0
         self._step_s = self._waited_s = 0.0
@@ -157,6 +160,7 @@ class Driver:
         else:
             self._runner.serve()
         waited_s = self._progress.total_waited_s - waited_s
+        self._threads.look()
         return effects.Ran(results, time.monotonic() - began, waited_s)
 
     def _reach_of_loop(self, effect: effects.Reach) -> None:

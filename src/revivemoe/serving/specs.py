@@ -8,6 +8,8 @@ from revivemoe.ids import Incarnation, LayerId, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.membership.placement import Table
 
+RESOLVED = "a configuration that is not resolved"
+
 
 def rank_spec(
     config: EngineConfig,
@@ -18,7 +20,9 @@ def rank_spec(
     slots: Table,
 ) -> RankSpec:
     """`home`: what the instance was started with: processes come back to their roles."""
-    assert config.max_model_len is not None
+    assert config.max_model_len is not None, RESOLVED
+    assert config.max_num_seqs is not None, RESOLVED
+    assert config.max_num_batched_tokens is not None, RESOLVED
     table = slots or ((),) * len(info.moe_layers)
     return RankSpec(
         rank=rank,
@@ -65,6 +69,7 @@ def _size(config: EngineConfig, info: CheckpointInfo, home: Membership) -> Insta
 
 
 def segment_spec(config: EngineConfig, info: CheckpointInfo) -> SegmentSpec:
+    assert config.max_num_batched_tokens is not None, RESOLVED
     return SegmentSpec(
         num_ranks=config.num_ranks,
         channels=config.num_microbatches or 1,

@@ -1,0 +1,67 @@
+"""How many threads a rank computes with: one less while others want the processor, too.
+
+A parallel region ends with its last thread. Where one of two stands in the kernel's queue behind
+somebody else's, the other spins, and a step takes many times as long as one thread alone would
+take. That they stand there the kernel tells, in nanoseconds for each thread.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+LOOK_EVERY_S = 0.1
+CROWDED = 0.15
+"""Seconds in the queue, of all threads, for each second: from so many on there are too many."""
+TRY_AGAIN_S, TRY_AGAIN_AT_MOST_S = 1.0, 30.0
+"""With all of them; longer each time that it was in vain."""
+TASKS = Path("/proc/self/task")
+
+
+def queued_s() -> float:
+    """Seconds that the threads of this process wanted a processor and had none. 0 where the kernel
+    does not tell.
+    """
+    total = 0
+    for task in TASKS.iterdir():
+        with suppress(OSError, IndexError):  # it has ended, or the kernel was built without
+            total += int((task / "schedstat").read_bytes().split()[1])
+    return total / 1e9
+
+
+class Threads:
+    """Of one rank. What is computed must not depend on how many there are."""
+
+    def __init__(
+        self,
+        most: int,
+        clock: Callable[[], float] = time.monotonic,
+        queued: Callable[[], float] = queued_s,
+        use: Callable[[int], None] = torch.set_num_threads,
+    ) -> None:
+        self.count = self._most = most
+        self._clock, self._queued, self._use = clock, queued, use
+        self._looked = (clock(), queued()) if most > 1 else (0.0, 0.0)
+        self._try_at, self._pause_s = 0.0, TRY_AGAIN_S
+
+    def look(self) -> None:
+        """After each step. Almost always it does nothing."""
+        if self._most == 1 or (now := self._clock()) - self._looked[0] < LOOK_EVERY_S:
+            return
+        (was, before), after = self._looked, self._queued()
+        self._looked = now, after
+        crowded = (after - before) / (now - was) > CROWDED
+        if crowded and self.count > 1:
+            self._set(self.count - 1)
+            self._try_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, TRY_AGAIN_AT_MOST_S)
+        elif not crowded and self.count < self._most and now >= self._try_at:
+            self._set(self._most)
+        elif self.count == self._most and now > self._try_at + self._pause_s:
+            self._pause_s = TRY_AGAIN_S
+
+    def _set(self, count: int) -> None:
+        self.count = count
+        self._use(count)

@@ -1,0 +1,106 @@
+"""How many threads compute while somebody else has the processor, too."""
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from revivemoe.executor.threads import LOOK_EVERY_S, TRY_AGAIN_AT_MOST_S, Threads, queued_s
+
+
+class Machine:
+    """Two cores, of which somebody else wants one from time to time."""
+
+    def __init__(self) -> None:
+        self.now = self.queued = 0.0
+        self.busy = False
+        self.used: list[tuple[float, int]] = []
+        self.threads = Threads(2, lambda: self.now, lambda: self.queued, self._use)
+
+    def _use(self, count: int) -> None:
+        self.used.append((self.now, count))
+
+    def run(self, seconds: float) -> None:
+        """Steps of 30 ms."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.03
+            if self.busy and self.threads.count > 1:
+                self.queued += 0.015
+            self.threads.look()
+
+
+def test_alone_nothing_changes() -> None:
+    machine = Machine()
+    machine.run(60)
+    assert machine.used == []
+
+
+def test_one_less_while_somebody_else_is_there() -> None:
+    machine = Machine()
+    machine.run(1)
+    machine.busy = True
+    machine.run(2 * LOOK_EVERY_S + 0.1)
+    assert [count for _, count in machine.used] == [1]
+    machine.busy = False
+    machine.run(3)
+    assert machine.threads.count == 2
+
+
+def test_trials_are_short_and_rarer_each_time() -> None:
+    machine = Machine()
+    machine.busy = True
+    machine.run(300)
+    tries = [at for at, count in machine.used if count == 2]
+    ends = [at for at, count in machine.used if count == 1][1:]
+    assert all(end - begin <= 2 * LOOK_EVERY_S for begin, end in zip(tries, ends, strict=False))
+    apart = [round(b - a, 3) for a, b in pairwise(tries)]
+    assert apart == sorted(apart)
+    assert TRY_AGAIN_AT_MOST_S <= apart[-1] < TRY_AGAIN_AT_MOST_S + 1
+
+
+def test_after_a_quiet_time_trials_are_frequent_again() -> None:
+    machine = Machine()
+    machine.busy = True
+    machine.run(100)
+    machine.busy = False
+    machine.run(120)
+    assert machine.threads.count == 2
+    machine.busy = True
+    machine.run(2 * LOOK_EVERY_S + 0.1)
+    at, count = machine.used[-1]
+    assert count == 1
+    machine.busy = False
+    machine.run(2)
+    assert machine.used[-1] == (pytest.approx(at + 1, abs=0.2), 2)
+
+
+def test_one_thread_never_looks() -> None:
+    def asked() -> Iterator[float]:
+        raise AssertionError("a single thread shares nothing")
+        yield
+
+    Threads(1, queued=lambda: next(asked())).look()
+
+
+def test_the_kernel_tells_who_waits() -> None:
+    """Three busy threads have no three processors, be it for the interpreter's lock."""
+    before = queued_s()
+    assert before >= 0
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            sum(range(1000))
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    time.sleep(0.1)
+    during = queued_s()
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert during >= before
