@@ -5,6 +5,7 @@ import os
 import platform
 import random
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from revivemoe.bench.peers.systems import System, ours, peer
 from revivemoe.bench.server_process import ServerProcess
 
 ROUND_WITHIN_S = 300.0
+SETTLED_S = 2.0
+"""Whoever has served the round before looks out for more for a while, and not asleep."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def _round(
     """Prompts are new each time, so that no prefix cache knows them."""
     prompts = random_prompts(draw, streams, setup.prompt_tokens)
     bodies = greedy(model_dir, prompts, setup.output_tokens)
+    time.sleep(SETTLED_S)
     before = read(server.pid)
     results = asyncio.run(stream_all(server.url, bodies, timeout_s=ROUND_WITHIN_S))
     after = read(server.pid)
