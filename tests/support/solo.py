@@ -46,7 +46,8 @@ class SoloRank:
         )
         self.runner.allocate(limits.num_blocks, limits.block_size)
         transport = SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, device)
-        dispatcher = Dispatcher(transport, placement.slots_per_rank)
+        rows = self.runner.kernels.rows
+        dispatcher = Dispatcher(transport, placement.slots_per_rank, rows=rows)
         self.runner.enter([dispatcher], Membership(collocated(EPOCH, 1), placement), ME)
         self.rank = Rank(ME, Incarnation(1), limits)
         self.rank.configure(EPOCH, 0, b"", 0)

@@ -163,11 +163,7 @@ class Dispatcher:
         self, hidden_TH: Tensor, slot_ids_TK: Tensor, weights_TK: Tensor
     ) -> Dispatched:
         self._transport.check_fence()
-        none = slot_ids_TK < 0
         handle = DispatchHandle(hidden_TH, None, (hidden_TH.shape[0],))
         return Dispatched(
-            rows_RH=hidden_TH,
-            slot_ids_RK=slot_ids_TK.to(torch.int64).masked_fill(none, self._slots),
-            weights_RK=weights_TK.to(torch.float32).masked_fill(none, 0.0),
-            handle=handle,
+            hidden_TH, *self._rows.alone(slot_ids_TK, weights_TK, self._slots), handle
         )

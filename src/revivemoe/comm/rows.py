@@ -67,6 +67,14 @@ class TorchRows:
             torch.where(here, weights, 0.0),
         )
 
+    def alone(self, slot_ids_TK: Tensor, weights_TK: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """As from `unpack`, where nobody else is there: ids int64, weights float32."""
+        none = slot_ids_TK < 0
+        return (
+            slot_ids_TK.to(torch.int64).masked_fill(none, slots),
+            weights_TK.to(torch.float32).masked_fill(none, 0.0),
+        )
+
     def sum_parts(
         self, pieces: Sequence[Tensor], parts: torch.dtype, route: Route, out_TH: Tensor
     ) -> None:

@@ -15,11 +15,30 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "heads.h"
 #include "norms.h"
 #include "products.h"
+#include "router.h"
 #include "rows.h"
 
 // ---- called from Python; `half`: elements are bfloat16, else float32 ----------------------------
+
+namespace {
+
+template <typename T>
+void project_as(const void* x, const void* const* weights, const void* const* biases, const void* const* norms,
+                float query_eps, float key_eps, i64 heads, i64 kv_heads, i64 dim, i64 value_dim, const void* cos,
+                const void* sin, const i64* slots, void* query, void* key_pages, void* value_pages, i64 m, i64 k,
+                int threads) {
+  const i64 sizes[3] = {heads * dim, kv_heads * dim, kv_heads * value_dim};
+  Linear<T> layers[3];
+  for (int i = 0; i < 3; i++) layers[i] = {(const T*)weights[i], (const T*)biases[i], nullptr, sizes[i]};
+  const Heads<T> queries{(const T*)norms[0], query_eps, heads, dim}, keys{(const T*)norms[1], key_eps, kv_heads, dim};
+  project((const T*)x, layers, queries, keys, sizes[2], (const T*)cos, (const T*)sin, slots, (T*)query,
+          (T*)key_pages, (T*)value_pages, m, k, threads);
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -29,9 +48,41 @@ int rv_block() { return BLOCK; }
 void rv_linear(const void* x, i64 ldx, const void* w, const void* bias, void* y, i64 m, i64 n, i64 k, int half,
                int threads) {
   if (half) {
-    linear((const bf16*)x, ldx, (const bf16*)w, (const bf16*)bias, (bf16*)y, m, n, k, threads);
+    const Linear<bf16> layer{(const bf16*)w, (const bf16*)bias, (bf16*)y, n};
+    linears((const bf16*)x, ldx, &layer, 1, m, k, threads);
   } else {
-    linear((const float*)x, ldx, (const float*)w, (const float*)bias, (float*)y, m, n, k, threads);
+    const Linear<float> layer{(const float*)w, (const float*)bias, (float*)y, n};
+    linears((const float*)x, ldx, &layer, 1, m, k, threads);
+  }
+}
+
+// `weights`, `biases`: of queries, keys and values; `norms`: of queries and keys.
+void rv_project(const void* x, const void* const* weights, const void* const* biases, const void* const* norms,
+                float query_eps, float key_eps, i64 heads, i64 kv_heads, i64 dim, i64 value_dim, const void* cos,
+                const void* sin, const i64* slots, void* query, void* key_pages, void* value_pages, i64 m, i64 k,
+                int half, int threads) {
+  if (half) {
+    project_as<bf16>(x, weights, biases, norms, query_eps, key_eps, heads, kv_heads, dim, value_dim, cos, sin, slots,
+                     query, key_pages, value_pages, m, k, threads);
+  } else {
+    project_as<float>(x, weights, biases, norms, query_eps, key_eps, heads, kv_heads, dim, value_dim, cos, sin, slots,
+                      query, key_pages, value_pages, m, k, threads);
+  }
+}
+
+// `rounded`: weights are of the rows' type, else float32.
+void rv_route_rows(const void* x, i64 ldx, const void* w, const void* missing, i64 m, i64 n, i64 k, i64 choices,
+                   int normalise, int rounded, void* logits, void* weights, i64* ids, int half, int threads) {
+  const bool* mask = (const bool*)missing;
+  if (half && rounded) {
+    route_rows((const bf16*)x, ldx, (const bf16*)w, mask, m, n, k, choices, normalise, (bf16*)logits, (bf16*)weights,
+               ids, threads);
+  } else if (half) {
+    route_rows((const bf16*)x, ldx, (const bf16*)w, mask, m, n, k, choices, normalise, (bf16*)logits, (float*)weights,
+               ids, threads);
+  } else {
+    route_rows((const float*)x, ldx, (const float*)w, mask, m, n, k, choices, normalise, (float*)logits,
+               (float*)weights, ids, threads);
   }
 }
 
@@ -90,6 +141,14 @@ void rv_unpack_rows(i64 row_bytes, i64 hidden_at, i64 hidden_bytes, i64 choices,
                     const i64* counts, i64 members, i64 first, i64 slots, void* hidden, i64* ids, float* weights) {
   const Row row{row_bytes, hidden_at, hidden_bytes, choices};
   unpack_rows(row, pieces, counts, members, first, slots, (char*)hidden, ids, weights);
+}
+
+void rv_alone(const i64* ids, const void* weights, int half, i64 count, i64 slots, i64* to_ids, float* to_weights) {
+  if (half) {
+    alone(ids, (const bf16*)weights, count, slots, to_ids, to_weights);
+  } else {
+    alone(ids, (const float*)weights, count, slots, to_ids, to_weights);
+  }
 }
 
 void rv_sum_parts(const char* const* pieces, const i64* counts, i64 members, i64 hidden, const i64* by_token,

@@ -4,6 +4,7 @@ Legend: M rows, N outputs, K inner size, R rows of experts, C choices of each, S
 I inner size of an expert.
 """
 
+from ctypes import Array, c_void_p
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ SCRATCH = 1 << 24
 """Floats in which experts lay out rows, or so many as `LEAST_ROWS` take: what there are more of is
 computed in portions."""
 LEAST_ROWS = 64
+MOST_CHOICES = 64
 
 
 class Seen(NamedTuple):
@@ -28,6 +30,17 @@ class Seen(NamedTuple):
     """Positions from the first on; at least 1."""
 
 
+class Head(NamedTuple):
+    """Of queries or keys: how its products come to be what attention takes."""
+
+    weight: Tensor
+    """[heads * D, K]"""
+    bias: Tensor | None
+    norm: Tensor | None
+    """[D], of an RMS norm of each head."""
+    eps: float
+
+
 class Native:
     """The functions of the library, and what they can be used for."""
 
@@ -38,6 +51,8 @@ class Native:
         """Inner sizes of experts must be multiples of it."""
         self._linear = function_of(library, "rv_linear", "pipppiiibb")
         self._rms_norm = function_of(library, "rv_rms_norm", "pippiifb")
+        self._project = function_of(library, "rv_project", "ppppffiiiippppppiibb")
+        self._route = function_of(library, "rv_route_rows", "pippiiiibbpppbb")
         self._experts = function_of(library, "rv_experts", "ppppppiiiiibbb")
         self._attention = function_of(library, "rv_attention", "ppppppppiiiiiiiiiifbb")
 
@@ -79,6 +94,67 @@ class Native:
             eps, rows.dtype == torch.bfloat16,
         )  # fmt: skip
         return out
+
+    def project(
+        self,
+        rows_TK: Tensor,
+        query: Head,
+        key: Head,
+        value: tuple[Tensor, Tensor | None],
+        angles: tuple[Tensor, Tensor],
+        slots_T: Tensor,
+        pages: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Queries [T, Hq, D] of rows; their keys and values are written into `slots_T` (int64,
+        block * P + offset) of the pages, [NB, P, Hk, D] and [NB, P, Hk, Dv]. `value`: weight, bias.
+        `angles`: cosines and sines, [T, D], of the rows' dtype; the halves of a head are turned.
+        """
+        (num_rows, inner), (key_pages, value_pages) = rows_TK.shape, pages
+        kv_heads, dim, dim_v = key_pages.shape[2], key_pages.shape[3], value_pages.shape[3]
+        heads = query.weight.shape[0] // dim
+        cos, sin = angles
+        given = (rows_TK, query.weight, key.weight, value[0], cos, sin, key_pages, value_pages)
+        if {tensor.dtype for tensor in given} != {rows_TK.dtype}:
+            raise RuntimeError("rows, weights, angles and pages are of different dtypes")
+        query_THD = torch.empty(num_rows, heads, dim, dtype=rows_TK.dtype)
+        if num_rows:
+            self._project(
+                rows_TK.data_ptr(), _addresses(query.weight, key.weight, value[0]),
+                _addresses(query.bias, key.bias, value[1]), _addresses(query.norm, key.norm),
+                query.eps, key.eps, heads, kv_heads, dim, dim_v, cos.data_ptr(), sin.data_ptr(),
+                slots_T.data_ptr(), query_THD.data_ptr(), key_pages.data_ptr(),
+                value_pages.data_ptr(), num_rows, inner, rows_TK.dtype == torch.bfloat16,
+                torch.get_num_threads(),
+            )  # fmt: skip
+        return query_THD
+
+    def route(
+        self,
+        rows_TH: Tensor,
+        weight_EH: Tensor,
+        top_k: int,
+        normalise: bool,
+        dtype: torch.dtype,
+        missing_E: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [T, E]; the largest of their softmax [T, K], of `dtype` (the rows' or float32);
+        whose they are, int64. `normalise`: they sum up to 1. `missing_E`, bool: weighs 0, is last.
+        """
+        (num_rows, inner), num_experts = rows_TH.shape, len(weight_EH)
+        if rows_TH.dtype != weight_EH.dtype or not 0 < top_k <= min(num_experts, MOST_CHOICES):
+            raise RuntimeError(f"{top_k} of {num_experts} {weight_EH.dtype} for {rows_TH.dtype}")
+        logits = torch.empty(num_rows, num_experts, dtype=rows_TH.dtype)
+        weights = torch.empty(num_rows, top_k, dtype=dtype)
+        ids = torch.empty(num_rows, top_k, dtype=torch.int64)
+        if num_rows:
+            rows_TH = rows_TH.contiguous()
+            self._route(
+                rows_TH.data_ptr(), inner, weight_EH.data_ptr(),
+                None if missing_E is None else missing_E.data_ptr(), num_rows, num_experts, inner,
+                top_k, normalise, dtype == rows_TH.dtype, logits.data_ptr(), weights.data_ptr(),
+                ids.data_ptr(), rows_TH.dtype == torch.bfloat16, torch.get_num_threads(),
+            )  # fmt: skip
+        return logits, weights, ids
 
     def experts(
         self,
@@ -153,3 +229,7 @@ class Native:
             seen.blocks_BN.shape[1], window or 0, scale, query_THD.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )  # fmt: skip
+
+
+def _addresses(*tensors: Tensor | None) -> Array[c_void_p]:
+    return (c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))

@@ -199,33 +199,53 @@ constexpr i64 COLS = 64;   // outputs of one piece of work
 
 // ---- linear ---------------------------------------------------------------------------------
 
-template <typename X, typename Weight>
-void linear(const X* x, i64 ldx, const Weight* w, const Weight* bias, X* y, i64 m, i64 n, i64 k, int threads) {
-  static thread_local std::vector<Packed<Weight>> packed_buffer;
-  static thread_local std::vector<const Packed<Weight>*> rows_buffer;
-  const i64 padded = up_to(k, STEP<Weight>);
-  Packed<Weight>* packed = scratch(packed_buffer, m * padded);
-  const Packed<Weight>** rows = scratch(rows_buffer, m);
-  const i64 pieces = (n + COLS - 1) / COLS;
+template <typename T>
+inline void write_linear(const float* sums, const T* bias, i64 count, T* to) {
+  const i64 whole = count / W * W;
+  for (i64 i = 0; i < whole; i += W)
+    narrow_all(add(load(sums + i), bias ? widen_all(bias + i) : zero()), to + i);
+  for (i64 i = whole; i < count; i++) narrow(sums[i] + (bias ? widen(bias[i]) : 0.0f), to + i);
+}
+
+template <typename T>
+struct Linear {
+  const T* w;
+  const T* bias;
+  T* y;
+  i64 n;
+
+  i64 pieces() const { return (n + COLS - 1) / COLS; }
+};
+
+// Several layers of the same rows, [m, k].
+template <typename T>
+void linears(const T* x, i64 ldx, const Linear<T>* layers, i64 num_layers, i64 m, i64 k, int threads) {
+  static thread_local std::vector<Packed<T>> packed_buffer;
+  static thread_local std::vector<const Packed<T>*> rows_buffer;
+  const i64 padded = up_to(k, STEP<T>);
+  Packed<T>* packed = scratch(packed_buffer, m * padded);
+  const Packed<T>** rows = scratch(rows_buffer, m);
+  i64 pieces = 0;
+  for (i64 i = 0; i < num_layers; i++) pieces += layers[i].pieces();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
     for (i64 r = 0; r < m; r++) {
-      pack_padded<Weight>(x + r * ldx, k, packed + r * padded);
+      pack_padded<T>(x + r * ldx, k, packed + r * padded);
       rows[r] = packed + r * padded;
     }
 #pragma omp for schedule(static)
     for (i64 piece = 0; piece < pieces; piece++) {
       float out[ROWS * COLS];
-      const i64 first = piece * COLS, count = std::min(COLS, n - first);
+      const Linear<T>* to = layers;
+      i64 of_layer = piece;
+      for (; of_layer >= to->pieces(); to++) of_layer -= to->pieces();
+      const i64 first = of_layer * COLS, count = std::min(COLS, to->n - first);
       for (i64 r = 0; r < m; r += ROWS) {
         const i64 num = std::min(ROWS, m - r);
-        products_padded(rows + r, num, w + first * k, k, count, k, out, COLS);
+        products_padded(rows + r, num, to->w + first * k, k, count, k, out, COLS);
         for (i64 i = 0; i < num; i++)
-          for (i64 j = 0; j < count; j++) {
-            const float b = bias ? widen(bias[first + j]) : 0.0f;
-            narrow(out[i * COLS + j] + b, y + (r + i) * n + first + j);
-          }
+          write_linear(out + i * COLS, to->bias ? to->bias + first : nullptr, count, to->y + (r + i) * to->n + first);
       }
     }
   }

@@ -104,4 +104,13 @@ void sum_parts(const char* const* pieces, const i64* counts, i64 members, i64 hi
   }
 }
 
+// Choices of rows that stay here: `slots` and weight 0 for none.
+template <typename T>
+void alone(const i64* ids, const T* weights, i64 count, i64 slots, i64* to_ids, float* to_weights) {
+  for (i64 i = 0; i < count; i++) {
+    to_ids[i] = ids[i] < 0 ? slots : ids[i];
+    to_weights[i] = ids[i] < 0 ? 0.0f : widen(weights[i]);
+  }
+}
+
 }  // namespace

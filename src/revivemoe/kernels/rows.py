@@ -43,6 +43,7 @@ class NativeRows:
         self._route = function_of(library, "rv_route", "piiiipppp", c_int64)
         self._pack = function_of(library, "rv_pack_rows", "iiiipipppip")
         self._unpack = function_of(library, "rv_unpack_rows", "iiiippiiippp")
+        self._alone = function_of(library, "rv_alone", "ppbiipp")
         self._sum = function_of(library, "rv_sum_parts", "ppiippiipbb")
 
     def route(self, slot_ids_TK: Tensor, members: int, slots: int) -> Route:
@@ -93,6 +94,20 @@ class NativeRows:
             hidden_RH.data_ptr(), slot_ids_RK.data_ptr(), weights_RK.data_ptr(),
         )  # fmt: skip
         return hidden_RH, slot_ids_RK, weights_RK
+
+    def alone(self, slot_ids_TK: Tensor, weights_TK: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """As from `unpack`, where nobody else is there: ids int64, weights float32.
+        `slot_ids_TK`: int64; `weights_TK`: any float.
+        """
+        slot_ids_TK, half = slot_ids_TK.contiguous(), weights_TK.dtype == torch.bfloat16
+        weights_TK = weights_TK.contiguous() if half else weights_TK.float().contiguous()
+        slot_ids_RK = torch.empty_like(slot_ids_TK)
+        weights_RK = torch.empty(weights_TK.shape)
+        self._alone(
+            slot_ids_TK.data_ptr(), weights_TK.data_ptr(), half, slot_ids_TK.numel(), slots,
+            slot_ids_RK.data_ptr(), weights_RK.data_ptr(),
+        )  # fmt: skip
+        return slot_ids_RK, weights_RK
 
     def sum_parts(
         self, pieces: Sequence[Tensor], parts: torch.dtype, route: Route, out_TH: Tensor

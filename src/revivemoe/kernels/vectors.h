@@ -34,6 +34,21 @@ inline void load_halves(const bf16* p, vf& even, vf& odd) {
   even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
   odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
 }
+inline vf widen_all(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline vf rounded_half(vf a) {  // to bfloat16 and back, as `narrow` does
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i cut = _mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(cut, nan, _mm512_set1_epi32(0x7fc00000)));
+}
+inline void store_half(bf16* p, vf rounded) {
+  const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(rounded), 16);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(high));
+}
 inline float sum(vf a) {
   const __m256 low = _mm512_castps512_ps256(a);
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
@@ -83,6 +98,22 @@ inline void load_halves(const bf16* p, vf& even, vf& odd) {
   even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
   odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
 }
+inline vf widen_all(const bf16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline vf rounded_half(vf a) {  // to bfloat16 and back, as `narrow` does
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const vf cut = _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32((int)0xffff0000)));
+  const vf nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+  return _mm256_blendv_ps(cut, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
+}
+inline void store_half(bf16* p, vf rounded) {
+  const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(rounded), 16);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  _mm_storeu_si128((__m128i*)p, halves);
+}
 inline float sum(vf h) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
@@ -131,6 +162,12 @@ inline float rounded(float a, const bf16*) {
   narrow(a, &to);
   return widen(to);
 }
+
+inline vf widen_all(const float* p) { return load(p); }
+inline vf rounded(vf a, const float*) { return a; }
+inline vf rounded(vf a, const bf16*) { return rounded_half(a); }
+inline void narrow_all(vf a, float* to) { store(to, a); }
+inline void narrow_all(vf a, bf16* to) { store_half(to, rounded_half(a)); }
 
 // exp to about 2 ulp; NaN stays NaN, and what is too large becomes infinity.
 inline vf vexp(vf x) {

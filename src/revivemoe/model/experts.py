@@ -175,7 +175,7 @@ class ExpertExchange:
         weights_TK: Tensor,
     ) -> Tensor:
         """The experts' [T, H] output for this rank's tokens; collective over the domain."""
-        slot_ids_TK = layer.slot_of_expert_E[experts_TK]
+        slot_ids_TK = layer.slot_of_expert_E.take(experts_TK)
         return self._run(self._lane.dispatcher, layer, hidden_TH, slot_ids_TK, weights_TK)
 
     def run_dense(
@@ -206,8 +206,9 @@ class ExpertExchange:
         self.on_sent()
         arrived = dispatcher.receive(sent)
         self.on_phase("experts", at, len(arrived.rows_RH))
-        note(at, "rows", arrived.rows_RH)
-        note(at, "weights", arrived.weights_RK)
+        if arrived.handle.route is not None:  # else they are those noted above
+            note(at, "rows", arrived.rows_RH)
+            note(at, "weights", arrived.weights_RK)
         out_RH = layer.compute(arrived.rows_RH, arrived.slot_ids_RK, arrived.weights_RK)
         out_RH = self.spoil("experts", at, out_RH)
         note(at, "experts", out_RH)

@@ -19,11 +19,12 @@ from revivemoe.messages.tokens import TokenLogprobs
 from revivemoe.model.batch_invariant import RowsAlone
 from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
+from revivemoe.model.fused_attention import fuse_attention
 from revivemoe.model.head import Head, KeptRow, in_slices, kept_rows
 from revivemoe.model.load import LoadedModel
 from revivemoe.model.native_modules import use_native
 from revivemoe.model.paged import AttentionBatch, PagedCache, plan_attention
-from revivemoe.model.probe import KVShape, probe
+from revivemoe.model.probe import Attends, probe
 from revivemoe.model.router import MaskableRouter
 from revivemoe.model.sampling import SamplingRow, sample, token_logprobs
 from revivemoe.model.turns import Turns
@@ -61,10 +62,15 @@ class Generator:
         self._alone = alone
         self._arithmetic: AbstractContextManager[object] = nullcontext()
         if native is not None:
-            use_native(self.model, native, alone)
+            rows_of = use_native(self.model, native, alone)
+            for router in self.routers.values():
+                router.use(native)
             if alone:
                 self._arithmetic = RowsAlone(native)
-        self._kv_shapes = self._probe()
+        learned = self._probe()
+        self._kv_shapes = [one.shape for one in learned]
+        if native is not None:
+            fuse_attention(self._attention_modules(), learned, dtype, native, rows_of)
 
     @property
     def maskable(self) -> bool:
@@ -240,10 +246,10 @@ class Generator:
                 results.append(StepResult(None, None, part))
         return results
 
-    def _probe(self) -> list[KVShape]:
-        """Learn the KV shapes; from now on the experts are called for real."""
+    def _probe(self) -> list[Attends]:
+        """Learn how layers attend; from now on the experts are called for real."""
         with self._arithmetic:
-            shapes = probe(
+            learned = probe(
                 self.model, self._attention_modules(), self._device, self._dtype, self._alone
             )
         for layer in self._exchange.layers.values():
@@ -251,7 +257,7 @@ class Generator:
         for module in self.model.modules():
             if isinstance(module, ShardedMlp):
                 module.run = self._exchange.run_dense
-        return shapes
+        return learned
 
     def _attention_modules(self) -> list[nn.Module]:
         return [

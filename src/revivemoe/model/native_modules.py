@@ -21,9 +21,11 @@ FASTER = 0.9
 """Ours must be so much faster: bits should not hang on noise."""
 
 
-def use_native(model: nn.Module, native: Native, always: bool = False) -> None:
+def use_native(
+    model: nn.Module, native: Native, always: bool = False
+) -> dict[tuple[int, ...], int]:
     """Change `forward` of the modules concerned. Their parameters stay, and may be exchanged.
-    `always`: not only where it is faster.
+    `always`: not only where it is faster. Returns up to how many rows it is, by shape of a weight.
     """
     most: dict[tuple[int, ...], int] = {}
     for module in model.modules():
@@ -33,8 +35,9 @@ def use_native(model: nn.Module, native: Native, always: bool = False) -> None:
                 most[shape] = NO_LIMIT if always else rows_ours(module.weight, native)
             if most[shape]:
                 module.forward = partial(_linear, module, native, most[shape])
-        elif (eps := _eps(module)) is not None and _is_rms_norm(module, native, eps):
+        elif (eps := norm_eps(module)) is not None and _is_rms_norm(module, native, eps):
             module.forward = partial(_rms_norm, module, native, eps, module.forward)
+    return most
 
 
 # ---- linear layers --------------------------------------------------------------------------
@@ -73,7 +76,7 @@ def _seconds(act: Callable[[], object]) -> float:
 # ---- norms ----------------------------------------------------------------------------------
 
 
-def _eps(module: nn.Module) -> float | None:
+def norm_eps(module: nn.Module) -> float | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return eps if isinstance(eps, float) else None
 

@@ -190,18 +190,33 @@ def paged_attention(
     """
     cache = module.revive_cache
     if isinstance(cache, ProbeCache):
-        cache.attend(module.layer_idx, query.dtype, attention_mask, sliding_window, kwargs)
+        how = scaling, sliding_window, s_aux
+        cache.attend(module.layer_idx, query.dtype, attention_mask, how, kwargs)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    dim_v = value.shape[3]
+    return attend(module, query, dim_v, scaling, sliding_window, s_aux)[None], None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    dim_v: int,
+    scaling: float | None,
+    sliding_window: int | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """The same in a step, [T, Hq, Dv]: keys and values are in the pages."""
+    cache = module.revive_cache
     batch = cache.batch
     cache.on_attention(module.layer_idx, query.shape[2])
-    out_THD = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    out_THD = query.new_empty(query.shape[2], query.shape[1], dim_v)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     read = partial(cache.read, module, module.layer_idx)
     sinks = None if s_aux is None else s_aux.float()
     if cache.alone and hasattr(module, "expand_kv"):
         for item in batch.prefills:
             _attend_expanded(cache, module, item, query, out_THD, scale, sliding_window, sinks)
-        return out_THD[None], None
+        return out_THD
     if cache.decodes_natively(module, query.dtype):
         seen = Seen(batch.decode_rows_B, batch.decode_blocks_BN, batch.decode_lengths_B)
         pages = cache.pages[module.layer_idx]
@@ -212,7 +227,7 @@ def paged_attention(
     for item in () if cache.alone else batch.prefills:
         rows = slice(item.row, item.row + item.count)
         out_THD[rows] = _prefill(read, item, query[0, :, rows], scale, sliding_window, s_aux)
-    return out_THD[None], None
+    return out_THD
 
 
 def _attend_expanded(

@@ -6,6 +6,7 @@ what it does and not by its name: what it asks its cache for, and what it hands 
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,16 @@ from revivemoe.model.load import CheckpointError
 
 KVShape = tuple[tuple[int, int], tuple[int, int]]
 """((key heads, key dim), (value heads, value dim))"""
+
+
+class Attends(NamedTuple):
+    """What a layer keeps of a position, and how it attends."""
+
+    shape: KVShape
+    scale: float | None
+    window: int | None
+    sinks: Tensor | None
+
 
 _WITHOUT_MEANING_HERE = (
     "dropout", "position_ids", "cache_position", "is_causal", "use_cache", "return_dict",
@@ -32,8 +43,8 @@ class ProbeCache:
         """`dtype`: of the pages. `alone`: only our own attention will do."""
         self._dtype, self._alone = dtype, alone
         self.shapes: dict[int, KVShape] = {}
-        self.windows: dict[int, int | None] = {}
-        """Of the layers whose attention is ours."""
+        self.given: dict[int, tuple[float | None, int | None, Tensor | None]] = {}
+        """Scale, window and sinks of the layers whose attention is ours."""
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
@@ -56,7 +67,7 @@ class ProbeCache:
         layer_idx: int,
         of_query: torch.dtype,
         mask: Tensor | None,
-        window: int | None,
+        how: tuple[float | None, int | None, Tensor | None],
         others: Mapping[str, object],
     ) -> None:
         """A layer's attention is called. Raises NotImplementedError for what would be lost, and
@@ -72,7 +83,7 @@ class ProbeCache:
             given.add("no causal order")
         if given:
             raise NotImplementedError(f"attention with {', '.join(sorted(given))}")
-        self.windows[layer_idx] = window
+        self.given[layer_idx] = how
 
     def __getattr__(self, name: str) -> object:
         raise AttributeError(f"its layers ask their cache for {name}")
@@ -85,10 +96,10 @@ def probe(
     device: torch.device,
     dtype: torch.dtype,
     alone: bool,
-) -> list[KVShape]:
-    """What each layer keeps of a position, in `dtype`. `alone`: as `Generator` has it. Raises
-    CheckpointError for a model whose attention is not, or not only, what `paged_attention`
-    computes; BatchVariant.
+) -> list[Attends]:
+    """What each layer keeps of a position, in `dtype`, and how it attends. `alone`: as `Generator`
+    has it. Raises CheckpointError for a model whose attention is not, or not only, what
+    `paged_attention` computes; BatchVariant.
     """
     name = type(model).__name__
     cache = ProbeCache(dtype, alone)
@@ -108,7 +119,7 @@ def probe(
         raise CheckpointError(f"{name} is not supported: {said}") from None
     if problem := _problem(model, cache):
         raise CheckpointError(f"{name} is not supported: {problem}")
-    return [cache.shapes[layer] for layer in sorted(cache.shapes)]
+    return [Attends(cache.shapes[layer], *cache.given[layer]) for layer in sorted(cache.shapes)]
 
 
 def _name(tensor: Tensor) -> str:
@@ -121,12 +132,12 @@ def _said(error: Exception) -> str:
 
 def _problem(model: PreTrainedModel, cache: ProbeCache) -> str | None:
     layers = set(range(text_config(model.config).num_hidden_layers))
-    if left := sorted(layers - cache.windows.keys()):
+    if left := sorted(layers - cache.given.keys()):
         return f"layers {left[:8]} have no attention over keys and values that can be paged"
-    if others := sorted((layers - cache.shapes.keys()) | (cache.windows.keys() - layers)):
+    if others := sorted((layers - cache.shapes.keys()) | (cache.given.keys() - layers)):
         return f"layers {others[:8]} do not keep keys and values of their own"
     for layer, meant in enumerate(_windows(model)):
-        if meant is not None and cache.windows[layer] is None:
+        if meant is not None and cache.given[layer][1] is None:
             return f"layer {layer} does not tell its attention of its sliding window of {meant}"
     return None
 

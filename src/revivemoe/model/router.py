@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, softmax
 
+from revivemoe.kernels.native import MOST_CHOICES, Native
+
 MaskedForm = Callable[..., tuple[torch.Tensor, ...]]
 """Of router, hidden states, mask, and what the router is given beside the hidden states."""
 NEG_INF = float("-inf")
@@ -177,7 +179,28 @@ class MaskableRouter(nn.Module):
         super().__init__()
         self.original = original
         self.form = find_masked_form(original)
+        self._native: Native | None = None
         self._missing_E: torch.Tensor | None = None
+
+    def use(self, native: Native) -> None:
+        """Choose by our own kernel, masked or not, if this router is of the form that it has."""
+        router = self.original
+        if self.form is not softmax_then_top_k or not native.fits(router.weight):
+            return
+        if router.top_k <= min(len(router.weight), MOST_CHOICES):
+            self._native = native
+
+    def _choose(self, native: Native, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        router = self.original
+        kept = hasattr(router, "norm_topk_prob")
+        return native.route(
+            hidden_TH.reshape(-1, hidden_TH.shape[-1]),
+            router.weight,
+            router.top_k,
+            getattr(router, "norm_topk_prob", True),
+            router.weight.dtype if kept else torch.float32,
+            self._missing_E,
+        )
 
     def set_missing(self, missing_E: torch.Tensor) -> None:
         """Mask the experts where the [E] bool tensor is True."""
@@ -187,6 +210,8 @@ class MaskableRouter(nn.Module):
 
     def forward(self, hidden_TH: torch.Tensor, *args: object, **kwargs: object) -> object:
         """What the original returns; the masked form gives a tuple of tensors like its own."""
+        if self._native is not None and not args and hidden_TH.dtype == self.original.weight.dtype:
+            return self._choose(self._native, hidden_TH)
         if self._missing_E is None or self.form is None:
             return self.original(hidden_TH, *args, **kwargs)
         return self.form(self.original, hidden_TH, self._missing_E, *args)

@@ -1,11 +1,14 @@
 """Our arithmetic against float64, and that no row's bits depend on what is computed beside it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from revivemoe.kernels.native import Seen
+from revivemoe.kernels.native import Head, Seen
+from revivemoe.model.router import softmax_then_top_k
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS, CHOICES, SLOTS, HIDDEN, INNER = 37, 4, 8, 128, 96
@@ -71,6 +74,99 @@ def test_nan_stays_in_its_row(native):
     got = native.linear(x, weight, None)
     assert got[3].isnan().all()
     assert torch.equal(got[[0, 1, 2, 4, 5]], whole[[0, 1, 2, 4, 5]])
+
+
+# ---- routers ---------------------------------------------------------------------------------
+
+
+def router(dtype: torch.dtype, experts: int, top_k: int, normalise: bool) -> SimpleNamespace:
+    weight = drawn(experts, 64, dtype=dtype, seed=7)
+    return SimpleNamespace(weight=weight, top_k=top_k, norm_topk_prob=normalise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("experts", "top_k", "healthy"), [(32, 4, 32), (7, 3, 2), (130, 8, 100)])
+def test_choices_are_those_of_the_torch_form(native, dtype, normalise, experts, top_k, healthy):
+    """But which one of two equals comes first."""
+    like, x = router(dtype, experts, top_k, normalise), drawn(50, 64, dtype=dtype)
+    missing = torch.arange(experts) >= healthy
+    _, weights, ids = softmax_then_top_k(like, x, missing)
+    got = native.route(x, like.weight, top_k, normalise, dtype, missing)
+    tolerance = {"rtol": 0.02, "atol": 1e-6} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(got[1], weights, **tolerance)
+    equal = (got[2] == ids)[weights > 0]
+    assert equal.double().mean() > 0.9
+    shown = torch.where(missing, -torch.inf, got[0].float())
+    picked, expected = shown.gather(1, got[2]), shown.gather(1, ids)
+    torch.testing.assert_close(picked, expected, rtol=0.02, atol=1e-5)
+    assert all(len(set(row)) == top_k for row in got[2].tolist())
+
+
+def test_of_equals_the_first_is_chosen(native):
+    _, weights, ids = native.route(drawn(3, 64), torch.ones(6, 64), 4, True, torch.float32)
+    assert ids.tolist() == [[0, 1, 2, 3]] * 3
+    assert weights.tolist() == [[0.25] * 4] * 3
+
+
+def test_with_no_expert_left_nothing_weighs(native):
+    missing = torch.ones(6, dtype=torch.bool)
+    _, weights, ids = native.route(drawn(3, 64), drawn(6, 64), 4, True, torch.float32, missing)
+    assert not weights.any()
+    assert ids.min() >= 0
+    assert ids.max() < 6
+
+
+def test_nan_stays_nan_in_its_weights(native):
+    x = drawn(3, 64)
+    x[1, 5] = torch.nan
+    _, weights, ids = native.route(x, drawn(6, 64), 4, True, torch.float32)
+    assert weights.isnan().all(1).tolist() == [False, True, False]
+    assert ids[1].tolist() == [0, 1, 2, 3]
+
+
+# ---- queries, keys and values ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (24, 40), (16, 16)])
+def test_heads_are_turned_and_written(native, dtype, with_bias, with_norm, dim, dim_v):
+    """As `transformers` does it, operator by operator, and rounded after each."""
+    heads, kv_heads, inner, rows = 6, 2, 96, 7
+    sizes = (heads * dim, kv_heads * dim, kv_heads * dim_v)
+    weights = [drawn(n, inner, dtype=dtype, seed=i) for i, n in enumerate(sizes)]
+    biases = [drawn(n, dtype=dtype, seed=9 + i) if with_bias else None for i, n in enumerate(sizes)]
+    norms = [drawn(dim, dtype=dtype, seed=20 + i) if with_norm else None for i in range(2)]
+    x, half = drawn(rows, inner, dtype=dtype, seed=5), drawn(rows, dim // 2, seed=6)
+    angles = torch.cat([half, half], 1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    pages = drawn(5, 4, kv_heads, dim, dtype=dtype), drawn(5, 4, kv_heads, dim_v, dtype=dtype)
+    before = [of.clone() for of in pages]
+    slots = torch.tensor([3, 19, 0, 7, 8, 9, 12])
+    parts = [Head(weights[i], biases[i], norms[i], 1e-6) for i in range(2)]
+    query = native.project(x, *parts, (weights[2], biases[2]), (cos, sin), slots, pages)
+
+    def products(i: int) -> Tensor:
+        flat = native.linear(x, weights[i], biases[i]).view(rows, -1, (dim, dim, dim_v)[i])
+        return flat if i == 2 or not with_norm else native.rms_norm(flat, norms[i], 1e-6)
+
+    def turned(of: Tensor) -> Tensor:
+        swapped = torch.cat([-of[..., dim // 2 :], of[..., : dim // 2]], -1)
+        return of * cos[:, None] + swapped * sin[:, None]
+
+    for of, i in ((pages[0], 1), (pages[1], 2)):
+        flat, was = of.view(20, *of.shape[2:]), before[i - 1].view(20, *of.shape[2:])
+        assert torch.equal(flat[slots], turned(products(i)) if i == 1 else products(i))
+        others = [slot for slot in range(20) if slot not in slots.tolist()]
+        assert torch.equal(flat[others], was[others])
+    assert torch.equal(query, turned(products(0)))
+    again = [of.clone() for of in before]
+    alone = native.project(
+        x[2:3], *parts, (weights[2], biases[2]), (cos[2:3], sin[2:3]), slots[2:3], tuple(again)
+    )
+    assert torch.equal(alone, query[2:3])
 
 
 # ---- experts --------------------------------------------------------------------------------
