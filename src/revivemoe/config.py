@@ -49,6 +49,8 @@ class EngineConfig:
     """0: by what steps cost (`core.pace`)."""
     block_size: int = 16
     num_kv_blocks: int | None = None
+    longest_sequences: int = 32
+    """That KV blocks which are not counted out are for, at most: `--max-num-seqs` if it is said."""
     kernels: str = "auto"
     """Ours where they are the faster ones, ours or an error, or torch's."""
     batch_invariant: bool = False
@@ -178,6 +180,7 @@ def resolve(config: EngineConfig, info: CheckpointInfo) -> EngineConfig:
         served_model_name=config.served_model_name or config.model_dir.resolve().name,
         device=device,
         max_num_seqs=max_seqs,
+        longest_sequences=config.max_num_seqs or config.longest_sequences,
         max_num_batched_tokens=max_tokens,
         dtype=info.dtype if config.dtype == "auto" else config.dtype,
         comm_backend=_backend(config, device),

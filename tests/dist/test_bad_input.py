@@ -97,7 +97,7 @@ def edit_config(path: Path, **fields: Any) -> None:
         (["--redundant-experts", "5"], "--redundant-experts 5 is more than"),
         (["--max-missing-fraction", "1.5"], "0 up to below 1"),
         (["--max-model-len", "5000"], "more than the 4096 positions"),
-        (["--max-num-batched-tokens", "8"], "below --max-num-seqs 32"),
+        (["--max-num-batched-tokens", "8", "--max-num-seqs", "9"], "below --max-num-seqs 9"),
         (["--dtype", "int8"], "choose one of auto, float32, bfloat16"),
         (["--comm-backend", "mpi"], "choose one of auto, shm, gloo, nccl"),
         (["--device", "tpu"], "choose one of auto, cpu, cuda"),

@@ -24,6 +24,7 @@ SPEC = RankSpec(
     limits=LIMITS,
     num_kv_blocks=None,
     kv_memory_share=0.25,
+    longest_sequences=2,
     commands="",
     reports="",
 )

@@ -111,7 +111,7 @@ def test_what_is_said_stays() -> None:
         max_num_seqs=8, max_num_batched_tokens=64,
     )  # fmt: skip
     resolved = resolve(said, INFO)
-    assert resolved == replace(said, device="cpu", num_microbatches=1)
+    assert resolved == replace(said, device="cpu", num_microbatches=1, longest_sequences=8)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,6 @@ from revivemoe.model.runner import ModelRunner
 MIB = 1 << 20
 
 
-MOST_LONGEST = 32
-"""Sequences of the longest length that a cache which is sized by itself is for, at most."""
-
-
 class OutOfMemoryForKV(ValueError):
     """The KV cache cannot hold even one sequence of the longest length."""
 
@@ -43,7 +39,7 @@ def num_kv_blocks(spec: RankSpec, runner: ModelRunner) -> int:
         _check(num_blocks * per_block, spec, space)
     else:
         affordable = int(free * spec.kv_memory_share) // per_block
-        num_blocks = min(affordable, per_sequence * min(limits.max_num_seqs, MOST_LONGEST))
+        num_blocks = min(affordable, per_sequence * spec.longest_sequences)
     if num_blocks < per_sequence:
         raise OutOfMemoryForKV(
             f"KV cache of rank {spec.rank}: {num_blocks} blocks of {limits.block_size} tokens "

@@ -53,6 +53,8 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """None: as many as are useful and fit into this rank's share of memory."""
     kv_memory_share: float
     """Share of the memory now free that this rank's KV cache may take when sized by itself."""
+    longest_sequences: int = 32
+    """It then has room for so many sequences of the longest length, at most."""
     instance: InstanceSize = InstanceSize()
     commands: str
     """ZeroMQ endpoint that this process binds; what the engine sends before that waits."""

@@ -49,6 +49,7 @@ def rank_spec(
         kernels=config.kernels,
         batch_invariant=config.batch_invariant,
         num_kv_blocks=config.num_kv_blocks,
+        longest_sequences=config.longest_sequences,
         kv_memory_share=0.5 / _caches_beside(config, home, rank),
         instance=_size(config, info, home),
         commands="",
