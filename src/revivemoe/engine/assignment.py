@@ -1,17 +1,24 @@
-"""Which rank is given which sequence that has none. Pure, but for the suspects' turns."""
+"""Which rank is given which sequence that has none. Pure, but for the suspects' turns, and what is
+remembered of prefixes.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
 
+from revivemoe.engine.prefixes import Prefixes, names_of
 from revivemoe.engine.requests import LiveSequence
 from revivemoe.engine.suspects import Suspects
 from revivemoe.ids import RankId, SeqId
 
 
 def assignments(
-    sequences: Iterable[LiveSequence], ranks: Iterable[RankId], suspects: Suspects
+    sequences: Iterable[LiveSequence],
+    ranks: Iterable[RankId],
+    suspects: Suspects,
+    prefixes: Prefixes,
 ) -> list[tuple[LiveSequence, RankId]]:
-    """Every sequence without a rank, with the one that has the fewest tokens, oldest first.
+    """Every sequence without a rank, oldest first, with the one that has the fewest tokens: those
+    of the sequence that its cache may save count as so many fewer.
 
     Of suspects, each rank is given one request at a time.
     """
@@ -31,10 +38,12 @@ def assignments(
             load[rank] += sequence.num_tokens
     found = []
     for sequence in sorted(waiting, key=lambda s: s.age):
-        request = sequence.request
-        target = suspects.target(request, load, unproven, pending[request.arrival])
+        request, names = sequence.request, names_of(sequence.log.prompt_ids)
+        felt = {rank: tokens - prefixes.tokens(rank, names) for rank, tokens in load.items()}
+        target = suspects.target(request, felt, unproven, pending[request.arrival])
         if target is not None:
             load[target] += sequence.num_tokens
+            prefixes.note(target, names)
             unproven.add(target)
             found.append((sequence, target))
     return found

@@ -13,6 +13,7 @@ import msgspec
 from revivemoe.detokenizer import Vocabulary
 from revivemoe.engine.assignment import assignments
 from revivemoe.engine.holdings import Holdings
+from revivemoe.engine.prefixes import Prefixes
 from revivemoe.engine.requests import (
     Arrival,
     Assigned,
@@ -55,6 +56,7 @@ class Ledger:
         self._sequences: dict[SeqId, LiveSequence] = {}
         self._serving = False
         self.suspects = Suspects()
+        self._prefixes = Prefixes()
         self.holdings = Holdings()
         self._next_seq_id = 0
         self._next_arrival = 0
@@ -112,7 +114,8 @@ class Ledger:
     def assign_waiting(self, ranks: Iterable[RankId]) -> list[Assigned]:
         """Give every sequence that has no rank, and can have one, to one of these."""
         assigned = []
-        for sequence, target in assignments(self._sequences.values(), ranks, self.suspects):
+        live = self._sequences.values()
+        for sequence, target in assignments(live, ranks, self.suspects, self._prefixes):
             if sequence.seq_id in self._sequences:  # it may have failed with one of its request
                 moved = Assigned(sequence.seq_id, sequence.num_tokens, sequence.orphan)
                 assigned.append(moved)
@@ -149,6 +152,7 @@ class Ledger:
                     proven = sequence.proven and (key not in victims or victims[key].proven)
                     victims[key] = Victim(request, proven)
         self.holdings.lose(rank)
+        self._prefixes.forget(rank)
         return list(victims.values())
 
     def convict(self, request: LiveRequest, message: str) -> None:
@@ -241,20 +245,14 @@ class Ledger:
         self, sequence: LiveSequence, start: int, entries: list[TokenLogprobs]
     ) -> None:
         try:
-            self._append_prompt_logprobs(sequence, start, entries)
+            complete = sequence.log.append_prompt_logprobs(start, entries)
+            if complete is not None:
+                prompt_index = sequence.log.index // sequence.request.submission.n
+                sequence.request.release(prompt_index, complete)
         except TokenGap:
             self._refill(sequence)
         except Exception as error:
             self._fail(sequence.request, error)
-
-    def _append_prompt_logprobs(
-        self, sequence: LiveSequence, start: int, entries: list[TokenLogprobs]
-    ) -> None:
-        """Raises TokenGap."""
-        complete = sequence.log.append_prompt_logprobs(start, entries)
-        if complete is not None:
-            prompt_index = sequence.log.index // sequence.request.submission.n
-            sequence.request.release(prompt_index, complete)
 
     def _owned(self, seq_id: SeqId, owner: Owner) -> LiveSequence | None:
         sequence = self._sequences.get(seq_id)

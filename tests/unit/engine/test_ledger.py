@@ -76,6 +76,36 @@ def test_output_counts_as_load(books: Books) -> None:
     assert books.added()[0][0] == B, "5 tokens on A, 3 on B"
 
 
+def given(books: Books, *prompts: tuple[int, ...]) -> list[RankId]:
+    """Each prompt alone, one after another: the ranks they go to."""
+    books.sent.clear()
+    for prompt in prompts:
+        books.admit(submission(prompt))
+        books.ledger.assign_waiting([A, B])
+    return [rank for rank, _ in books.added()]
+
+
+def test_what_begins_alike_goes_where_its_beginning_is_cached(books: Books) -> None:
+    common, others = tuple(range(200)), tuple(range(300, 500))
+    assert given(books, common, others) == [A, B]
+    assert given(books, (*common[:192], 7, 8), (*others[:150], 9)) == [A, B]
+
+
+def test_but_not_at_any_price(books: Books) -> None:
+    """Once it has more to do than a prefill takes elsewhere, the other one comes to know it."""
+    common = tuple(range(200))
+    assert given(books, *[(*common, n) for n in range(6)]).count(B) >= 2
+
+
+def test_a_new_process_knows_nothing(books: Books) -> None:
+    common = tuple(range(200))
+    assert given(books, common, tuple(range(300, 330))) == [A, B]
+    books.ledger.orphan(A)
+    books.incarnations[A] = Incarnation(2)
+    books.ledger.assign_waiting([B])
+    assert given(books, (*common, 7)) == [A], "B has more to do, whatever it knows"
+
+
 def test_ranks_that_are_no_longer_there_get_nothing(books: Books) -> None:
     books.running(submission(tuple(range(30))), (C,))
     books.admit(submission())
