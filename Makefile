@@ -35,7 +35,7 @@ test: lint
 
 # Every kind of fault at every point of a step, over both transports: about 25 minutes.
 test-matrix: setup
-	$(BIN)/python -m pytest -q -m matrix tests/dist/test_matrix.py
+	$(BIN)/python -m pytest -q -m matrix tests/dist/test_matrix.py tests/dist/test_batch_invariant.py
 
 # Every MoE architecture of the installed transformers, tiny, against generate: writes docs/models.md,
 # half a minute.

@@ -38,6 +38,7 @@ class Options:
     comm_backend: str
     streams: str
     ranks: str
+    batch_invariant: bool
     others: bool
 
 
@@ -83,6 +84,9 @@ def bench(
     ranks: Annotated[
         str, typer.Option(help="peers: ranks of ours that share the cores, separated by commas.")
     ] = "1",
+    batch_invariant: Annotated[
+        bool, typer.Option(help="peers: ours once more, with the flag of this name.")
+    ] = False,
     others: Annotated[
         bool,
         typer.Option(help="peers: install and serve vLLM's CPU build, or only ours."),
@@ -97,7 +101,8 @@ def bench(
         raise ValueError(f"unknown bench {name!r}: choose one of {', '.join(NAMES)}")
     options = Options(
         preset, faults, kinds, contexts, tables, rounds,
-        model, minutes, layout, every, seed, comm_backend, streams, ranks, others,
+        model, minutes, layout, every, seed, comm_backend, streams, ranks,
+        batch_invariant, others,
     )  # fmt: skip
     measure = _measure(name, options)
     with cleaned_up():
@@ -176,6 +181,7 @@ def _peers_setup(preset: str, options: Options) -> "peers.Setup":
         rounds=options.rounds,
         streams=_numbers("--streams", options.streams),
         ranks=_numbers("--ranks", options.ranks),
+        batch_invariant=options.batch_invariant,
         peers=options.others,
     )
 

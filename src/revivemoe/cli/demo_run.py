@@ -15,16 +15,25 @@ from revivemoe.bench.server_process import ServerProcess
 from revivemoe.checkpoint.make import make_model
 from revivemoe.checkpoint.presets import SIZES
 from revivemoe.cli.interrupts import cleaned_up
+from revivemoe.cluster.compiler import build
+from revivemoe.config import cache_folders, compilers
+from revivemoe.kernels.library import NoKernels
 
 RANKS, STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS, VICTIM = 4, 16, 32, 96, 2
 PROMPT_SEEDS = (0, 1, 2, 35, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 31)
 """These prompts' logit and router margins were checked against `transformers` to be wide
-(tests/unit/cli/test_demo_prompts.py), so equality does not depend on how steps were batched."""
+(tests/unit/cli/test_demo_prompts.py), so equality does not depend on how steps were batched. In
+bfloat16 no margin is wide; there each row's bits are its own instead, and any prompt will do."""
+DTYPES = ("auto", "bfloat16", "float32")
 
 
-def run() -> bool:
-    """Whether all streams were identical to those of the run without a fault."""
+def run(dtype: str) -> bool:
+    """Whether all streams were identical to those of the run without a fault. `dtype`: of `DTYPES`.
+
+    Raises ValueError where bfloat16 is asked for and there is no compiler.
+    """
     console = Console()
+    dtype = _can_be_had(dtype, console)
     console.print("making a random Qwen3-MoE checkpoint (4 layers, 16 experts) ...")
     importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
     with cleaned_up(), tempfile.TemporaryDirectory(prefix="revivemoe-demo-") as folder:
@@ -32,22 +41,40 @@ def run() -> bool:
         make_demo_model(model_dir)
         flags = [
             "--data-parallel-size", str(RANKS), "--redundant-experts", "16",
-            "--max-model-len", "512", "--dtype", "float32", "--device", "cpu",
+            "--max-model-len", "512", "--dtype", dtype, "--device", "cpu",
         ]  # fmt: skip
+        flags += ["--batch-invariant"] if dtype == "bfloat16" else []
         console.print(f"serving it on {RANKS} ranks, every expert on two of them ...")
         with ServerProcess(model_dir, flags) as server:
             console.print(f"ready after {server.start_s:.1f} s at {server.url}")
-            return _compare(console, server)
+            return _compare(console, server, requests(dtype))
+
+
+def _can_be_had(dtype: str, console: Console) -> str:
+    """bfloat16 where our kernels are, or can be built."""
+    if dtype == "float32":
+        return dtype
+    console.print("kernels for this processor: they are there, or built now, once ...")
+    try:
+        build(cache_folders(), compilers())
+    except (NoKernels, OSError) as error:
+        if dtype == "bfloat16":
+            raise ValueError(f"no kernels for --dtype bfloat16: {error}") from None
+        console.print(f"none ({error}), so float32, with prompts whose margins are wide")
+        return "float32"
+    console.print("so bfloat16 with --batch-invariant: any prompts, the same bits to the last one")
+    return "bfloat16"
 
 
 def make_demo_model(model_dir: Path) -> None:
     make_model(model_dir, "qwen3_moe", "tiny", 0)
 
 
-def requests() -> list[Body]:
-    """The demo's completions: half greedy, half seeded sampling."""
-    vocab_size = SIZES["tiny"].vocab
-    draws = [random.Random(seed) for seed in PROMPT_SEEDS]
+def requests(dtype: str) -> list[Body]:
+    """The demo's completions: half greedy, half seeded sampling. In bfloat16 others each time."""
+    vocab_size, any_seed = SIZES["tiny"].vocab, random.SystemRandom().randrange(1 << 32)
+    seeds = PROMPT_SEEDS if dtype == "float32" else range(any_seed, any_seed + STREAMS)
+    draws = [random.Random(seed) for seed in seeds]
     return [
         {
             "model": "model",
@@ -61,8 +88,7 @@ def requests() -> list[Body]:
     ]
 
 
-def _compare(console: Console, server: ServerProcess) -> bool:
-    bodies = requests()
+def _compare(console: Console, server: ServerProcess, bodies: list[Body]) -> bool:
     console.print(f"{STREAMS} streams without a fault ...")
     asyncio.run(stream_all(server.url, bodies))  # warm-up
     calm = asyncio.run(stream_all(server.url, bodies))

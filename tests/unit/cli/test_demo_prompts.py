@@ -61,6 +61,6 @@ def one_thread() -> Iterator[None]:
 def test_every_prompt_of_the_demo_is_safe(tmp_path: Path) -> None:
     make_demo_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    bodies = requests()
+    bodies = requests("float32")
     assert len(bodies) == STREAMS
     assert not unsafe(model, bodies), "choose other PROMPT_SEEDS for these streams"

@@ -35,6 +35,8 @@ class Setup:
     prompt_tokens: int = 64
     output_tokens: int = 128
     ranks: tuple[int, ...] = (1,)
+    batch_invariant: bool = False
+    """Ours once more, with the flag of that name: what it costs."""
     peers: bool = True
     """Or ours alone, without anything to be installed."""
 
@@ -45,6 +47,8 @@ def run(setup: Setup, console: Console) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="revivemoe-bench-") as folder, ExitStack() as stack:
         model_dir, _ = bench_model(Path(folder), setup.preset, "bfloat16", console)
         systems = [ours(model_dir, ranks) for ranks in setup.ranks]
+        if setup.batch_invariant:
+            systems += [ours(model_dir, ranks, ("--batch-invariant",)) for ranks in setup.ranks]
         if environment is not None:
             systems += [peer(environment, model_dir, eager) for eager in (True, False)]
         servers: list[tuple[System, ServerProcess]] = []
