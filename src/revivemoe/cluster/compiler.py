@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from revivemoe.config import cache_folders, compilers
@@ -122,7 +122,8 @@ def _compile(compiler: str, to: Path) -> None:
     try:
         _, said = process.communicate(timeout=BUILT_WITHIN_S)
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)  # not waited for yet, so the number is its own
+        with suppress(ProcessLookupError):  # waited for already, by an interrupt
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise

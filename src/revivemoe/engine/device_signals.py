@@ -127,6 +127,12 @@ class DeviceSignals:
                 stay = [v.rank for v in views if not set(v.device_faults) - {one.signal.code}]
                 self._maintenance.drains.forget(stay)
 
+    def beyond(self, key: Key) -> list[Signal]:
+        """Those of the same, as far as they are of other ranks than these."""
+        found = [self._open[k].signal for k in self._open if about_the_same(k, key)]
+        left = [(s, tuple(rank for rank in s.ranks if rank not in key[2])) for s in found]
+        return [replace(signal, ranks=ranks) for signal, ranks in left if ranks]
+
     def take_back_of(self, rank: RankId, code: str) -> None:
         """Those that speak of this rank alone, with this code; with any, without one."""
         for key in [k for k in self._open if k[2] == (rank,) and code in ("", k[1])]:

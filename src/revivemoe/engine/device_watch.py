@@ -73,7 +73,7 @@ class DeviceWatch:
             said = (report.source, report.code, ranks, level, action, report.detail)
             self._act(Signal(*said), report.times, now)
         elif not report.level:
-            self._clear(report, ranks)
+            self._clear(report, ranks, now)
 
     def _act(self, signal: Signal, times: int, now: float) -> None:
         said = (signal.level, times)
@@ -101,10 +101,11 @@ class DeviceWatch:
         often = [self._retries_too_often(rank, now) for rank in ranks]  # each is counted
         return any(often)
 
-    def _clear(self, report: DeviceReport, ranks: tuple[RankId, ...]) -> None:
+    def _clear(self, report: DeviceReport, ranks: tuple[RankId, ...], now: float) -> None:
         """Taken back: what this code said of them; of one rank, without a code, all that was said
-        of it alone."""
+        of it alone. It may hold on for others."""
         key = (report.source, report.code, ranks)
+        hold_on = self.signals.beyond(key)
         self._unsay(key)
         self.signals.take_back(key)
         for rank in ranks:
@@ -112,6 +113,8 @@ class DeviceWatch:
                 self._views[rank].device_says(code, None)
         if len(ranks) == 1:
             self.signals.take_back_of(report.rank, report.code)
+        for signal in hold_on:
+            self._act(signal, report.times, now)
 
     def _unsay(self, key: Key) -> None:
         """Something else is said of these ranks, or nothing any more."""

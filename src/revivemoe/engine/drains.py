@@ -102,14 +102,17 @@ class Drains:
             if wanted.fault.rank != fault.rank or not _outweighs(fault, wanted):
                 return wanted
             if wanted.switch:
-                reason = f"it is to leave ({fault.kind}: {fault.detail})"
-                self._tell(DrainRefused(fault.rank, reason, wanted.request_id))
+                self._tell_it_leaves(wanted, fault)
             self._views[fault.rank].fault = fault
             return replace(wanted, fault=fault, request_id=request_id, switch=False)
 
         self._asked = deque(map(his, self._asked))
         if self._drain is not None and self._epochs.changing_role != fault.rank:
             self._drain.wanted = his(self._drain.wanted)
+
+    def _tell_it_leaves(self, switch: Wanted, fault: Fault) -> None:
+        reason = f"it is to leave ({fault.kind}: {fault.detail})"
+        self._tell(DrainRefused(fault.rank, reason, switch.request_id))
 
     def forget(self, ranks: Collection[RankId]) -> None:
         """These need not go for what their devices have said, if they have not begun to."""
@@ -167,7 +170,11 @@ class Drains:
         may_go = rank in (present.attention if wanted.switch else present.members)
         if may_go and self._is_there(wanted):
             self._fleet.lives.drain(self._views[rank], False, now)
-            self._asked.appendleft(wanted)
+            leave = next((w.fault for w in self._asked if _leaves(w, rank)), None)
+            if wanted.switch and leave is not None:
+                self._tell_it_leaves(wanted, leave)
+            else:
+                self._asked.appendleft(wanted)
 
     def _begin(self, wanted: Wanted, now: float) -> None:
         epochs, fault, request_id = self._epochs, wanted.fault, wanted.request_id
@@ -256,6 +263,10 @@ class Drains:
             if tokens is not None and tokens <= before:
                 return False
         return True
+
+
+def _leaves(wanted: Wanted, rank: RankId) -> bool:
+    return wanted.fault.rank == rank and not wanted.switch
 
 
 def _outweighs(fault: Fault, wanted: Wanted) -> bool:

@@ -56,7 +56,7 @@ class Driver:
         self._loader = Loader(runner, domains, progress, (rank.rank_id, rank.incarnation))
         self._transport: Transport | None = None
         self._injections = Injections()
-        self._threads = Threads(torch.get_num_threads())
+        self._threads, self._microbatched = Threads(torch.get_num_threads()), False
         self._memory_bytes = runner.num_bytes()
         self._step_began = self._waited_before_s = 0.0
         self._step_s = self._waited_s = 0.0
@@ -160,7 +160,8 @@ class Driver:
         else:
             self._runner.serve()
         waited_s = self._progress.total_waited_s - waited_s
-        self._threads.look()
+        if not self._microbatched:  # each of them computes in a thread that has its own count
+            self._threads.look()
         return effects.Ran(results, time.monotonic() - began, waited_s)
 
     def _reach_of_loop(self, effect: effects.Reach) -> None:
@@ -217,7 +218,7 @@ class Driver:
             holders = dense_servers(groups, topology)
             dispatchers = [Dispatcher(c, groups.size, sources, holders, rows) for c in channels]
             self._runner.exchange.enter_dense(dispatchers, membership, me)
-        self._transport = channels[0]
+        self._transport, self._microbatched = channels[0], len(channels) > 1
         return time.monotonic() - began
 
     def _leave(self, begun: Batch | None) -> effects.Departure:

@@ -14,7 +14,7 @@ import torch
 
 LOOK_EVERY_S = 0.1
 CROWDED = 0.15
-"""Seconds in the queue, of all threads, for each second: from so many on there are too many."""
+"""Seconds in the queue, of two threads, for each second: from so many on there are too many."""
 TRY_AGAIN_S, TRY_AGAIN_AT_MOST_S = 1.0, 30.0
 """With all of them; longer each time that it was in vain."""
 TASKS = Path("/proc/self/task")
@@ -32,7 +32,7 @@ def queued_s() -> float:
 
 
 class Threads:
-    """Of one rank. What is computed must not depend on how many there are."""
+    """Of one rank. Our kernels give the same bits with any number; torch's may round otherwise."""
 
     def __init__(
         self,
@@ -52,11 +52,13 @@ class Threads:
             return
         (was, before), after = self._looked, self._queued()
         self._looked = now, after
-        crowded = (after - before) / (now - was) > CROWDED
+        share = (after - before) / (now - was)
+        crowded = share > CROWDED * max(1.0, self.count / 2)
         if crowded and self.count > 1:
+            if self.count == self._most:  # else it is the same crowd
+                self._try_at = now + self._pause_s
+                self._pause_s = min(2 * self._pause_s, TRY_AGAIN_AT_MOST_S)
             self._set(self.count - 1)
-            self._try_at = now + self._pause_s
-            self._pause_s = min(2 * self._pause_s, TRY_AGAIN_AT_MOST_S)
         elif not crowded and self.count < self._most and now >= self._try_at:
             self._set(self._most)
         elif self.count == self._most and now > self._try_at + self._pause_s:

@@ -55,7 +55,7 @@ class Changes:
             for key, report in before.items()
             if key not in now
         ]
-        return risen + cleared
+        return cleared + risen  # of one signal the last word counts
 
 
 def _news(before: DeviceReport, now: DeviceReport) -> bool:

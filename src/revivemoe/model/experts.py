@@ -206,9 +206,8 @@ class ExpertExchange:
         self.on_sent()
         arrived = dispatcher.receive(sent)
         self.on_phase("experts", at, len(arrived.rows_RH))
-        if arrived.handle.route is not None:  # else they are those noted above
-            note(at, "rows", arrived.rows_RH)
-            note(at, "weights", arrived.weights_RK)
+        note(at, "rows", arrived.rows_RH)
+        note(at, "weights", arrived.weights_RK)
         out_RH = layer.compute(arrived.rows_RH, arrived.slot_ids_RK, arrived.weights_RK)
         out_RH = self.spoil("experts", at, out_RH)
         note(at, "experts", out_RH)

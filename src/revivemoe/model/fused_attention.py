@@ -4,6 +4,7 @@ Which modules do what that call does, their own code shows: both compute the sam
 and what comes out must agree.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from revivemoe.kernels.native import Head, Native
 from revivemoe.model.native_modules import norm_eps
 from revivemoe.model.paged import AttentionBatch, PagedCache, attend
-from revivemoe.model.probe import Attends
+from revivemoe.model.probe import WITHOUT_MEANING_HERE, Attends
 
 FEW = 32
 """Up to so many rows what is called less often outweighs whose products are faster."""
+TAKEN = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
 TRIED, BLOCK = 3, 4
 """Rows that a module is tried with, and positions of each one's block of pages, the last one its
 own."""
@@ -60,8 +62,34 @@ def _is_plain(module: nn.Module, given: Attends, native: Native, dtype: torch.dt
     weights = [module.q_proj.weight, module.k_proj.weight, module.v_proj.weight]
     if dim % 2 or not all(native.fits(w) and w.dtype == dtype for w in weights):
         return False
+    if not (_fit(module, given) and _takes_no_more(module)):
+        return False
     norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
     return norms == [None, None] or all(_is_head_norm(norm, dim, dtype) for norm in norms)
+
+
+def _fit(module: nn.Module, given: Attends) -> bool:
+    """Whether the weights make just what the pages keep: nothing else is looked at later."""
+    (heads, dim), (value_heads, dim_v) = given.shape
+    query, key, value = module.q_proj, module.k_proj, module.v_proj
+    inner, biases = query.weight.shape[1], [p.bias for p in (query, key, value)]
+    return (
+        heads == value_heads
+        and key.weight.shape == (heads * dim, inner)
+        and value.weight.shape == (heads * dim_v, inner)
+        and query.weight.shape[0] % (heads * dim) == 0
+        and all(b is None or (b.dtype == query.weight.dtype and b.is_contiguous()) for b in biases)
+    )
+
+
+def _takes_no_more(module: nn.Module) -> bool:
+    """Whether it is given nothing, by name, that it may make something of."""
+    named = {
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    return named <= TAKEN | (WITHOUT_MEANING_HERE - {"position_ids"})
 
 
 def _is_head_norm(norm: nn.Module | None, dim: int, dtype: torch.dtype) -> bool:
@@ -116,7 +144,16 @@ def _agree(
         except Exception:  # others' code, that takes something else
             return False
         found.append([out[0], *(of_layer.clone() for of_layer in pages)])
-    return all(_near(a, b) for a, b in zip(*found, strict=True))
+    (out, *theirs), (our_out, *ours) = found
+    return _near(our_out, out) and all(map(_same_pages, ours, theirs))
+
+
+def _same_pages(one: Tensor, other: Tensor) -> bool:
+    """What was written is near, and the rest is untouched."""
+    one, other = one.flatten(0, 1), other.flatten(0, 1)
+    written = torch.zeros(len(one), dtype=torch.bool)
+    written[_batch().write_slots_T] = True
+    return torch.equal(one[~written], other[~written]) and _near(one[written], other[written])
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

@@ -29,10 +29,10 @@ class Attends(NamedTuple):
     sinks: Tensor | None
 
 
-_WITHOUT_MEANING_HERE = (
+WITHOUT_MEANING_HERE = frozenset({
     "dropout", "position_ids", "cache_position", "is_causal", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits",
-)  # fmt: skip
+})  # fmt: skip
 """What models hand on to any attention. Anything else says something that would be lost."""
 
 
@@ -76,7 +76,7 @@ class ProbeCache:
         if self._alone and of_query != self._dtype:
             raise BatchVariant(f"layer {layer_idx} has queries of another dtype than its pages")
         given = {name for name, value in others.items() if value is not None}
-        given -= set(_WITHOUT_MEANING_HERE)
+        given -= WITHOUT_MEANING_HERE
         if mask is not None:
             given.add("a mask of its own")
         if others.get("is_causal") is False:
@@ -134,7 +134,7 @@ def _problem(model: PreTrainedModel, cache: ProbeCache) -> str | None:
     layers = set(range(text_config(model.config).num_hidden_layers))
     if left := sorted(layers - cache.given.keys()):
         return f"layers {left[:8]} have no attention over keys and values that can be paged"
-    if others := sorted((layers - cache.shapes.keys()) | (cache.given.keys() - layers)):
+    if others := sorted(layers ^ cache.shapes.keys() | (cache.given.keys() - layers)):
         return f"layers {others[:8]} do not keep keys and values of their own"
     for layer, meant in enumerate(_windows(model)):
         if meant is not None and cache.given[layer][1] is None:

@@ -455,6 +455,20 @@ def test_what_is_said_of_more_ranks_later_is_over_for_all(later: tuple[RankId, .
     assert members(instance) == ALL
 
 
+def test_what_is_over_for_one_of_them_holds_on_for_the_other() -> None:
+    """Two parts of a GPU, of which one recovers: the other, alone, can be spared."""
+    instance = serving()
+    say_of_all(instance, 4)
+    assert refused(instance)
+    for rank in (R1, R2, R3):
+        report = DeviceReport(rank, 0, "taint", "is over", "test", (R1, R2, R3))
+        instance.engine.on_health(report, instance.now)
+    instance.wait(5.0)
+    assert not refused(instance)
+    assert R0 not in members(instance)
+    assert {R1, R2, R3} <= set(members(instance))
+
+
 def test_a_signal_whose_ranks_change_and_change_back_is_heard_each_time() -> None:
     instance = serving(redundant=24)
     for ranks in ((R0, R1), ALL, (R0, R1)):

@@ -11,13 +11,13 @@ from revivemoe.executor.threads import LOOK_EVERY_S, TRY_AGAIN_AT_MOST_S, Thread
 
 
 class Machine:
-    """Two cores, of which somebody else wants one from time to time."""
+    """As many cores as threads, of which somebody else wants half from time to time."""
 
-    def __init__(self) -> None:
-        self.now = self.queued = 0.0
+    def __init__(self, threads: int = 2) -> None:
+        self.now = self.queued = self.noise_s = 0.0
         self.busy = False
         self.used: list[tuple[float, int]] = []
-        self.threads = Threads(2, lambda: self.now, lambda: self.queued, self._use)
+        self.threads = Threads(threads, lambda: self.now, lambda: self.queued, self._use)
 
     def _use(self, count: int) -> None:
         self.used.append((self.now, count))
@@ -27,8 +27,9 @@ class Machine:
         end = self.now + seconds
         while self.now < end:
             self.now += 0.03
+            self.queued += 0.03 * self.noise_s * self.threads.count
             if self.busy and self.threads.count > 1:
-                self.queued += 0.015
+                self.queued += 0.015 * max(1, self.threads.count // 2)
             self.threads.look()
 
 
@@ -75,6 +76,24 @@ def test_after_a_quiet_time_trials_are_frequent_again() -> None:
     machine.busy = False
     machine.run(2)
     assert machine.used[-1] == (pytest.approx(at + 1, abs=0.2), 2)
+
+
+def test_a_short_crowd_is_not_paid_for_by_many_threads_for_long() -> None:
+    machine = Machine(16)
+    machine.run(1)
+    machine.busy = True
+    machine.run(1)
+    assert machine.threads.count < 10
+    machine.busy = False
+    machine.run(2)
+    assert machine.threads.count == 16
+
+
+def test_many_threads_that_each_wait_a_little_stay() -> None:
+    machine = Machine(64)
+    machine.noise_s = 0.003
+    machine.run(60)
+    assert machine.used == []
 
 
 def test_one_thread_never_looks() -> None:

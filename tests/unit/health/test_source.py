@@ -21,9 +21,9 @@ def test_only_changes_of_level_are_changes() -> None:
     changes.to([report(0, "same", 3), report(0, "rises", 2), report(1, "gone", 4)])
     now = [report(0, "same", 3, "again"), report(0, "rises", 5), report(2, "new", 1)]
     assert changes.to(now) == [
+        report(1, "gone", 0, "gone is over"),
         report(0, "rises", 5),
         report(2, "new", 1),
-        report(1, "gone", 0, "gone is over"),
     ]
     assert changes.to(now) == []
 
@@ -37,4 +37,4 @@ def test_whom_a_report_speaks_of_is_told_anew_when_that_changes() -> None:
     assert changes.to(both) == both
     assert changes.to(both) == []
     over = replace(report(1, "a", 0, "a is over"), shared=(RankId(1),))
-    assert changes.to([first]) == [first, over], "and of rank 0 it is not over"
+    assert changes.to([first]) == [over, first], "and of rank 0 it is not over"

@@ -48,9 +48,12 @@ def provide(console: Console, folder: Path | None = None) -> Environment:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=INSTALLED_WITHIN_S, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=INSTALLED_WITHIN_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"the peer cannot be installed: {error}") from None
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise RuntimeError(f"the peer cannot be installed: {' '.join(command)}: {said[-500:]}")

@@ -1,9 +1,11 @@
 """The systems that are compared, each served by a process of its own."""
 
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +40,17 @@ class PeerServer(ServerProcess):
             stderr=self._log.file,
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": KV_GIB, "HF_HUB_OFFLINE": "1",
                  "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
+            process_group=0,
         )  # fmt: skip
+
+    def stop(self, timeout_s: float = 15.0) -> int | None:
+        """Its engine is a process of its own, and might outlive it."""
+        group = None if self._process is None else self._process.pid
+        status = super().stop(timeout_s)
+        if group is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        return status
 
 
 @dataclass(frozen=True)
