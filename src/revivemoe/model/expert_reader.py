@@ -7,8 +7,8 @@ experts as are read. Nothing is shared with the model that runs.
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -68,71 +68,80 @@ class ExpertReader:
         """
         assert experts, "no expert is asked for"
         assert len(set(experts)) == len(experts), "an expert is asked for twice"
-        with self._lock:
-            recipe = self._recipe(layer, experts[0])
-            if recipe is None:
-                return self._read(layer, tuple(experts))
-            return self._copy(layer, tuple(experts), recipe)
+        rows = {
+            name: torch.empty(len(experts), *shape, dtype=dtype)
+            for name, (shape, dtype) in self._shapes(layer).items()
+        }
+        with ExitStack() as stack, closing(self.each(layer, experts, TensorFiles(stack))) as found:
+            for at, (_, of_one) in enumerate(found):
+                for name, row in of_one.items():
+                    rows[name][at].copy_(row)
+        return rows
 
-    def _recipe(self, layer: LayerId, expert: ExpertId) -> Recipe | None:
+    def each(
+        self, layer: LayerId, experts: Sequence[ExpertId], files: TensorFiles
+    ) -> Generator[tuple[ExpertId, dict[str, torch.Tensor]], None, None]:
+        """The same, one expert after another, in the order asked for. Rows are there until the next
+        is asked for: the memory of one is used for all, since fresh pages cost more than what is
+        copied into them. To be closed: others wait meanwhile. `files`: what is opened stays open.
+        """
+        with self._lock:
+            recipe = self._recipe(layer, experts[0], files)
+            if recipe is not None:
+                yield from self._copied(layer, experts, recipe, files)
+                return
+            rows = self._read(layer, tuple(experts))
+            for at, expert in enumerate(experts):
+                yield expert, {name: tensor[at] for name, tensor in rows.items()}
+
+    def _recipe(self, layer: LayerId, expert: ExpertId, files: TensorFiles) -> Recipe | None:
         """Layers whose experts have tensors of the same names and shapes share one."""
-        with ExitStack() as stack:
-            try:
-                signature = frozenset(
-                    (name, tuple(source.get_shape()))
-                    for name, source, _ in self._sources(layer, (expert,), stack)
-                )
-            except (SafetensorError, OSError):
-                return None
+        try:
+            signature = frozenset(
+                (name, tuple(source.get_shape()))
+                for name, source, _ in self._sources(layer, (expert,), files)
+            )
+        except (SafetensorError, OSError):
+            return None
         if signature not in self._recipes:
-            self._recipes[signature] = self._learn(layer, expert)
+            self._recipes[signature] = self._learn(layer, expert, files)
         return self._recipes[signature]
 
-    def _learn(self, layer: LayerId, expert: ExpertId) -> Recipe | None:
+    def _learn(self, layer: LayerId, expert: ExpertId, files: TensorFiles) -> Recipe | None:
         """Show the converter random numbers in the place of one expert."""
         fakes: dict[str, torch.Tensor] = {}
         state: dict[str, Lazy] = {}
-        with ExitStack() as stack:
-            try:
-                for name, source, match in self._sources(layer, (expert,), stack):
-                    shape = source.get_shape()
-                    fused = not match["rest"].partition(".")[0].isdigit()
-                    fakes[name] = torch.randn(shape[1:] if fused else shape, dtype=self._dtype)
-                    fake = _Fake(fakes[name][None] if fused else fakes[name])
-                    add_expert(state, match, fake, {layer: (0 if fused else expert,)}, self._dtype)
-            except (SafetensorError, OSError):
-                return None
+        try:
+            for name, source, match in self._sources(layer, (expert,), files):
+                shape = source.get_shape()
+                fused = not match["rest"].partition(".")[0].isdigit()
+                fakes[name] = torch.randn(shape[1:] if fused else shape, dtype=self._dtype)
+                fake = _Fake(fakes[name][None] if fused else fakes[name])
+                add_expert(state, match, fake, {layer: (0 if fused else expert,)}, self._dtype)
+        except (SafetensorError, OSError):
+            return None
         rows, problems = self._convert(layer, 1, state)
         if problems or any(row.is_meta for row in rows.values()):
             return None
         return learn(fakes, {name: row[0] for name, row in rows.items()})
 
-    def _copy(
-        self, layer: LayerId, experts: tuple[ExpertId, ...], recipe: Recipe
-    ) -> dict[str, torch.Tensor]:
+    def _copied(
+        self, layer: LayerId, experts: Sequence[ExpertId], recipe: Recipe, files: TensorFiles
+    ) -> Iterator[tuple[ExpertId, dict[str, torch.Tensor]]]:
         pieces = {piece.source: piece for piece in recipe}
-        shapes = self._shapes(layer)
-        rows = {
-            name: torch.empty(len(experts), *shape, dtype=dtype)
-            for name, (shape, dtype) in shapes.items()
-        }
-        left = len(experts) * len(pieces)
-        with ExitStack() as stack:
+        rows = {n: torch.empty(s, dtype=dtype) for n, (s, dtype) in self._shapes(layer).items()}
+        for expert in experts:
+            left = len(pieces)
             try:
-                for name, source, match in self._sources(layer, experts, stack):
-                    number = match["rest"].partition(".")[0]
-                    for at, expert in enumerate(experts):
-                        if number.isdigit() and int(number) != expert:
-                            continue
-                        piece = pieces[name]
-                        tensor = source[:] if number.isdigit() else source[expert]
-                        piece.fill(rows[piece.param][at], tensor)
-                        left -= 1
+                for name, source, match in self._sources(layer, (expert,), files):
+                    piece, alone = pieces[name], match["rest"].partition(".")[0].isdigit()
+                    piece.fill(rows[piece.param], source[:] if alone else source[expert])
+                    left -= 1
             except (SafetensorError, OSError, RuntimeError) as error:
-                raise self._incomplete(layer, experts, [str(error)]) from None
-        if left:
-            raise self._incomplete(layer, experts, [f"{left} tensors are not there"])
-        return rows
+                raise self._incomplete(layer, [expert], [str(error)]) from None
+            if left:
+                raise self._incomplete(layer, [expert], [f"{left} tensors are not there"])
+            yield expert, rows
 
     def _shapes(self, layer: LayerId) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         module = self._experts[layer]
@@ -151,7 +160,7 @@ class ExpertReader:
         with ExitStack() as stack:
             try:
                 state: dict[str, Lazy] = {}
-                for _, source, match in self._sources(layer, experts, stack):
+                for _, source, match in self._sources(layer, experts, TensorFiles(stack)):
                     add_expert(state, match, source, {layer: experts}, self._dtype)
                 rows, problems = self._convert(layer, len(experts), state)
             except (SafetensorError, OSError) as error:
@@ -174,23 +183,29 @@ class ExpertReader:
             set_num_experts(module, 0)  # lets go of the rows
 
     def _sources(
-        self, layer: LayerId, experts: tuple[ExpertId, ...], stack: ExitStack
+        self, layer: LayerId, experts: tuple[ExpertId, ...], files: TensorFiles
     ) -> Iterator[tuple[str, TensorSlice, re.Match[str]]]:
         """Each tensor with some of the experts in it: its name within an expert, the slice that
         reads when indexed, and what was matched.
         """
-        files = TensorFiles(stack)
-        for match, tensor in self._keys.get(layer, ()):
-            number, _, rest = match["rest"].partition(".")
-            if number.isdigit() and int(number) not in experts:
-                continue
-            name = rest if number.isdigit() else match["rest"]
-            yield name, files.slice(match.group(0), tensor), match
+        keys = self._keys.get(layer, {})
+        for expert in (None, *experts):
+            for match, tensor in keys.get(expert, ()):
+                rest = match["rest"]
+                name = rest if expert is None else rest.partition(".")[2]
+                yield name, files.slice(match.group(0), tensor), match
 
 
-def _expert_keys(model_dir: Path) -> dict[LayerId, list[tuple[re.Match[str], TensorInfo]]]:
-    keys: dict[LayerId, list[tuple[re.Match[str], TensorInfo]]] = {}
+Keys = dict[ExpertId | None, list[tuple[re.Match[str], TensorInfo]]]
+"""By expert; None: tensors that hold all of them."""
+
+
+def _expert_keys(model_dir: Path) -> dict[LayerId, Keys]:
+    keys: dict[LayerId, Keys] = {}
     for key, tensor in checkpoint_tensors(model_dir).items():
         if match := EXPERT_KEY.match(key):
-            keys.setdefault(LayerId(int(match["layer"])), []).append((match, tensor))
+            number = match["rest"].partition(".")[0]
+            expert = ExpertId(int(number)) if number.isdigit() else None
+            of_layer = keys.setdefault(LayerId(int(match["layer"])), {})
+            of_layer.setdefault(expert, []).append((match, tensor))
     return keys

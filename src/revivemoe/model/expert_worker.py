@@ -7,7 +7,8 @@ Experts come from a peer, from host memory or from the checkpoint, whoever has t
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -24,6 +25,7 @@ from revivemoe.model.dense import DenseLayer
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.experts import ExpertExchange, MoeLayer
 from revivemoe.model.host_cache import HostCache
+from revivemoe.model.tensor_files import TensorFiles
 
 PORTION_BYTES = 64 << 20
 Rows = dict[str, torch.Tensor]
@@ -129,22 +131,30 @@ class ExpertWorker:
         begun = self.begin(loads) if begun is None else begun
         sources: Counter[str] = Counter()
         num_bytes = 0
-        for of_layer in _by_layer(loads):
-            for load, name, rows in self._fetched(of_layer, peers):
-                with self._slots_lock:
-                    self.slots.check(begun, load)
-                    self._layers[load.layer].write_slot(load.slot, rows)
-                    self.slots.fill(load)
-                if self._host_cache is not None:
-                    self._host_cache.put(load.layer, load.expert, rows)
-                num_bytes += sum(tensor.nbytes for tensor in rows.values())
-                sources[name] += 1
+        with ExitStack() as stack:
+            files = TensorFiles(stack)
+            for of_layer in _by_layer(loads):
+                with closing(self._fetched(of_layer, peers, files)) as fetched:
+                    for load, name, rows in fetched:
+                        self._take(begun, load, rows)
+                        num_bytes += sum(tensor.nbytes for tensor in rows.values())
+                        sources[name] += 1
         return LoadReport(num_bytes, sources)
 
+    def _take(self, begun: int, load: SlotLoad, rows: Rows) -> None:
+        with self._slots_lock:
+            self.slots.check(begun, load)
+            self._layers[load.layer].write_slot(load.slot, rows)
+            self.slots.fill(load)
+        if self._host_cache is not None:
+            self._host_cache.put(load.layer, load.expert, rows)
+
     def _fetched(
-        self, loads: Sequence[SlotLoad], peers: Sequence[ExpertSource]
-    ) -> Iterable[tuple[SlotLoad, str, Rows]]:
-        """(load, name of its source, rows) of one layer."""
+        self, loads: Sequence[SlotLoad], peers: Sequence[ExpertSource], files: TensorFiles
+    ) -> Generator[tuple[SlotLoad, str, Rows], None, None]:
+        """(load, name of its source, rows) of one layer. Rows last until the next is asked for;
+        to be closed.
+        """
         sources = [*peers, self._host_cache] if self._host_cache is not None else peers
         left = []
         for load in loads:
@@ -155,11 +165,13 @@ class ExpertWorker:
             else:
                 yield load, name, rows
         if left:
-            experts = sorted({load.expert for load in left})
-            read = self._reader.read(left[0].layer, experts)
+            for_expert: dict[ExpertId, list[SlotLoad]] = {}
             for load in left:
-                at = experts.index(load.expert)
-                yield load, "disk", {name: tensor[at] for name, tensor in read.items()}
+                for_expert.setdefault(load.expert, []).append(load)
+            with closing(self._reader.each(left[0].layer, sorted(for_expert), files)) as read:
+                for expert, rows in read:
+                    for load in for_expert[expert]:
+                        yield load, "disk", rows
 
     def find(self, layer_id: LayerId, expert: ExpertId) -> Rows | None:
         """Copies, on the host, of an expert's rows in one of the slots; from any thread."""

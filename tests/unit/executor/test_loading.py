@@ -71,15 +71,15 @@ class Bench:
         progress = Progress(lambda: 0.0)
         self.loader = Loader(self.runner, self.fences, progress, ME)  # type: ignore[arg-type]
         reader = self.runner.worker._reader
-        self._read = reader.read
+        self._read = reader.each
         self.before: Callable[[], object] = lambda: None
         """Called before anything is read."""
-        monkeypatch.setattr(reader, "read", self._reads)
+        monkeypatch.setattr(reader, "each", self._reads)
         monkeypatch.setattr(expert_worker, "PORTION_BYTES", 1)
 
-    def _reads(self, layer: LayerId, experts: Any) -> Any:
+    def _reads(self, *asked: Any) -> Any:
         self.before()
-        return self._read(layer, experts)
+        return self._read(*asked)
 
     def fails(self, failure: BaseException, after: int = 0) -> None:
         """All reads but the first ones."""
