@@ -57,8 +57,11 @@ $(CLIENTS_STAMP): $(STAMP) tests/clients/requirements.txt
 soak: setup
 	@$(BIN)/revivemoe bench soak $(ARGS)
 
+# What computes no model, for in between: about a minute. `make test` has the others, too.
+COMPUTING = tests/unit/model tests/unit/kernels tests/unit/checkpoint/test_reference_screen.py \
+	tests/unit/checkpoint/test_hub.py tests/unit/bench/test_soak_prompts.py
 unit: setup
-	$(BIN)/python -m pytest -q -n 2 tests/unit
+	$(BIN)/python -m pytest -q -n 2 tests/unit $(COMPUTING:%=--ignore=%)
 
 # Sizes, circles and layers of src/revivemoe beside what is aimed at; ARGS=--json for all of it.
 figures: setup
