@@ -29,6 +29,10 @@ log = logging.getLogger("revivemoe.cluster")
 
 RESTART_WAIT_S = 0.5
 """For a fork server that has hung up to be gone; it is not in the way of another."""
+SPINS = "20000"
+"""Of OpenMP's threads (GNU's) before they sleep: some tenths of a millisecond. Left to itself it is
+for ever, while what all wait for stands in the kernel's queue: steps of 0.65 s instead of 0.025
+(decisions.md). With less they sleep between two products, and waking them takes longer."""
 MAX_FDS = 2
 """That come with one message."""
 
@@ -54,18 +58,12 @@ def start_process(arguments: list[str], fds: list[int]) -> subprocess.Popen[byte
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno(),
-        env={**_spinning(os.environ), "TOKENIZERS_PARALLELISM": "false"},
+        env={**spinning(os.environ), "TOKENIZERS_PARALLELISM": "false"},
         process_group=0,
     )
 
 
-SPINS = "20000"
-"""Of OpenMP's threads (GNU's) before they sleep: some tenths of a millisecond. Left to itself it is
-for ever, while what all wait for stands in the kernel's queue: steps of 0.65 s instead of 0.025
-(decisions.md). With less they sleep between two products, and waking them takes longer."""
-
-
-def _spinning(environment: Mapping[str, str]) -> dict[str, str]:
+def spinning(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment, with a bound to spinning unless it says something about that."""
     said = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys()
     return {**environment, **({} if said else {"GOMP_SPINCOUNT": SPINS})}

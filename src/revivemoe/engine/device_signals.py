@@ -27,6 +27,7 @@ log = logging.getLogger("revivemoe.engine")
 Key = tuple[str, str, tuple[RankId, ...]]
 NEVER = Epoch(-1)
 TURNED_DOWN = "it was begun, and could not be ended"
+NOBODY_ELSE = "without them: nobody else is left, and they are being started anew"
 MOST_OPEN = 256
 """Kept at a time; beyond that the oldest is forgotten."""
 
@@ -192,10 +193,15 @@ class DeviceSignals:
     def _cannot_do_without(self, signal: Signal, members: list[RankId]) -> str | None:
         """Why the instance could not go on without them all; None: it can."""
         if not members:
-            return None
+            return NOBODY_ELSE if signal.shared and not self._others(signal) else None
         leaving = self._maintenance.drains.leaving
         plan = self._epochs.plan_for([*map(signal.fault, members), *leaving])
         return None if isinstance(plan, Continue) else f"without them: {plan.reason}"
+
+    def _others(self, signal: Signal) -> list[RankId]:
+        """Ranks it does not speak of that are there, on their way, or may be started."""
+        others = [v for v in self._views.values() if v.rank not in signal.ranks]
+        return [v.rank for v in others if not v.dead or self._epochs.fleet.trusted(v)]
 
     def _refuse(self, one: Open, reason: str, told: bool = False) -> None:
         """Told of once; what the reason becomes in later epochs, the status says. `told`: the drain

@@ -6,7 +6,7 @@ take. That they stand there the kernel tells, in nanoseconds for each thread.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,15 +20,16 @@ TRY_AGAIN_S, TRY_AGAIN_AT_MOST_S = 1.0, 30.0
 TASKS = Path("/proc/self/task")
 
 
-def queued_s() -> float:
-    """Seconds that the threads of this process wanted a processor and had none. 0 where the kernel
-    does not tell.
+def queued_s() -> dict[str, float]:
+    """Seconds that each thread of this process wanted a processor and had none. Without those of
+    which the kernel does not tell; of none while there is no descriptor to ask with.
     """
-    total = 0
-    for task in TASKS.iterdir():
-        with suppress(OSError, IndexError):  # it has ended, or the kernel was built without
-            total += int((task / "schedstat").read_bytes().split()[1])
-    return total / 1e9
+    found = {}
+    with suppress(OSError):
+        for task in TASKS.iterdir():
+            with suppress(OSError, IndexError):  # it has ended, or the kernel was built without
+                found[task.name] = int((task / "schedstat").read_bytes().split()[1]) / 1e9
+    return found
 
 
 class Threads:
@@ -38,21 +39,19 @@ class Threads:
         self,
         most: int,
         clock: Callable[[], float] = time.monotonic,
-        queued: Callable[[], float] = queued_s,
+        queued: Callable[[], Mapping[str, float]] = queued_s,
         use: Callable[[int], None] = torch.set_num_threads,
     ) -> None:
         self.count = self._most = most
         self._clock, self._queued, self._use = clock, queued, use
-        self._looked = (clock(), queued()) if most > 1 else (0.0, 0.0)
+        self._looked_at, self._before = clock(), queued() if most > 1 else {}
         self._try_at, self._pause_s = 0.0, TRY_AGAIN_S
 
     def look(self) -> None:
         """After each step. Almost always it does nothing."""
-        if self._most == 1 or (now := self._clock()) - self._looked[0] < LOOK_EVERY_S:
+        if self._most == 1 or (now := self._clock()) - self._looked_at < LOOK_EVERY_S:
             return
-        (was, before), after = self._looked, self._queued()
-        self._looked = now, after
-        share = (after - before) / (now - was)
+        share = self._share(now)
         crowded = share > CROWDED * max(1.0, self.count / 2)
         if crowded and self.count > 1:
             if self.count == self._most:  # else it is the same crowd
@@ -63,6 +62,14 @@ class Threads:
             self._set(self._most)
         elif self.count == self._most and now > self._try_at + self._pause_s:
             self._pause_s = TRY_AGAIN_S
+
+    def _share(self, now: float) -> float:
+        """Seconds in the queue since the last look, for each second: of threads that were there."""
+        before, after = self._before, self._queued()
+        waited = sum(after[task] - before[task] for task in after.keys() & before.keys())
+        share = waited / (now - self._looked_at)
+        self._looked_at, self._before = now, after
+        return share
 
     def _set(self, count: int) -> None:
         self.count = count

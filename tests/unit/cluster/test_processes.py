@@ -13,7 +13,7 @@ from unit.rank_specs import SPEC
 
 from revivemoe.cluster import processes as module
 from revivemoe.cluster.forkserver import MAX_MESSAGE, Hail, Launched
-from revivemoe.cluster.launcher import Launcher
+from revivemoe.cluster.launcher import SPINS, Launcher, spinning
 from revivemoe.cluster.oom import OomKiller
 from revivemoe.cluster.processes import LOST, ProcessCallbacks, Processes
 from revivemoe.ids import Incarnation, RankId
@@ -418,3 +418,9 @@ def test_closing_ends_all_and_tells_nothing(played: PlayedForkServer) -> None:
 
 def test_the_counters_of_this_host_can_be_read() -> None:
     assert not OomKiller(module.counters()).struck(0.0)
+
+
+def test_spinning_is_bounded_unless_somebody_says_something_about_it() -> None:
+    assert spinning({"A": "b"}) == {"A": "b", "GOMP_SPINCOUNT": SPINS}
+    for said in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE"}):
+        assert spinning(said) == said

@@ -469,6 +469,23 @@ def test_what_is_over_for_one_of_them_holds_on_for_the_other() -> None:
     assert {R1, R2, R3} <= set(members(instance))
 
 
+def test_a_node_that_drains_while_all_its_ranks_are_started_anew_keeps_them() -> None:
+    """Nobody was a member, so nothing was weighed, and all that were on their way were ended."""
+    instance = serving()
+    for rank in ALL:
+        instance.engine.on_exit(rank, Incarnation(1), "killed", instance.now)
+    assert not any(instance.engine.ranks[rank].member for rank in ALL)
+    say_of_all(instance, 4)
+    assert len(refused(instance)) == 1
+    instance.wait(10)
+    assert isinstance(instance.engine.state, Serving)
+    assert all(event["kind"] != "device_fault" for event in instance.named("fault"))
+    assert {instance.engine.ranks[rank].incarnation for rank in members(instance)} == {
+        Incarnation(2)
+    }
+    assert refused(instance), "and still not carried out"
+
+
 def test_a_signal_whose_ranks_change_and_change_back_is_heard_each_time() -> None:
     instance = serving(redundant=24)
     for ranks in ((R0, R1), ALL, (R0, R1)):

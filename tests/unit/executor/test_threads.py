@@ -1,9 +1,13 @@
 """How many threads compute while somebody else has the processor, too."""
 
-import threading
+import errno
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +21,7 @@ class Machine:
         self.now = self.queued = self.noise_s = 0.0
         self.busy = False
         self.used: list[tuple[float, int]] = []
-        self.threads = Threads(threads, lambda: self.now, lambda: self.queued, self._use)
+        self.threads = Threads(threads, lambda: self.now, lambda: {"a": self.queued}, self._use)
 
     def _use(self, count: int) -> None:
         self.used.append((self.now, count))
@@ -97,29 +101,39 @@ def test_many_threads_that_each_wait_a_little_stay() -> None:
 
 
 def test_one_thread_never_looks() -> None:
-    def asked() -> Iterator[float]:
+    def asked() -> Iterator[dict[str, float]]:
         raise AssertionError("a single thread shares nothing")
         yield
 
     Threads(1, queued=lambda: next(asked())).look()
 
 
+def test_threads_that_come_go_or_cannot_be_asked_are_no_crowd() -> None:
+    """What a thread has waited in all its life says nothing about now."""
+    told = iter([{"a": 0.0, "b": 500.0}, {"a": 0.0}, {}, {"a": 0.0, "b": 500.0, "c": 70.0}, {}])
+    now, used = iter(float(n) for n in range(5)), list[int]()
+    threads = Threads(4, lambda: next(now), lambda: next(told), used.append)
+    for _ in range(4):
+        threads.look()
+    assert used == []
+
+
+def test_without_a_descriptor_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> Iterator[Path]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert queued_s() == {}
+
+
 def test_the_kernel_tells_who_waits() -> None:
-    """Three busy threads have no three processors, be it for the interpreter's lock."""
-    before = queued_s()
-    assert before >= 0
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.is_set():
-            sum(range(1000))
-
-    workers = [threading.Thread(target=work) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    time.sleep(0.1)
-    during = queued_s()
-    stop.set()
-    for worker in workers:
-        worker.join()
-    assert during >= before
+    """More busy threads than processors: some of them stand in the queue."""
+    busy = ["-c", "import time; end = time.time() + 0.6\nwhile time.time() < end: pass"]
+    others = [subprocess.Popen([sys.executable, *busy]) for _ in range(2 * (os.cpu_count() or 1))]
+    before, end = sum(queued_s().values()), time.monotonic() + 0.4
+    while time.monotonic() < end:
+        pass
+    after = sum(queued_s().values())
+    for other in others:
+        other.wait()
+    assert after - before > 0.02
