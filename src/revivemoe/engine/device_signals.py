@@ -191,11 +191,14 @@ class DeviceSignals:
         self._note(one.signal, ranks, takes_out=not one.signal.shared)
 
     def _cannot_do_without(self, signal: Signal, members: list[RankId]) -> str | None:
-        """Why the instance could not go on without them all; None: it can."""
+        """Why the instance could not go on without these members, and without those of its ranks
+        that would come in next; None: it can.
+        """
         if not members:
             return NOBODY_ELSE if signal.shared and not self._others(signal) else None
         leaving = self._maintenance.drains.leaving
-        plan = self._epochs.plan_for([*map(signal.fault, members), *leaving])
+        coming = [r for r in signal.ranks if not (self._views[r].dead or self._views[r].member)]
+        plan = self._epochs.plan_for([*map(signal.fault, (*members, *coming)), *leaving])
         return None if isinstance(plan, Continue) else f"without them: {plan.reason}"
 
     def _others(self, signal: Signal) -> list[RankId]:
