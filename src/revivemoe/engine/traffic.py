@@ -192,6 +192,9 @@ class Traffic:
             self.ledger.make_room(suspicion.reserved)
         self.tick()
 
+    def met(self) -> None:
+        self.ledger.run(True)
+
     def epoch_left(self) -> None:
         self._serving = False
         self.ledger.run(False)

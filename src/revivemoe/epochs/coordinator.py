@@ -320,6 +320,8 @@ class Coordinator:
         state = self.state
         if not isinstance(state, Resuming) or resumed.epoch != state.plan.membership.epoch:
             return None
+        if len(state.waiting) == len(state.plan.membership.members):
+            self._sequences.met()
         state.waiting.discard(resumed.rank)
         state.domain_s = max(state.domain_s, resumed.domain_s)
         state.experts_s = max(state.experts_s, resumed.experts_s)

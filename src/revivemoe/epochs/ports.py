@@ -76,6 +76,11 @@ class SequenceOwner(Protocol):
         """This plan is being carried out; its sequences have been handed over."""
         ...
 
+    def met(self) -> None:
+        """The members of the epoch to come have met: they run steps, before the engine has heard
+        of all of them."""
+        ...
+
     def epoch_left(self) -> None:
         """The epoch is at its end: what is new waits for the next one."""
         ...

@@ -104,10 +104,13 @@ class Verdict:
         assert loaded <= planned, f"rank {event.id} loads {loaded} experts, {planned} are planned"
 
     def _check_conviction(self, event: events.Convicted) -> None:
-        """Two faults of a rank's own while a request is on trial cannot be told from poison."""
+        """Two faults of a rank's own, the second while a request is on trial, cannot be told from
+        poison. The first may be the poison's: it ran beside that request.
+        """
         innocent = event.request != POISONED
         four_died = len(self._strikes.guilty) >= MOST_LOST_BY_CHANCE
-        assert not innocent or four_died or self._num_like_poison() > 1, (
+        like_poison = self._num_like_poison() + bool(self._strikes.poisoned)
+        assert not innocent or four_died or like_poison > 1, (
             f"an innocent request is convicted: {event}"
         )
         self._convicted.add(event.request)

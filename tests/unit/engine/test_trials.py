@@ -171,6 +171,21 @@ def test_a_death_before_a_request_could_run_does_not_count() -> None:
     assert not instance.engine.traffic.ledger.suspects
 
 
+def test_a_death_in_the_first_step_counts_before_all_have_been_heard() -> None:
+    """Steps begin when all have met: the engine hears of it later, from one after another."""
+    instance = serving()
+    suspects = instance.engine.traffic.ledger.suspects
+    instance.submit((1, 2), max_tokens=20, request_id="moved")
+    first = home_of(instance, "moved")
+    for fake in instance.cluster.ranks.values():
+        fake.meets_nobody = fake.rank == 3 and first != 3
+    assert kill_home(instance, "moved")
+    assert home_of(instance, "moved") not in (None, first, 3)
+    assert not suspects
+    assert kill_home(instance, "moved")
+    assert suspects, "two ranks have died under it"
+
+
 def test_with_the_culprit_found_the_others_have_no_strike_left() -> None:
     instance = serving()
     for name in ("poison", "innocent"):

@@ -64,6 +64,9 @@ class Host:
     def planned(self, plan: Continue) -> None:
         self.log.append(("planned", plan))
 
+    def met(self) -> None:
+        self.log.append(("met",))
+
     def epoch_left(self) -> None:
         self.log.append(("epoch_left",))
 
@@ -315,6 +318,16 @@ def test_an_acknowledgement_after_the_fact_configures_nobody_twice(host: Host) -
     assert host.ack(0, 2) is None
     assert host.resumed(0, 2) is None
     assert not host.coordinator.active
+
+
+def test_the_first_that_has_met_all_others_proves_that_all_have_met(host: Host) -> None:
+    host.begin(2)
+    for rank in (0, 1, 3):
+        host.ack(rank, 2)
+    assert ("met",) not in host.log
+    for rank in (1, 0, 0, 3):
+        host.resumed(rank, 2)
+        assert host.log.count(("met",)) == 1
 
 
 def test_the_same_member_twice_is_one(host: Host) -> None:
