@@ -7,8 +7,9 @@ experts as are read. Nothing is shared with the model that runs.
 
 import re
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 
 from revivemoe.checkpoint.files import EXPERT_KEY, TensorInfo
 from revivemoe.ids import ExpertId, LayerId
-from revivemoe.model.expert_recipe import Recipe, learn
+from revivemoe.model.expert_recipe import Recipe, copy_rows, learn
 from revivemoe.model.load import (
     CheckpointError,
     add_expert,
@@ -28,6 +29,8 @@ from revivemoe.model.load import (
 )
 from revivemoe.model.tensor_files import Lazy, TensorFiles, TensorSlice
 
+Write = Callable[[Mapping[str, torch.Tensor]], None]
+"""Writes an expert's share of each parameter."""
 Signature = frozenset[tuple[str, tuple[int, ...]]]
 """Names and shapes of one expert's tensors."""
 
@@ -46,7 +49,7 @@ class _Fake:
 
 
 class ExpertReader:
-    """Reads converted rows of experts. Threads may share one: reads take turns."""
+    """Reads converted rows of experts. Threads may share one: conversions take turns."""
 
     def __init__(self, model_dir: Path, dtype: torch.dtype) -> None:
         """Builds the skeleton. Not while another thread builds or runs a model: construction
@@ -72,37 +75,31 @@ class ExpertReader:
             name: torch.empty(len(experts), *shape, dtype=dtype)
             for name, (shape, dtype) in self._shapes(layer).items()
         }
-        with ExitStack() as stack, closing(self.each(layer, experts, TensorFiles(stack))) as found:
-            for at, (_, of_one) in enumerate(found):
-                for name, row in of_one.items():
-                    rows[name][at].copy_(row)
+        with ExitStack() as stack:
+            for at, (_, write) in enumerate(self.each(layer, experts, TensorFiles(stack))):
+                write({name: of_all[at] for name, of_all in rows.items()})
         return rows
 
     def each(
         self, layer: LayerId, experts: Sequence[ExpertId], files: TensorFiles
-    ) -> Generator[tuple[ExpertId, dict[str, torch.Tensor]], None, None]:
-        """The same, one expert after another, in the order asked for. Rows are there until the next
-        is asked for: the memory of one is used for all, since fresh pages cost more than what is
-        copied into them. To be closed: others wait meanwhile. `files`: what is opened stays open.
+    ) -> Iterator[tuple[ExpertId, Write]]:
+        """The same, one expert after another, in the order asked for: each with what writes its
+        rows to where they are to lie, on any device, before the next is asked for. That raises
+        CheckpointError, too, and then some of it may be written. `files`: what is opened stays
+        open.
         """
         with self._lock:
             recipe = self._recipe(layer, experts[0], files)
+            converted = {} if recipe is not None else self._read(layer, tuple(experts))
+        for at, expert in enumerate(experts):
             if recipe is not None:
-                yield from self._copied(layer, experts, recipe, files)
-                return
-            rows = self._read(layer, tuple(experts))
-            for at, expert in enumerate(experts):
-                yield expert, {name: tensor[at] for name, tensor in rows.items()}
+                yield expert, partial(self._copy, layer, expert, recipe, files)
+            else:
+                yield expert, partial(copy_rows, {n: rows[at] for n, rows in converted.items()})
 
     def _recipe(self, layer: LayerId, expert: ExpertId, files: TensorFiles) -> Recipe | None:
         """Layers whose experts have tensors of the same names and shapes share one."""
-        try:
-            signature = frozenset(
-                (name, tuple(source.get_shape()))
-                for name, source, _ in self._sources(layer, (expert,), files)
-            )
-        except (SafetensorError, OSError):
-            return None
+        signature = frozenset((n, t.shape) for n, t, _ in self._named(layer, (expert,)))
         if signature not in self._recipes:
             self._recipes[signature] = self._learn(layer, expert, files)
         return self._recipes[signature]
@@ -125,23 +122,27 @@ class ExpertReader:
             return None
         return learn(fakes, {name: row[0] for name, row in rows.items()})
 
-    def _copied(
-        self, layer: LayerId, experts: Sequence[ExpertId], recipe: Recipe, files: TensorFiles
-    ) -> Iterator[tuple[ExpertId, dict[str, torch.Tensor]]]:
+    def _copy(
+        self,
+        layer: LayerId,
+        expert: ExpertId,
+        recipe: Recipe,
+        files: TensorFiles,
+        rows: Mapping[str, torch.Tensor],
+    ) -> None:
         pieces = {piece.source: piece for piece in recipe}
-        rows = {n: torch.empty(s, dtype=dtype) for n, (s, dtype) in self._shapes(layer).items()}
-        for expert in experts:
-            left = len(pieces)
-            try:
-                for name, source, match in self._sources(layer, (expert,), files):
-                    piece, alone = pieces[name], match["rest"].partition(".")[0].isdigit()
+        try:
+            for name, tensor, match in self._named(layer, (expert,)):
+                piece, alone = pieces.pop(name), match["rest"].partition(".")[0].isdigit()
+                place, key = piece.place(rows[piece.param]), match.group(0)
+                row = None if alone else expert
+                if place is None or not files.read_into(place, key, tensor, row):
+                    source = files.slice(key, tensor)
                     piece.fill(rows[piece.param], source[:] if alone else source[expert])
-                    left -= 1
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise self._incomplete(layer, [expert], [str(error)]) from None
-            if left:
-                raise self._incomplete(layer, [expert], [f"{left} tensors are not there"])
-            yield expert, rows
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise self._incomplete(layer, [expert], [str(error)]) from None
+        if pieces:
+            raise self._incomplete(layer, [expert], [f"{len(pieces)} tensors are not there"])
 
     def _shapes(self, layer: LayerId) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         module = self._experts[layer]
@@ -185,15 +186,21 @@ class ExpertReader:
     def _sources(
         self, layer: LayerId, experts: tuple[ExpertId, ...], files: TensorFiles
     ) -> Iterator[tuple[str, TensorSlice, re.Match[str]]]:
-        """Each tensor with some of the experts in it: its name within an expert, the slice that
-        reads when indexed, and what was matched.
+        """The same, with the slice that reads when indexed."""
+        for name, tensor, match in self._named(layer, experts):
+            yield name, files.slice(match.group(0), tensor), match
+
+    def _named(
+        self, layer: LayerId, experts: tuple[ExpertId, ...]
+    ) -> Iterator[tuple[str, TensorInfo, re.Match[str]]]:
+        """Each tensor with some of the experts in it: its name within an expert, what it is, and
+        what was matched.
         """
         keys = self._keys.get(layer, {})
         for expert in (None, *experts):
             for match, tensor in keys.get(expert, ()):
                 rest = match["rest"]
-                name = rest if expert is None else rest.partition(".")[2]
-                yield name, files.slice(match.group(0), tensor), match
+                yield rest if expert is None else rest.partition(".")[2], tensor, match
 
 
 Keys = dict[ExpertId | None, list[tuple[re.Match[str], TensorInfo]]]

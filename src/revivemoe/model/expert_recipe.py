@@ -25,6 +25,12 @@ class Piece:
     offset: int
     transposed: bool
 
+    def place(self, row: torch.Tensor) -> torch.Tensor | None:
+        """Where the tensor lies in the parameter's row, if it lies there as it is."""
+        if self.transposed:
+            return None
+        return row.narrow(self.dim, self.offset, self.shape[self.dim])
+
     def fill(self, row: torch.Tensor, tensor: torch.Tensor) -> None:
         """Copy into the parameter's row, with the row's dtype and device.
 
@@ -80,3 +86,11 @@ def _fits(wanted: torch.Tensor, row: torch.Tensor, dim: int) -> bool:
     others = [d for d in range(row.dim()) if d != dim]
     same = all(wanted.shape[d] == row.shape[d] for d in others)
     return same and wanted.shape[dim] <= row.shape[dim]
+
+
+def copy_rows(rows: Rows, to: Rows) -> None:
+    """All of them, or none; of any dtype and device."""
+    assert rows.keys() == to.keys(), f"{sorted(rows)} for {sorted(to)}"
+    assert all(rows[name].shape == row.shape for name, row in to.items())
+    for name, row in to.items():
+        row.copy_(rows[name])

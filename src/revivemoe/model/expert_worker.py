@@ -7,9 +7,10 @@ Experts come from a peer, from host memory or from the checkpoint, whoever has t
 import math
 import threading
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -22,7 +23,8 @@ from revivemoe.ids import ExpertId, LayerId, SlotId
 from revivemoe.membership.placement import EMPTY
 from revivemoe.messages.commands import SlotLoad
 from revivemoe.model.dense import DenseLayer
-from revivemoe.model.expert_reader import ExpertReader
+from revivemoe.model.expert_reader import ExpertReader, Write
+from revivemoe.model.expert_recipe import copy_rows
 from revivemoe.model.experts import ExpertExchange, MoeLayer
 from revivemoe.model.host_cache import HostCache
 from revivemoe.model.tensor_files import TensorFiles
@@ -68,8 +70,11 @@ class ExpertWorker:
         self.exchange = ExpertExchange(layers, hidden_size, dtype, dense)
         self._layers = self.exchange.layers
         self._reader = ExpertReader(model_dir, dtype)
-        self._slots_lock = threading.Lock()
-        """Held while a slot is given to a load, written or read: nobody ever sees half of each."""
+        self._slots_lock = threading.Condition()
+        """Held while a slot is given to a load or read; notified when one has been written."""
+        self._written: set[tuple[LayerId, SlotId]] = set()
+        """Slots being written: without the lock, as a disk may take its time. They hold nothing
+        that anybody reads, and have one writer: nobody ever sees half of each."""
         self._host_cache: HostCache | None = None
 
     def resize(self, num_slots: int) -> None:
@@ -134,26 +139,43 @@ class ExpertWorker:
         with ExitStack() as stack:
             files = TensorFiles(stack)
             for of_layer in _by_layer(loads):
-                with closing(self._fetched(of_layer, peers, files)) as fetched:
-                    for load, name, rows in fetched:
-                        self._take(begun, load, rows)
-                        num_bytes += sum(tensor.nbytes for tensor in rows.values())
-                        sources[name] += 1
+                for load, name, write in self._fetched(of_layer, peers, files):
+                    num_bytes += self._take(begun, load, write)
+                    sources[name] += 1
         return LoadReport(num_bytes, sources)
 
-    def _take(self, begun: int, load: SlotLoad, rows: Rows) -> None:
+    def _take(self, begun: int, load: SlotLoad, write: Write) -> int:
+        """Write an expert into its slot, however long that takes; returns its bytes."""
+        rows = self._begin_writing(begun, load)
+        written = False
+        try:
+            write(rows)
+            written = True
+        finally:
+            with self._slots_lock:
+                self._written.discard((load.layer, load.slot))
+                self._slots_lock.notify_all()
+                if written:
+                    self.slots.check(begun, load)
+                    self.slots.fill(load)
+                    if self._host_cache is not None:
+                        self._host_cache.put(load.layer, load.expert, rows)
+        return sum(tensor.nbytes for tensor in rows.values())
+
+    def _begin_writing(self, begun: int, load: SlotLoad) -> Rows:
+        """The slot's rows, once nobody else writes them: an earlier load may be at it still."""
+        place = load.layer, load.slot
         with self._slots_lock:
+            self._slots_lock.wait_for(lambda: place not in self._written)
             self.slots.check(begun, load)
-            self._layers[load.layer].write_slot(load.slot, rows)
-            self.slots.fill(load)
-        if self._host_cache is not None:
-            self._host_cache.put(load.layer, load.expert, rows)
+            self._written.add(place)
+            return self._layers[load.layer].read_slot(load.slot)
 
     def _fetched(
         self, loads: Sequence[SlotLoad], peers: Sequence[ExpertSource], files: TensorFiles
-    ) -> Generator[tuple[SlotLoad, str, Rows], None, None]:
-        """(load, name of its source, rows) of one layer. Rows last until the next is asked for;
-        to be closed.
+    ) -> Iterator[tuple[SlotLoad, str, Write]]:
+        """(load, name of its source, what writes its rows) of one layer. To be written before the
+        next is asked for.
         """
         sources = [*peers, self._host_cache] if self._host_cache is not None else peers
         left = []
@@ -163,15 +185,14 @@ class ExpertWorker:
             if rows is None:
                 left.append(load)
             else:
-                yield load, name, rows
+                yield load, name, partial(copy_rows, rows)
         if left:
             for_expert: dict[ExpertId, list[SlotLoad]] = {}
             for load in left:
                 for_expert.setdefault(load.expert, []).append(load)
-            with closing(self._reader.each(left[0].layer, sorted(for_expert), files)) as read:
-                for expert, rows in read:
-                    for load in for_expert[expert]:
-                        yield load, "disk", rows
+            for expert, write in self._reader.each(left[0].layer, sorted(for_expert), files):
+                for load in for_expert[expert]:
+                    yield load, "disk", write
 
     def find(self, layer_id: LayerId, expert: ExpertId) -> Rows | None:
         """Copies, on the host, of an expert's rows in one of the slots; from any thread."""

@@ -4,13 +4,14 @@ Legend: T tokens here, K experts per token, E experts of the layer, S slots on a
 received from all members, H hidden size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from revivemoe.comm.dispatch import Dispatcher
 from revivemoe.core.effects import Place
+from revivemoe.host.huge_pages import ask_for_huge_pages
 from revivemoe.ids import LayerId, RankId, SlotId
 from revivemoe.kernels.native import Native
 from revivemoe.membership.membership import Membership
@@ -64,24 +65,14 @@ class MoeLayer:
         for name in self.module.revive_rows:
             old = getattr(self.module, name)
             rows = torch.empty(num_slots, *old.shape[1:], dtype=old.dtype, device=device)
+            if device.type == "cpu":
+                ask_for_huge_pages(rows.data_ptr(), rows.nbytes)
             setattr(self.module, name, nn.Parameter(rows, requires_grad=False))
         self.module.num_experts = num_slots
 
     def read_slot(self, slot: SlotId) -> dict[str, Tensor]:
         """The slot's row of each parameter of the experts module: views of the live buffers."""
         return {name: getattr(self.module, name).data[slot] for name in self.module.revive_rows}
-
-    @torch.no_grad()
-    def write_slot(self, slot: SlotId, params: Mapping[str, Tensor]) -> None:
-        """Put an expert into a slot, in place.
-
-        The slot must not be one that the present epoch uses, unless for this very expert.
-        """
-        rows = self.read_slot(slot)
-        assert rows.keys() == params.keys(), f"{sorted(params)} for {sorted(rows)}"
-        assert all(params[name].shape == row.shape for name, row in rows.items())
-        for name, row in rows.items():
-            row.copy_(params[name])
 
 
 class Lane:

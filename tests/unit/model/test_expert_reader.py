@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from revivemoe.membership.placement import ExpertPlacement
 from revivemoe.messages.commands import SlotLoad
 from revivemoe.model import tensor_files
 from revivemoe.model.expert_reader import ExpertReader
+from revivemoe.model.expert_recipe import copy_rows
 from revivemoe.model.load import CheckpointError, load_model
 from revivemoe.model.runner import register_hooks
+from revivemoe.model.tensor_files import TensorFiles, TensorSlice
 from revivemoe.sampling_params import SamplingParams
 
 register_hooks()
@@ -86,39 +88,33 @@ def fuse(source: Path, target: Path) -> Path:
     return target
 
 
+def with_shape_alone(original: Callable[..., TensorSlice]) -> Callable[..., TensorSlice]:
+    """Of `TensorFiles.slice`: none that was opened to see what is there is read."""
+
+    class Unread:
+        def __init__(self, inner: TensorSlice) -> None:
+            self.get_shape = inner.get_shape
+
+        def __getitem__(self, index: object) -> torch.Tensor:
+            raise AssertionError("read by way of somewhere else")
+
+    return lambda *args: Unread(original(*args))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_only_the_experts_asked_for_are_read(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
     path = fuse(made["qwen3_moe"], tmp_path / "m") if fused else made["qwen3_moe"]
     reader, read = ExpertReader(path, torch.float32), []
-    original = tensor_files.safe_open
+    original = tensor_files._PlainFile.read_into
 
-    class Slice:
-        def __init__(self, name: str, inner: Any) -> None:
-            self.name, self.inner = name, inner
+    def counted(file: Any, out: torch.Tensor, name: str, *of: int) -> None:
+        original(file, out, name, *of)
+        read.append((name, out.nbytes))
 
-        def __getitem__(self, index: Any) -> Any:
-            part = self.inner[index]
-            read.append((self.name, part.nbytes))
-            return part
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
-    class Opened:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.handle = original(*args, **kwargs)
-
-        def __enter__(self) -> "Opened":
-            return self
-
-        def __exit__(self, *_: Any) -> None: ...
-
-        def get_slice(self, name: str) -> Slice:
-            return Slice(name, self.handle.get_slice(name))
-
-    monkeypatch.setattr(tensor_files, "safe_open", Opened)
+    monkeypatch.setattr(tensor_files._PlainFile, "read_into", counted)
+    monkeypatch.setattr(TensorFiles, "slice", with_shape_alone(TensorFiles.slice))
     rows = reader.read(LAST, ids(9, 4))
     assert sum(count for _, count in read) == sum(t.nbytes for t in rows.values())
     assert all(f"layers.{LAST}." in name and ".experts." in name for name, _ in read)
@@ -247,7 +243,7 @@ def test_rows_that_do_not_fit_touch_nothing(made: dict[str, Path]) -> None:
     before = {name: row.clone() for name, row in layer.read_slot(SlotId(2)).items()}
     for wrong in (rows | {"down_proj": torch.zeros(1)}, {"down_proj": rows["down_proj"]}):
         with pytest.raises(AssertionError):
-            layer.write_slot(SlotId(2), wrong)
+            copy_rows(wrong, layer.read_slot(SlotId(2)))
     assert all(torch.equal(r, before[n]) for n, r in layer.read_slot(SlotId(2)).items())
 
 
@@ -287,6 +283,44 @@ def test_a_slot_given_to_a_later_load_is_not_written_by_an_earlier_one(
     for slot, expert in ((2, 9), (3, 7)):
         for name, row in layer.read_slot(SlotId(slot)).items():
             assert torch.equal(row, getattr(theirs, name)[expert])
+
+
+def test_a_later_load_waits_for_what_is_written_already(made: dict[str, Path]) -> None:
+    """A disk that takes its time holds nobody but who wants that very slot."""
+    worker = SoloRank(made["qwen3_moe"], LIMITS).runner.worker
+    layer, go_on, waiting = worker.exchange.layers[LAST], threading.Event(), threading.Event()
+    rows = {name: row.clone() for name, row in layer.read_slot(SlotId(9)).items()}
+
+    class Slow(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            waiting.set()
+            assert go_on.wait(10)
+            return super().__getitem__(name)
+
+    class Source(Peer):
+        def fetch(self, layer: LayerId, expert: ExpertId) -> dict[str, torch.Tensor] | None:
+            return Slow(rows)
+
+    def earlier() -> None:
+        with pytest.raises(SlotTaken):
+            worker.load([load(2, 9)], [Source("peer", {9})])
+
+    threads = [threading.Thread(target=earlier)]
+    threads[0].start()
+    assert waiting.wait(10)
+    threads.append(threading.Thread(target=worker.load, args=([load(2, 7)],)))
+    threads[1].start()
+    worker.load([load(3, 7)])
+    assert worker.find(LAST, ExpertId(7)) is not None
+    threads[1].join(0.2)
+    assert threads[1].is_alive(), "two would write one slot"
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    theirs = whole(made["qwen3_moe"])
+    assert worker.slots.row(LAST)[2] == 7
+    for name, row in layer.read_slot(SlotId(2)).items():
+        assert torch.equal(row, getattr(theirs, name)[7])
 
 
 class Peer:
