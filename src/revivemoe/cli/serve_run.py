@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from revivemoe.checkpoint.inspect import CheckpointInfo, inspect_checkpoint, inspect_config
 from revivemoe.cli.at_once import end_at_once
+from revivemoe.cluster.launcher import EarlyStart
 from revivemoe.cluster.orphans import Orphans
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
@@ -57,11 +58,12 @@ def run(config: EngineConfig, listen: Listen) -> int:
     Raises ValueError and OSError for what is wrong with flags, checkpoint or address.
     """
     configure_logging()
-    info = inspect_checkpoint(config.model_dir, listen.generation_config, config.dequantize)
-    config = resolve(config, info)
-    check_memory(config, info)
-    _descriptors_below(config)
-    return asyncio.run(_serve(config, info, listen))
+    with EarlyStart() as early:  # both load libraries for seconds
+        info = inspect_checkpoint(config.model_dir, listen.generation_config, config.dequantize)
+        config = resolve(config, info)
+        check_memory(config, info)
+        _descriptors_below(config)
+        return asyncio.run(_serve(config, info, listen, early))
 
 
 def _descriptors_below(config: EngineConfig) -> int:
@@ -114,7 +116,9 @@ def _own_tokenizer(model_dir: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
 
 
-async def _serve(config: EngineConfig, info: CheckpointInfo, listen: Listen) -> int:
+async def _serve(
+    config: EngineConfig, info: CheckpointInfo, listen: Listen, early: EarlyStart
+) -> int:
     from revivemoe.checkpoint.generation import sampling_defaults
     from revivemoe.epochs.state import FailedState
     from revivemoe.server.app import create_app
@@ -130,7 +134,7 @@ async def _serve(config: EngineConfig, info: CheckpointInfo, listen: Listen) -> 
     template = None if listen.chat_template is None else read_template(listen.chat_template)
     stop, cut = asyncio.Event(), asyncio.Event()
     with _stop_on_signals(stop, cut):
-        async with Instance(config, info, tokenizer, defaults) as instance:
+        async with Instance(config, info, tokenizer, defaults, early) as instance:
             said = "sampling defaults (%s): %s; tokens that end a text: %s"
             log.info(said, listen.generation_config, defaults, list(info.eos_token_ids))
             app = create_app(

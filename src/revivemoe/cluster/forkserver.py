@@ -11,6 +11,7 @@ ends if it never is. It exits, killing its children, when the engine's end of th
 """
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -25,6 +26,7 @@ import msgspec
 from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
 
 MAX_MESSAGE = 1 << 20
+PR_SET_PDEATHSIG = 1
 NO_FD = -1
 NOT_HANDED_OVER = 5
 """Exit status of a child on which the engine never got a handle."""
@@ -193,6 +195,11 @@ def _exit_at_once() -> NoReturn:
     os._exit(0)
 
 
+def _end_with_parent(wanted: bool) -> None:
+    """SIGKILL when the process that started this one ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if wanted else 0, 0, 0, 0)
+
+
 def _name_process(name: str) -> None:
     with open("/proc/self/comm", "w") as comm:
         comm.write(name[:15])
@@ -203,6 +210,7 @@ def main(argv: list[str]) -> None:
     import time
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent(True)  # nobody looks at the lifeline meanwhile
     sock_fd, lifeline, segment_arg, cache_arg = (int(arg) for arg in argv)
     sock = socket.socket(fileno=sock_fd)
     _name_process("revive-fork")
@@ -212,8 +220,11 @@ def main(argv: list[str]) -> None:
     from revivemoe.executor.preload import preload
     from revivemoe.kernels.library import do_without
 
-    hail = msgspec.msgpack.decode(sock.recv(MAX_MESSAGE), type=Hail)
     preload()
+    raw = sock.recv(MAX_MESSAGE)
+    if not raw:
+        _exit_at_once()
+    hail = msgspec.msgpack.decode(raw, type=Hail)
     if hail.kernels:
         provide_kernels()  # after torch, whose threads they share
     else:
@@ -229,6 +240,7 @@ def main(argv: list[str]) -> None:
     fds = [fd for fd, new in ((segment_fd, new_segment), (cache_fd, new_cache)) if new]
     warm = msgspec.msgpack.encode(Warm(time.monotonic() - began, new_segment, new_cache))
     socket.send_fds(sock, [warm], [fd for fd in fds if fd is not None])
+    _end_with_parent(False)  # from now on it has ranks to end first
     ForkServer(sock, lifeline, segment_fd, cache_fd).run(run_rank)
     _exit_at_once()
 

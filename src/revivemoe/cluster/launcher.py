@@ -6,9 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import msgspec
 
@@ -69,6 +69,55 @@ def spinning(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, **({} if said else {"GOMP_SPINCOUNT": SPINS})}
 
 
+def begin(lifeline: int, shared: Sequence[int | None]) -> "Begun":
+    """Start a fork server that inherits these. Its imports take seconds; then it waits for what it
+    is to know of the instance.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
+    numbers = [NO_FD if fd is None else fd for fd in shared]
+    fds = [theirs.fileno(), lifeline, *(fd for fd in numbers if fd != NO_FD)]
+    process = start_process([str(theirs.fileno()), str(lifeline), *map(str, numbers)], fds)
+    theirs.close()
+    ours.setblocking(False)
+    return Begun(process, ours)
+
+
+class Begun(NamedTuple):
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+
+
+class EarlyStart:
+    """A fork server whose imports begin while it is still found out what they are for. A context
+    manager; leaving it ends the fork server, unless a `Launcher` has taken it over.
+    """
+
+    def __init__(self) -> None:
+        self.lifeline = os.pipe()
+        self._begun: Begun | None = begin(self.lifeline[0], (None, None))
+
+    def take(self) -> Begun:
+        """From now on it is the caller's, and so is the lifeline."""
+        begun, self._begun = self._begun, None
+        assert begun is not None, "taken over already"
+        return begun
+
+    def __enter__(self) -> "EarlyStart":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._begun is None:
+            return
+        begun = self.take()
+        begun.process.kill()
+        begun.process.wait()
+        begun.sock.close()
+        for fd in self.lifeline:
+            os.close(fd)
+
+
 class Launcher:
     """Owns the fork server and shared memory. A context manager; leaving it ends all ranks."""
 
@@ -77,12 +126,16 @@ class Launcher:
         segment: SegmentSpec | None,
         host_cache: HostCacheSpec | None = None,
         kernels: bool = True,
+        early: EarlyStart | None = None,
     ) -> None:
-        """`kernels`: ranks may want our own, which are built if they are not there."""
+        """`kernels`: ranks may want our own, which are built if they are not there. `early`: the
+        first fork server.
+        """
         self._hail = Hail(segment, host_cache, kernels)
         self._segment_fd: int | None = None
         self._cache_fd: int | None = None
-        self._lifeline_read, self._lifeline_write = os.pipe()
+        self._early = early
+        self._lifeline_read, self._lifeline_write = os.pipe() if early is None else early.lifeline
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
 
@@ -94,17 +147,12 @@ class Launcher:
 
     def start(self) -> None:
         """Start the fork server; it answers with `Warm` when its imports are done (seconds)."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for sock in (ours, theirs):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_MESSAGE)
-        shared = [NO_FD if fd is None else fd for fd in (self._segment_fd, self._cache_fd)]
-        fds = [theirs.fileno(), self._lifeline_read, *(fd for fd in shared if fd != NO_FD)]
-        arguments = [str(theirs.fileno()), str(self._lifeline_read), *map(str, shared)]
-        self._process = start_process(arguments, fds)
-        theirs.close()
-        ours.setblocking(False)
-        self._sock = ours
-        ours.send(msgspec.msgpack.encode(self._hail))
+        if self._early is not None:
+            begun, self._early = self._early.take(), None
+        else:
+            begun = begin(self._lifeline_read, (self._segment_fd, self._cache_fd))
+        self._process, self._sock = begun
+        self._sock.send(msgspec.msgpack.encode(self._hail))
 
     def restart(self) -> None:
         """Start another fork server after the former one is gone. Ranks and segment stay."""

@@ -16,7 +16,7 @@ from typing import TypeVarTuple
 import msgspec
 import zmq
 
-from revivemoe.cluster.launcher import Launcher
+from revivemoe.cluster.launcher import EarlyStart, Launcher
 from revivemoe.cluster.processes import Key, ProcessCallbacks, Processes
 from revivemoe.cluster.store import GroupStore
 from revivemoe.executor.spec import HostCacheSpec, RankSpec, SegmentSpec
@@ -62,13 +62,14 @@ class LocalCluster:
         host_cache: HostCacheSpec | None = None,
         channels: int = 1,
         kernels: bool = True,
+        early: EarlyStart | None = None,
     ) -> None:
         token = secrets.token_hex(8)
         self.reports = f"ipc://@revivemoe-{token}-reports"
         self._token, self._channels = token, channels
         self._spec_for, self._callbacks, self._backend = spec_for, callbacks, backend
         told = ProcessCallbacks(self._on_arrived, self._on_exit, self._on_forkserver_gone)
-        self._processes = Processes(Launcher(segment, host_cache, kernels), told)
+        self._processes = Processes(Launcher(segment, host_cache, kernels, early), told)
         self._store = GroupStore() if backend in ("gloo", "nccl") else None
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
+from revivemoe.cluster.launcher import EarlyStart
 from revivemoe.cluster.local import Callbacks, LocalCluster
 from revivemoe.config import EngineConfig
 from revivemoe.detokenizer import Tokenizer, Vocabulary
@@ -53,8 +54,10 @@ class Instance:
         info: CheckpointInfo,
         tokenizer: Tokenizer,
         defaults: SamplingDefaults | None = None,
+        early: EarlyStart | None = None,
     ) -> None:
-        """`config` is resolved; `defaults`: of requests that do not say.
+        """`config` is resolved; `defaults`: of requests that do not say; `early`: a fork server
+        that has been started already.
 
         Raises ValueError for a placement that cannot be.
         """
@@ -87,6 +90,7 @@ class Instance:
             host_cache_spec(config, info) if config.expert_host_cache else None,
             config.num_microbatches or 1,
             kernels=config.kernels != "torch" and config.device != "cuda",
+            early=early,
         )
         self.engine = Engine(
             config, home, Vocabulary(tokenizer), self._cluster, time.monotonic, self._on_event
