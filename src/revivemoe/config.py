@@ -1,5 +1,6 @@
 """What an instance is asked to be, checked before anything is started."""
 
+import json
 import os
 import re
 import tempfile
@@ -54,6 +55,10 @@ class EngineConfig:
     kernels: str = "auto"
     """Ours where they are the faster ones, ours or an error, or torch's."""
     batch_invariant: bool = False
+    in_graphs: bool = False
+    """Decoder layers are compiled (`model.graphs`)."""
+    compile_cache: Path | None = None
+    """Where; None: in the user's cache directory."""
     seed: int = 0
     enable_fault_injection: bool = False
     kubernetes_node: str | None = None
@@ -62,6 +67,13 @@ class EngineConfig:
     """auto: ask NVML if the devices are CUDA; off: ask no device."""
     start_timeout_s: float = 600.0
     policy: Policy = field(default_factory=Policy)
+
+    @property
+    def compile_folders(self) -> list[Path]:
+        """Where graphs may be kept, the best first."""
+        if self.compile_cache is not None:
+            return [self.compile_cache]
+        return [folder / "graphs" for folder in cache_folders()]
 
     @property
     def num_cuda_devices(self) -> int:
@@ -247,6 +259,11 @@ def _check_positive(config: EngineConfig) -> None:
             raise ValueError(f"{flag} {value_str!r} is unknown: choose one of {', '.join(known)}")
     if config.batch_invariant and (config.dense_ffn_tp > 1 or config.kernels == "torch"):
         raise ValueError("--batch-invariant excludes --dense-ffn-tp and --kernels torch")
+    if config.in_graphs and (config.batch_invariant or config.dense_ffn_tp > 1):
+        raise ValueError(
+            "graphs exclude --batch-invariant (a compiler decides how it adds up) and "
+            "--dense-ffn-tp: leave --compilation-config out"
+        )
     node = config.kubernetes_node
     if node is not None and not NODE_NAME.fullmatch(node):
         raise ValueError(
@@ -277,6 +294,35 @@ def _backend(config: EngineConfig, device: str) -> str:
             f"this host shows {count_cuda_devices()}: use --comm-backend gloo"
         )
     return config.comm_backend
+
+
+def in_graphs(compilation: str | None, enforce_eager: bool) -> bool:
+    """Whether layers are compiled: `--compilation-config`, as vLLM has it, a level or JSON with a
+    `mode`. Raises ValueError for what is not known, or contradicts itself.
+    """
+    mode = _compilation_mode(compilation)
+    if enforce_eager and mode:
+        raise ValueError(
+            f"--enforce-eager and --compilation-config {compilation} exclude each other"
+        )
+    return mode > 0
+
+
+def _compilation_mode(compilation: str | None) -> int:
+    if compilation is None:
+        return 0
+    try:
+        given = json.loads(compilation)
+    except ValueError:
+        given = None
+    if isinstance(given, dict) and given.keys() <= {"mode", "level"} and len(given) == 1:
+        (given,) = given.values()
+    if type(given) is not int or not 0 <= given <= 3:
+        raise ValueError(
+            f"--compilation-config {compilation}: a level from 0 (eager) to 3, or JSON with one as "
+            '"mode", is all that is known here'
+        )
+    return given
 
 
 def cache_folders() -> list[Path]:

@@ -35,6 +35,7 @@ class SoloRank:
         masked: Mapping[int, Set[int]] | None = None,
         dtype: torch.dtype = torch.float32,
         alone: bool = False,
+        in_graphs: bool = False,
     ) -> None:
         info = inspect_checkpoint(model_dir)
         layers = [LayerId(layer) for layer in info.moe_layers]
@@ -42,9 +43,11 @@ class SoloRank:
         placement = ExpertPlacement(info.num_experts, tuple(layers), {ME: tuple(slots.values())})
         device = torch.device("cpu")
         self.runner = ModelRunner(
-            model_dir, slots, info.num_experts, info.top_k, dtype, device, alone=alone
-        )
+            model_dir, slots, info.num_experts, info.top_k, dtype, device, alone=alone,
+            in_graphs=in_graphs,
+        )  # fmt: skip
         self.runner.allocate(limits.num_blocks, limits.block_size)
+        self.graphs = self.runner.compile() if in_graphs else ""
         transport = SoloTransport(Waiter(FenceFlag(), EPOCH, 10.0), EPOCH, (ME,), ME, device)
         rows = self.runner.kernels.rows
         dispatcher = Dispatcher(transport, placement.slots_per_rank, rows=rows)

@@ -123,8 +123,22 @@ def serve(
         ),
     ] = False,
     enforce_eager: Annotated[
-        bool, typer.Option("--enforce-eager", help="Compile nothing; the only mode so far.")
+        bool, typer.Option("--enforce-eager", help="Compile nothing (the default on CPU).")
     ] = False,
+    compilation_config: Annotated[
+        str | None,
+        typer.Option(
+            "--compilation-config",
+            "-O",
+            metavar="<level|json>",
+            help="0: eager. 1 to 3, or JSON with such a mode: decoder layers are compiled, "
+            "once for all of them, and never again after a fault.",
+        ),
+    ] = None,
+    compile_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for what is compiled, nobody else's; default: the user's cache."),
+    ] = None,
     recovery_policy: Annotated[
         Path | None,
         typer.Option(
@@ -175,14 +189,13 @@ def serve(
     ] = 30.0,
 ) -> None:
     """Serve a Mixture-of-Experts checkpoint over an OpenAI-compatible API, through failures."""
-    del enforce_eager
     from dataclasses import replace
     from functools import partial
 
     from revivemoe.checkpoint.hub import is_hub_id, local_directory
     from revivemoe.cli.serve_run import Listen, check_before_weights, run
     from revivemoe.cli.temporary import find_temporary_directory
-    from revivemoe.config import EngineConfig, check_flags
+    from revivemoe.config import EngineConfig, check_flags, in_graphs
 
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port} is out of range: 0 to 65535")
@@ -208,6 +221,8 @@ def serve(
         num_kv_blocks=num_kv_blocks,
         kernels=kernels,
         batch_invariant=batch_invariant,
+        in_graphs=in_graphs(compilation_config, enforce_eager),
+        compile_cache=compile_cache,
         seed=seed,
         enable_fault_injection=enable_fault_injection,
         kubernetes_node=kubernetes_node,

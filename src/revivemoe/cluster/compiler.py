@@ -4,7 +4,6 @@ Not by `torch.utils.cpp_extension`: its lock is a file that outlives whoever is 
 builds, and all who come later wait for it without end; and torch's headers cost half a minute.
 """
 
-import fcntl
 import hashlib
 import logging
 import math
@@ -12,15 +11,14 @@ import os
 import platform
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from revivemoe.config import cache_folders, compilers
+from revivemoe.host.own_folder import locked, own_folder
 from revivemoe.kernels.library import SOURCE, SOURCES, NoKernels, do_without, use
 
 logger = logging.getLogger("revivemoe.kernels")
@@ -54,7 +52,7 @@ def build(folders: Sequence[Path], names: Sequence[str]) -> Path:
     name, why = f"kernels-{_key(compiler)}.so", "none was named"
     for folder in folders:
         try:
-            path = _own(folder) / name
+            path = own_folder(folder) / name
             if not path.exists():
                 _build(compiler, path)
             return path
@@ -80,33 +78,27 @@ def _processor() -> bytes:
     return b"".join(sorted(set(lines)))
 
 
-def _own(folder: Path) -> Path:
-    """The folder, made if need be, without links on the way. Raises OSError where somebody else
-    could put something into it.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = folder.resolve()
-    of_folder = folder.lstat()
-    others = stat.S_IWGRP | stat.S_IWOTH
-    if of_folder.st_uid != os.getuid() or of_folder.st_mode & others:
-        raise PermissionError(f"{folder} can be written to by others")
-    return folder
-
-
 def _build(compiler: str, path: Path) -> None:
     """Raises NoKernels, OSError. What is there under its name is whole."""
-    with _alone(path.with_suffix(".lock")):
-        if path.exists():
-            return
-        logger.info("building kernels for this processor, once: a few seconds")
-        part = path.with_suffix(f".{os.getpid()}")
-        try:
-            _compile(compiler, part)
-            with open(part, "rb") as file:
-                os.fsync(file)  # else a power cut leaves an empty file under the name
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    try:
+        with locked(path.with_suffix(".lock"), BUILT_WITHIN_S):
+            _build_alone(compiler, path)
+    except TimeoutError as error:
+        raise NoKernels(f"nobody has built them: {error}") from None
+
+
+def _build_alone(compiler: str, path: Path) -> None:
+    if path.exists():
+        return
+    logger.info("building kernels for this processor, once: a few seconds")
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
+        _compile(compiler, part)
+        with open(part, "rb") as file:
+            os.fsync(file)  # else a power cut leaves an empty file under the name
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _compile(compiler: str, to: Path) -> None:
@@ -132,24 +124,6 @@ def _compile(compiler: str, to: Path) -> None:
         lines = said.decode(errors="replace").split("\n")
         line = next((line for line in lines if "error" in line), lines[0])
         raise NoKernels(f"{compiler} failed: {line.strip()[:200]}")
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """The lock goes with the process that holds it. Raises NoKernels after `BUILT_WITHIN_S`."""
-    deadline = time.monotonic() + BUILT_WITHIN_S
-    with open(lock, "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise NoKernels(
-                        f"another process builds them and does not end: {lock}"
-                    ) from None
-                time.sleep(0.05)
-        yield
 
 
 if __name__ == "__main__":

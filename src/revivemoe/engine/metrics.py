@@ -69,6 +69,7 @@ class EngineCollector:
             ("step_seconds", "step_s", "Time spent in steps"),
             ("wait_seconds", "waited_s", "Of that, time spent waiting for peers"),
             ("survivor_refills", "survivor_refills", refills),
+            ("recompiled_graphs", "recompiled", "Layer graphs compiled while serving; stays 0"),
         ):
             counter = CounterMetricFamily(f"revivemoe_rank_{name}", text, labels=["rank"])
             for view in ranks:

@@ -53,6 +53,8 @@ def _engine(engine: Engine, view: RankView, now: float) -> Document:
         "kv_blocks_used": 0 if view.dead else stats.kv_blocks_used,
         "kv_blocks_total": stats.kv_blocks_total,
         "last_step": stats.last_step,
+        "graphs": view.graphs,
+        "recompiled": stats.recompiled,
         "heartbeat_age_s": None if age_s is None else round(age_s, 4),
         "fault_info": None if view.fault is None else _fault(view.fault),
         "life": life_document(view, now),

@@ -211,6 +211,13 @@ class Epochs:
         if (finished := self.coordinator.on_resumed(resumed, now)) is not None:
             self._finish(finished, now)
 
+    def recompiled(self, count: int) -> None:
+        """A rank has compiled graphs: counted with the change of epoch that came last."""
+        if self.coordinator.active:
+            self.coordinator.record.recompiled += count
+        elif self.records:
+            self.records[-1].recompiled += count
+
     def is_present(self, epoch: Epoch) -> bool:
         """Whether something seen in `epoch` matters: one that is being left does not."""
         plan = self.coordinator.plan

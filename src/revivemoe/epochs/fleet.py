@@ -110,13 +110,16 @@ class Fleet:
         self.detector.heard(report.rank, report.incarnation, now)
         return True
 
-    def on_heartbeat(self, beat: Heartbeat) -> None:
-        view = self.views[beat.rank]
+    def on_heartbeat(self, beat: Heartbeat) -> int:
+        """Returns how many graphs the rank has compiled since the last one."""
+        view, recompiled = self.views[beat.rank], 0
         self.detector.beat(beat)
         if view.ready:
+            recompiled = max(0, beat.stats.recompiled - view.stats.recompiled)
             view.stats = beat.stats
         if beat.pace is not None:
             self.slowness.heard(beat.rank, beat.pace)
+        return recompiled
 
     def judge(self, now: float) -> list[Fault]:
         """Accusations among the ranks with a process."""

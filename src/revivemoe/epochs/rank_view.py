@@ -24,6 +24,8 @@ class RankView:
     pid: int | None = None
     host: str = ""
     maskable: bool = True
+    graphs: str = ""
+    """Of graph mode: how many its process has, or why none."""
     stats: RankStats = field(default_factory=RankStats)
     fault: Fault | None = None
     """Why it is out, or what its device reports while it lives."""
@@ -101,6 +103,6 @@ class RankView:
         assert isinstance(self.life, Spawning), f"rank {self.rank} has no new one: {self.life}"
         self.incarnation = Incarnation(self.incarnation + 1)
         self.pid, self.fault, self.slow, self.last_words = None, None, None, ""
-        self.stats = RankStats()
+        self.stats, self.graphs = RankStats(), ""
         self._show_device()
         return self.incarnation

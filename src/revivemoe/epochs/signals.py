@@ -127,7 +127,7 @@ class Signals:
             case reports.Ready():
                 self._on_ready(report, now)
             case reports.Heartbeat():
-                self._fleet.on_heartbeat(report)
+                self._epochs.recompiled(self._fleet.on_heartbeat(report))
             case reports.FenceAck():
                 self._epochs.on_ack(report, now)
             case reports.Resumed():
@@ -179,11 +179,15 @@ class Signals:
         log.info(
             "rank %d ready on %s: %d KV blocks, weights in %.2f s%s",
             ready.rank, ready.device, ready.kv_blocks_total, ready.load_s,
-            f", kernels: {ready.kernels}" if ready.kernels else "",
+            "".join(
+                f", {name}: {told}"
+                for name, told in (("kernels", ready.kernels), ("graphs", ready.graphs))
+                if told
+            ),
         )  # fmt: skip
         view = self._fleet.views[ready.rank]
         self._fleet.lives.on_ready(view, now)
-        view.maskable = ready.maskable
+        view.maskable, view.graphs = ready.maskable, ready.graphs
         view.stats = reports.RankStats(kv_blocks_total=ready.kv_blocks_total)
         if ready.load_sources:
             loaded = (ready.load_s, ready.load_bytes, ready.load_sources)

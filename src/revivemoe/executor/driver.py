@@ -56,7 +56,9 @@ class Driver:
         self._loader = Loader(runner, domains, progress, (rank.rank_id, rank.incarnation))
         self._transport: Transport | None = None
         self._injections = Injections()
-        self._threads, self._microbatched = Threads(torch.get_num_threads()), False
+        # Graphs are compiled for a number of threads.
+        threads = 1 if runner.in_graphs else torch.get_num_threads()
+        self._threads, self._microbatched = Threads(threads), False
         self._memory_bytes = runner.num_bytes()
         self._step_began = self._waited_before_s = 0.0
         self._step_s = self._waited_s = 0.0
@@ -144,6 +146,7 @@ class Driver:
                 memory_bytes=self._memory_bytes,
                 step_s=self._step_s,
                 waited_s=self._waited_s,
+                recompiled=self._runner.recompiled,
             )
 
     # ---- the step ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from revivemoe.comm.fence import FenceFlag
 from revivemoe.core.effects import LoadFailed
 from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
+from revivemoe.executor.compile_cache import compile_cache
 from revivemoe.executor.control import ControlThread, Told
 from revivemoe.executor.driver import Driver
 from revivemoe.executor.failures import load_failure
@@ -86,6 +87,7 @@ def _serve(
             ).start()
         num_blocks = num_kv_blocks(spec, runner)
         _in_one_line(partial(runner.allocate, num_blocks, spec.limits.block_size))
+        compiled = _compile(spec, runner)
         limits = replace(spec.limits, num_blocks=num_blocks)
         rank = Rank(spec.rank, spec.incarnation, limits, runner.worker.slots)
         with (
@@ -96,7 +98,8 @@ def _serve(
             published.append(driver)
             ready = (num_blocks, runner.load_s, runner.maskable)
             kernels = runner.kernels.told
-            report(Ready(spec.rank, spec.incarnation, spec.device, *ready, kernels=kernels))
+            who = spec.rank, spec.incarnation, spec.device
+            report(Ready(*who, *ready, kernels=kernels, graphs=compiled))
             driver.run()
 
 
@@ -117,6 +120,14 @@ def _in_one_line(start: Callable[[], T]) -> T:
         raise LoadFailed(f"weights: {failure}") from error
 
 
+def _compile(spec: RankSpec, runner: ModelRunner) -> str:
+    """Outside of any domain, so nobody waits for it. What came of it, for people."""
+    if not spec.in_graphs:
+        return ""
+    with compile_cache([Path(folder) for folder in spec.compile_cache]) as where:
+        return f"{runner.compile()}{where}"
+
+
 def _load(spec: RankSpec) -> ModelRunner:
     return ModelRunner(
         Path(spec.model_dir),
@@ -129,4 +140,5 @@ def _load(spec: RankSpec) -> ModelRunner:
         DenseSpec(spec.dense_layers, spec.dense_ffn_tp, spec.dense_shards),
         spec.kernels,
         spec.batch_invariant,
+        spec.in_graphs,
     )

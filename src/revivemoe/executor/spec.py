@@ -49,6 +49,10 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """auto | native | torch"""
     batch_invariant: bool = False
     """No row's bits may depend on the rows beside it."""
+    in_graphs: bool = False
+    """Layers are compiled."""
+    compile_cache: tuple[str, ...] = ()
+    """Folders where what the compiler makes may be kept, the best first."""
     num_kv_blocks: int | None
     """None: as many as are useful and fit into this rank's share of memory."""
     kv_memory_share: float

@@ -37,6 +37,8 @@ class RankStats(msgspec.Struct, frozen=True):
     """Seconds spent in steps that were run, from the first exchange to the commit."""
     waited_s: float = 0.0
     """Of these, seconds spent waiting for peers."""
+    recompiled: int = 0
+    """Graphs that were compiled since this process was ready, and layers run without theirs."""
 
 
 class FromRank(msgspec.Struct, frozen=True):
@@ -66,6 +68,8 @@ class Ready(FromRank, frozen=True, tag=True):
     load_sources: dict[str, int] = {}
     kernels: str = ""
     """What it computes with, and why not with our own; empty where nothing has changed."""
+    graphs: str = ""
+    """Of graph mode: how many there are and what they took, or why there are none."""
 
 
 class Activity(msgspec.Struct, frozen=True):

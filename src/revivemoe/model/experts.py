@@ -285,5 +285,11 @@ def dispatched_experts(
         if hidden_TH.dtype != module.revive_layer.dtype:
             raise NotImplementedError(f"experts of {hidden_TH.dtype} hidden states")
         return torch.zeros_like(hidden_TH)
+    if getattr(module, "revive_in_graph", False):
+        number = module.revive_number
+        in_graph: Tensor = torch.ops.revivemoe.experts(
+            hidden_TH, top_k_index, top_k_weights, number
+        )
+        return in_graph
     out: Tensor = exchange.run(module.revive_layer, hidden_TH, top_k_index, top_k_weights)
     return out

@@ -10,6 +10,7 @@ from itertools import groupby
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
 from revivemoe.ids import ExpertId, LayerId
@@ -20,6 +21,7 @@ from revivemoe.model.batch_invariant import RowsAlone
 from revivemoe.model.dense import ShardedMlp
 from revivemoe.model.experts import ExpertExchange
 from revivemoe.model.fused_attention import fuse_attention
+from revivemoe.model.graphs import CannotCompile, Graphs
 from revivemoe.model.head import Head, KeptRow, in_slices, kept_rows
 from revivemoe.model.load import LoadedModel
 from revivemoe.model.native_modules import use_native
@@ -44,10 +46,12 @@ class Generator:
         device: torch.device,
         native: Native | None = None,
         alone: bool = False,
+        in_graphs: bool = False,
     ) -> None:
         """`native`: our own kernels, where they are. `alone`: no row's bits may depend on the rows
-        beside it. Raises CheckpointError, BatchVariant.
+        beside it. `in_graphs`: `compile` follows. Raises CheckpointError, BatchVariant.
         """
+        assert not (alone and in_graphs), "a compiler decides how it adds up"
         assert not alone or native is not None, "only our own kernels compute a row alone"
         assert loaded.model is not None, "only experts are loaded"
         self.model = loaded.model
@@ -61,7 +65,9 @@ class Generator:
         """Of the micro-batches of the present step; None where there are no tokens."""
         self._alone = alone
         self._arithmetic: AbstractContextManager[object] = nullcontext()
-        if native is not None:
+        self._in_graphs = in_graphs
+        self.graphs: Graphs | None = None
+        if native is not None and not in_graphs:
             rows_of = use_native(self.model, native, alone)
             for router in self.routers.values():
                 router.use(native)
@@ -69,7 +75,7 @@ class Generator:
                 self._arithmetic = RowsAlone(native)
         learned = self._probe()
         self._kv_shapes = [one.shape for one in learned]
-        if native is not None:
+        if native is not None and not in_graphs:
             fuse_attention(self._attention_modules(), learned, dtype, native, rows_of)
 
     @property
@@ -135,6 +141,32 @@ class Generator:
         )
         for module in self._attention_modules():
             module.revive_cache = self._cache
+
+    def compile(self) -> str:
+        """Compile the decoder layers; they run as they are if that cannot be. After `allocate`, and
+        with `in_graphs`. What came of it, for people.
+        """
+        cache = self._cache
+        assert cache is not None, "compiled before allocate"
+        assert self._in_graphs, "loaded for something else"
+        for router in self.routers.values():
+            router.go_by_mask()
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        graphs = Graphs(layers, self._attention_modules(), cache, self._exchange, self._native)
+
+        def run(rows: int) -> None:
+            numbers = torch.arange(rows, device=self._device)[None]
+            self.model(
+                input_ids=numbers, position_ids=numbers, past_key_values=cache, use_cache=True
+            )
+
+        try:
+            with torch.inference_mode():
+                graphs.compile(run)
+        except CannotCompile as error:
+            return f"none: {error}"
+        self.graphs = self._arithmetic = graphs
+        return f"{graphs.compiled} in {graphs.compile_s:.1f} s"
 
     @torch.inference_mode()
     def zero_written(self, batch: Batch) -> None:

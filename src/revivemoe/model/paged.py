@@ -124,6 +124,10 @@ class PagedCache:
         self.pages = [(pages(*key), pages(*value)) for key, value in shapes]
         self.native, self.alone = native, alone
         self.batch: AttentionBatch | None = None
+        self.eager_calls = 0
+        """In graph mode: layers that were run without their graph."""
+        self.clock: Tensor | None = None
+        """In graph mode: ties what reads the pages to what has written them before."""
         self.on_attention: Callable[[int, int], None] = lambda layer, num_tokens: None
         """Called with (layer, tokens of the step) before each layer reads its pages."""
 
@@ -131,11 +135,17 @@ class PagedCache:
         self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Write this step's [1, H, T, D] keys and values (or latents) into their slots."""
+        if self.clock is not None:
+            torch.ops.revivemoe.keep(key, value, self.clock, layer_idx)
+        else:
+            self.write(key, value, layer_idx)
+        return key, value
+
+    def write(self, key: Tensor, value: Tensor, layer_idx: int) -> None:
         assert self.batch is not None, "the cache is written outside a step"
         for pages, new in zip(self.pages[layer_idx], (key, value), strict=True):
             flat = pages.view(-1, *pages.shape[2:])
             flat.index_copy_(0, self.batch.write_slots_T, new[0].transpose(0, 1))
-        return key, value
 
     def zero(self, slots: Tensor) -> None:
         """Zero flat slots (block * P + offset), [N] int64, in every layer."""
@@ -194,6 +204,11 @@ def paged_attention(
         cache.attend(module.layer_idx, query.dtype, attention_mask, how, kwargs)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     dim_v = value.shape[3]
+    if cache.clock is not None:
+        if not torch.compiler.is_compiling():
+            cache.eager_calls += 1
+        given = module.layer_idx, dim_v, scaling, sliding_window, s_aux
+        return torch.ops.revivemoe.attend(query, cache.clock, *given), None
     return attend(module, query, dim_v, scaling, sliding_window, s_aux)[None], None
 
 

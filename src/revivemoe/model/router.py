@@ -181,6 +181,15 @@ class MaskableRouter(nn.Module):
         self.form = find_masked_form(original)
         self._native: Native | None = None
         self._missing_E: torch.Tensor | None = None
+        self._mask_E: torch.Tensor | None = None
+        """In graph mode there is a mask always, or never."""
+
+    def go_by_mask(self) -> None:
+        """Graph mode: what is missing is a tensor from now on, whatever is in it."""
+        self._native = None
+        if self.form is not None:
+            weight = self.original.weight
+            self._mask_E = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
 
     def use(self, native: Native) -> None:
         """Choose by our own kernel, masked or not, if this router is of the form that it has."""
@@ -207,11 +216,15 @@ class MaskableRouter(nn.Module):
         any_missing = bool(missing_E.any())
         assert not any_missing or self.form is not None, "this router cannot be masked"
         self._missing_E = missing_E if any_missing else None
+        if self._mask_E is not None:
+            self._mask_E.copy_(missing_E)
 
     def forward(self, hidden_TH: torch.Tensor, *args: object, **kwargs: object) -> object:
         """What the original returns; the masked form gives a tuple of tensors like its own."""
         if self._native is not None and not args and hidden_TH.dtype == self.original.weight.dtype:
             return self._choose(self._native, hidden_TH)
+        if self._mask_E is not None and self.form is not None:
+            return self.form(self.original, hidden_TH, self._mask_E, *args)
         if self._missing_E is None or self.form is None:
             return self.original(hidden_TH, *args, **kwargs)
         return self.form(self.original, hidden_TH, self._missing_E, *args)

@@ -27,6 +27,7 @@ from revivemoe.model.expert_worker import ExpertWorker
 from revivemoe.model.experts import ExpertExchange, MoeLayer, dispatched_experts
 from revivemoe.model.finite import NonFiniteStep
 from revivemoe.model.generator import Generator
+from revivemoe.model.graphs import Graphs
 from revivemoe.model.load import ATTENTION, EXPERTS, LoadedModel, load_model
 from revivemoe.model.paged import paged_attention
 
@@ -64,11 +65,11 @@ class ModelRunner:
         dense: DenseSpec = NOT_SHARED,
         kernels: str = "auto",
         alone: bool = False,
+        in_graphs: bool = False,
     ) -> None:
         """`slots[layer]`: the expert in each slot of this rank; all empty if it has not the expert
         role. `attention`: whether it has that role. `dense`: dense layers that groups of ranks
-        share. `alone`: no row's bits may depend on the rows beside it (`Generator`). Raises
-        CheckpointError, NoKernels, BatchVariant.
+        share. `alone`, `in_graphs`: `Generator`. Raises CheckpointError, NoKernels, BatchVariant.
         """
         register_hooks()
         self.kernels = choose("native" if alone else kernels, device, dtype)
@@ -87,7 +88,9 @@ class ModelRunner:
         self.generator: Generator | None = None
         if attention:
             self.load_shards(dense.shards)
-            self.generator = Generator(loaded, self.worker.exchange, dtype, device, native, alone)
+            self.generator = Generator(
+                loaded, self.worker.exchange, dtype, device, native, alone, in_graphs
+            )
         self.device = device
         self._microbatches = 1
         self.load_s = time.monotonic() - started
@@ -110,6 +113,23 @@ class ModelRunner:
         """Lay out the KV pages, zeroed. An expert rank has none."""
         if self.generator is not None:
             self.generator.allocate(num_blocks, block_size)
+
+    def compile(self) -> str:
+        """Compile decoder layers, after `allocate`; what came of it, for people."""
+        return "none: no attention" if self.generator is None else self.generator.compile()
+
+    @property
+    def recompiled(self) -> int:
+        """`Graphs.recompiled`; 0 without graphs."""
+        return self._graphs.recompiled if self._graphs is not None else 0
+
+    @property
+    def in_graphs(self) -> bool:
+        return self._graphs is not None
+
+    @property
+    def _graphs(self) -> Graphs | None:
+        return None if self.generator is None else self.generator.graphs
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Bytes of one KV block over all layers; 0 on an expert rank."""

@@ -48,6 +48,8 @@ def rank_spec(
         ),
         kernels=config.kernels,
         batch_invariant=config.batch_invariant,
+        in_graphs=config.in_graphs,
+        compile_cache=tuple(map(str, config.compile_folders)),
         num_kv_blocks=config.num_kv_blocks,
         longest_sequences=config.longest_sequences,
         kv_memory_share=0.5 / _caches_beside(config, home, rank),

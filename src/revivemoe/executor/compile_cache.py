@@ -1,0 +1,51 @@
+"""Where what the compiler makes is kept, so that the next process finds it.
+
+What lies there is run as code: a folder that others can write to is not used. Files of other
+versions, or that are damaged, are the compiler's business: it goes by their names, which contain
+all that decides what it makes, and makes anew what it cannot read.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from revivemoe.host.own_folder import locked, own_folder
+
+WITHIN_S = 300.0
+"""For who compiles the same at the moment; then it is compiled here, too."""
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@contextmanager
+def compile_cache(folders: Sequence[Path]) -> Iterator[str]:
+    """The first of the folders that can be used, for this process alone meanwhile: of those that
+    start at once one compiles, and the others find what it has made. Else a folder that goes when
+    compiling is done. Gives what is to be said of that; empty where all is well.
+    """
+    with ExitStack() as stack:
+        where, said = _usable(folders)
+        if where is None:
+            where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="revivemoe-")))
+        else:
+            try:
+                stack.enter_context(locked(where / "lock", WITHIN_S))
+            except OSError as error:
+                said = f", not waited for others: {error}"
+        os.environ[VARIABLE] = str(where)
+        yield said
+
+
+def _usable(folders: Sequence[Path]) -> tuple[Path | None, str]:
+    why = "none was named"
+    for folder in folders:
+        try:
+            where = own_folder(folder)
+            with tempfile.TemporaryFile(dir=where) as file:  # it may be full
+                file.write(bytes(1 << 20))
+                file.flush()
+            return where, ""
+        except OSError as error:
+            why = " ".join(str(error).split())[:200]
+    return None, f", kept nowhere: {why}"

@@ -1,0 +1,40 @@
+"""Folders for what is built once: nobody else's, and one builder at a time."""
+
+import fcntl
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import getuid
+from pathlib import Path
+
+LOOK_S = 0.05
+
+
+def own_folder(folder: Path) -> Path:
+    """The folder, made if need be, without links on the way. Raises OSError where somebody else
+    could put something into it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()
+    of_folder = folder.lstat()
+    others = stat.S_IWGRP | stat.S_IWOTH
+    if of_folder.st_uid != getuid() or of_folder.st_mode & others:
+        raise PermissionError(f"{folder} can be written to by others")
+    return folder
+
+
+@contextmanager
+def locked(lock: Path, within_s: float) -> Iterator[None]:
+    """The lock goes with the process that holds it. Raises TimeoutError, OSError."""
+    deadline = time.monotonic() + within_s
+    with open(lock, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process holds {lock} and does not end") from None
+                time.sleep(LOOK_S)
+        yield

@@ -1,0 +1,63 @@
+"""Graph mode through recoveries: the tokens of eager mode, and nothing compiled anew."""
+
+import shutil
+
+import pytest
+from support.cases import Case, Weights, check_all, plain_cases, requests_of
+from support.client import Load, run_load
+from support.deployment import Deployment, Status, deployed, kill
+
+from revivemoe.config import compilers
+from revivemoe.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, compilers())), reason="no C++ compiler: graphs cannot be built"
+)
+
+
+def whole(status: Status) -> bool:
+    return status["state"] == "serving" and all(e["status"] == "healthy" for e in status["engines"])
+
+
+def recompiled(server: Deployment) -> int:
+    status = server.await_status(whole, 90.0)
+    assert {r["outcome"] for r in status["recoveries"]} <= {"recovered", "restarted"}
+    in_records: int = sum(r["recompiled"] for r in status["recoveries"])
+    return in_records + sum(int(e["recompiled"]) for e in status["engines"])
+
+
+def test_two_ranks_lost_and_back(qwen: Weights, mixed: list[Case]) -> None:
+    flags = "--redundant-experts", "32", "-O", "1"
+    with deployed(qwen.dir, 4, *flags, auto_rejoin=True) as server:
+        assert all("in" in e["graphs"] for e in server.status()["engines"]), server.status()
+        pids = server.pids()
+
+        async def beside(load: Load) -> None:
+            await load.reached(60)
+            kill(pids[1], pids[2])
+
+        assert not check_all(mixed, run_load(server.url, requests_of(mixed), beside))
+        assert recompiled(server) == 0
+        assert not check_all(mixed, run_load(server.url, requests_of(mixed)))
+        assert recompiled(server) == 0
+        assert [e["incarnation"] for e in server.status()["engines"]] == [1, 2, 2, 1]
+
+
+@pytest.mark.matrix
+def test_an_expert_rank_lost_a_role_switched_and_back(qwen: Weights) -> None:
+    params = SamplingParams(seed=1, temperature=0.0, max_tokens=120)
+    cases = plain_cases(qwen, params, 8, (24, 40))
+    flags = "--expert-ranks", "2", "-O", "1"
+    with deployed(qwen.dir, 3, *flags, auto_rejoin=True) as server:
+        at_first = [e["roles"] for e in server.status()["engines"]]
+        pids = server.pids()
+
+        async def beside(load: Load) -> None:
+            await load.reached(60)
+            kill(pids[3])
+
+        assert not check_all(cases, run_load(server.url, requests_of(cases), beside))
+        server.await_status(lambda s: [e["roles"] for e in s["engines"]] == at_first, 90.0)
+        assert recompiled(server) == 0
+        assert not check_all(cases, run_load(server.url, requests_of(cases)))
+        assert recompiled(server) == 0
