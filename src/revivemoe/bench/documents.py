@@ -13,6 +13,8 @@ class EngineStatus(TypedDict):
     running: int
     waiting: int
     kv_blocks_used: int
+    graphs: str
+    recompiled: int
 
 
 class FaultTold(TypedDict):

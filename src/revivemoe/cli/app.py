@@ -12,6 +12,7 @@ import revivemoe
 from revivemoe.cli.bench import bench
 from revivemoe.cli.demo import demo
 from revivemoe.cli.make_model import make_model_command
+from revivemoe.cli.precompile import precompile
 from revivemoe.cli.serve import serve
 from revivemoe.cli.sim import sim
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("make-model")(make_model_command)
 app.command("serve")(serve)
+app.command("precompile")(precompile)
 app.command("demo")(demo)
 app.command("bench")(bench)
 app.command("sim")(sim)

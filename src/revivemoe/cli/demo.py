@@ -13,10 +13,15 @@ def demo(
             "compiler, once); float32: prompts whose margins are wide; auto: what can be had."
         ),
     ] = "auto",
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="In graph mode (float32): nothing is compiled anew.")
+    ] = False,
 ) -> None:
     """Make a model, serve it on 4 ranks, kill one under 16 streams, compare with no fault."""
     from revivemoe.cli import demo_run
 
     if dtype not in demo_run.DTYPES:
         raise ValueError(f"--dtype {dtype!r}: choose one of {', '.join(demo_run.DTYPES)}")
-    raise typer.Exit(0 if demo_run.run(dtype) else 1)
+    if graphs and dtype == "bfloat16":
+        raise ValueError("--graphs excludes --dtype bfloat16: a compiler decides how it adds up")
+    raise typer.Exit(0 if demo_run.run("float32" if graphs else dtype, graphs) else 1)

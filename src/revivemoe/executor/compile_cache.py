@@ -20,9 +20,9 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 @contextmanager
 def compile_cache(folders: Sequence[Path]) -> Iterator[str]:
-    """The first of the folders that can be used, for this process alone meanwhile: of those that
-    start at once one compiles, and the others find what it has made. Else a folder that goes when
-    compiling is done. Gives what is to be said of that; empty where all is well.
+    """The first of the folders that can be used, for this process alone if it comes first: of those
+    that start at once one compiles, and the others then find what it has made. Else a folder that
+    goes when compiling is done. Gives what is to be said of that; empty where all is well.
     """
     with ExitStack() as stack:
         where, said = _usable(folders)
@@ -30,7 +30,10 @@ def compile_cache(folders: Sequence[Path]) -> Iterator[str]:
             where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="revivemoe-")))
         else:
             try:
-                stack.enter_context(locked(where / "lock", WITHIN_S))
+                alone = ExitStack()
+                stack.push(alone)
+                if alone.enter_context(locked(where / "lock", WITHIN_S)):
+                    alone.close()  # what it has made is there
             except OSError as error:
                 said = f", not waited for others: {error}"
         os.environ[VARIABLE] = str(where)

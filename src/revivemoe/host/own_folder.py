@@ -25,9 +25,11 @@ def own_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def locked(lock: Path, within_s: float) -> Iterator[None]:
-    """The lock goes with the process that holds it. Raises TimeoutError, OSError."""
-    deadline = time.monotonic() + within_s
+def locked(lock: Path, within_s: float) -> Iterator[bool]:
+    """The lock goes with the process that holds it. Gives whether another one held it before.
+    Raises TimeoutError, OSError.
+    """
+    deadline, waited = time.monotonic() + within_s, False
     with open(lock, "w") as file:
         while True:
             try:
@@ -36,5 +38,6 @@ def locked(lock: Path, within_s: float) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"another process holds {lock} and does not end") from None
+                waited = True
                 time.sleep(LOOK_S)
-        yield
+        yield waited

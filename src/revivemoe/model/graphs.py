@@ -185,17 +185,19 @@ class NativeLinears:
         self._native, self._most = native, dict[tuple[int, ...], int]()
 
     def use(self, layers: Sequence[nn.Module]) -> None:
-        """In the place of linear layers for which ours is the faster one for some rows."""
+        """In the place of all linear layers that could be ours: which are is found by timing, and
+        a graph that hung on that would not be found again by the next process.
+        """
         for layer in layers:
             for module in layer.modules():
-                if type(module) is nn.Linear and self._wanted(module.weight):
+                if type(module) is nn.Linear and self._native.fits(module.weight):
                     module.__class__ = NativeLinear
+                    self._time(module.weight)
 
-    def _wanted(self, weight: Tensor) -> bool:
+    def _time(self, weight: Tensor) -> None:
         shape = tuple(weight.shape)
-        if self._native.fits(weight) and shape not in self._most:
+        if shape not in self._most:
             self._most[shape] = rows_ours(weight, self._native)
-        return self._most.get(shape, 0) > 0
 
     def __call__(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         most = self._most[tuple(weight.shape)]

@@ -46,6 +46,7 @@ def test_help_loads_no_library_but_those_that_print_it(arguments: list[str]) -> 
         "revivemoe.cli.demo",
         "revivemoe.cli.interrupts",
         "revivemoe.cli.make_model",
+        "revivemoe.cli.precompile",
         "revivemoe.cli.serve",
         "revivemoe.cli.sim",
     }
