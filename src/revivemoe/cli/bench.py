@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Measure = Callable[[], dict[str, object]]
 
-NAMES = ("recovery", "throughput", "dispatch", "overhead", "peers", "soak")
+NAMES = ("recovery", "throughput", "dispatch", "overhead", "compile", "peers", "soak")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def bench(
         str, typer.Option(help="recovery: paper, kinds, or both separated by a comma.")
     ] = "paper,kinds",
     rounds: Annotated[
-        int, typer.Option(help="throughput, peers, recovery's paper table: rounds of each.")
+        int, typer.Option(help="throughput, compile, peers, recovery's paper table: rounds.")
     ] = 3,
     minutes: Annotated[float, typer.Option(help="soak: how long, over all layouts.")] = 30.0,
     layout: Annotated[str, typer.Option(help="soak: collocated, disaggregated or both.")] = "both",
@@ -141,6 +141,14 @@ def _measure(name: str, options: Options) -> Measure:
             from revivemoe.bench import overhead
 
             return partial(overhead.run, overhead.Setup(preset=preset), Console())
+        case "compile":
+            from revivemoe.bench import compile as of_compile
+
+            return partial(
+                of_compile.run,
+                of_compile.Setup(preset=preset, rounds=options.rounds),
+                Console(),
+            )
         case "peers":
             from revivemoe.bench.peers import run as peers
 

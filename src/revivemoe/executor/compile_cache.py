@@ -5,13 +5,13 @@ versions, or that are damaged, are the compiler's business: it goes by their nam
 all that decides what it makes, and makes anew what it cannot read.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from revivemoe.host.own_folder import locked, own_folder
+from revivemoe.host.variables import set_variables
 
 WITHIN_S = 300.0
 """For who compiles the same at the moment; then it is compiled here, too."""
@@ -36,7 +36,7 @@ def compile_cache(folders: Sequence[Path]) -> Iterator[str]:
                     alone.close()  # what it has made is there
             except OSError as error:
                 said = f", not waited for others: {error}"
-        os.environ[VARIABLE] = str(where)
+        set_variables({VARIABLE: str(where)})
         yield said
 
 

@@ -17,6 +17,7 @@ from revivemoe.core.progress import Progress
 from revivemoe.core.slots import SlotTaken
 from revivemoe.executor.failures import in_one_line, load_failure
 from revivemoe.executor.weights import PeerSource
+from revivemoe.host.cuda_thread import on_device
 from revivemoe.ids import Incarnation, RankId
 from revivemoe.membership.membership import Membership
 from revivemoe.messages.commands import DomainSpec, LoadExperts
@@ -79,7 +80,8 @@ class Loader:
         try:
             begun = self._runner.worker.begin(command.loads)
             work = (command, begun, self._peers, done)
-            threading.Thread(target=self._load_aside, args=work, name="load", daemon=True).start()
+            aside = on_device(str(self._runner.device), self._load_aside)
+            threading.Thread(target=aside, args=work, name="load", daemon=True).start()
         except (LookupError, RuntimeError, MemoryError) as failure:  # no such slot, or no thread
             done(self._answer(command, time.monotonic(), 0, in_one_line(failure)))
 

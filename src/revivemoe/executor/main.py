@@ -14,6 +14,7 @@ import torch
 
 from revivemoe.comm.domain import Domains
 from revivemoe.comm.fence import FenceFlag
+from revivemoe.comm.nccl import SETTINGS
 from revivemoe.core.effects import LoadFailed
 from revivemoe.core.progress import Progress
 from revivemoe.core.rank import Rank
@@ -25,6 +26,8 @@ from revivemoe.executor.kv_size import OutOfMemoryForKV, num_kv_blocks
 from revivemoe.executor.reporting import ReportSocket
 from revivemoe.executor.spec import RankSpec
 from revivemoe.executor.weights import WeightServer
+from revivemoe.host.cuda_thread import on_device, use_device
+from revivemoe.host.variables import set_variables
 from revivemoe.kernels.library import NoKernels
 from revivemoe.messages.reports import Fatal, RankStats, Ready, Report
 from revivemoe.model.batch_invariant import BatchVariant
@@ -43,6 +46,9 @@ def run_rank(
     The broad catch here is one of the project's two process boundaries: a broken rank reports its
     last words and exits, and its owner sees the exit.
     """
+    if spec.device.startswith("cuda"):
+        set_variables(SETTINGS)
+        use_device(spec.device)
     torch.set_num_threads(spec.threads)
     torch.set_grad_enabled(False)
     with ReportSocket(spec.reports) as socket:
@@ -82,16 +88,15 @@ def _serve(
         runner = _in_one_line(partial(_load, spec))
         if cache_fd is not None:
             runner.worker.attach_host_cache(cache_fd)
-            threading.Thread(
-                target=runner.worker.fill_host_cache, name="cache", daemon=True
-            ).start()
+            fill = on_device(spec.device, runner.worker.fill_host_cache)
+            threading.Thread(target=fill, name="cache", daemon=True).start()
         num_blocks = num_kv_blocks(spec, runner)
         _in_one_line(partial(runner.allocate, num_blocks, spec.limits.block_size))
         compiled = _compile(spec, runner)
         limits = replace(spec.limits, num_blocks=num_blocks)
         rank = Rank(spec.rank, spec.incarnation, limits, runner.worker.slots)
         with (
-            WeightServer(spec.weights, runner.worker.find),
+            WeightServer(spec.weights, on_device(spec.device, runner.worker.find)),
             Domains(fence, segment_fd, spec.device, progress.waits) as domains,
         ):
             driver = Driver(rank, runner, domains, control.commands, report, progress)

@@ -76,5 +76,15 @@ class OwnExperts:
             ids = slot_ids_RC[row_of, choice_of][:, None]
             weights = weights_RC[row_of, choice_of][:, None]
             picked = self._backend(self._module, rows_RH[row_of], ids, weights)
-            out_RH.index_add_(0, row_of, picked.float())
+            out_RH = _sum_by_row(picked.float(), row_of, len(rows_RH))
         return out_RH
+
+
+def _sum_by_row(picked_PH: Tensor, row_of_P: Tensor, num_rows: int) -> Tensor:
+    """Of each row its choices, one after another: `row_of_P` ascends. Without atomics, whose order
+    of sums differs from run to run on a GPU.
+    """
+    rows = torch.arange(num_rows, device=row_of_P.device)
+    first_R = torch.searchsorted(row_of_P, rows)
+    order_P = torch.arange(len(picked_PH), device=row_of_P.device)
+    return torch.embedding_bag(picked_PH, order_P, first_R)[0]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from revivemoe.core.step import Batch, ScheduledSequence, StepResult
+from revivemoe.host.cuda_thread import use_device
 from revivemoe.ids import ExpertId, LayerId
 from revivemoe.kernels.native import Native
 from revivemoe.membership.membership import Membership
@@ -205,6 +206,7 @@ class Generator:
     def _task(self, items: tuple[ScheduledSequence, ...]) -> Callable[[], torch.Tensor | None]:
         @torch.inference_mode()
         def task() -> torch.Tensor | None:
+            use_device(str(self._device))
             if items:
                 return self._microbatch(items)
             self._exchange.serve_microbatch()
