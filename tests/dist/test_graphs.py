@@ -1,5 +1,6 @@
 """Graph mode through recoveries: the tokens of eager mode, and nothing compiled anew."""
 
+import re
 import shutil
 
 import pytest
@@ -7,12 +8,15 @@ from support.cases import Case, Weights, check_all, plain_cases, requests_of
 from support.client import Load, run_load
 from support.deployment import Deployment, Status, deployed, kill
 
-from revivemoe.config import compilers
+from revivemoe.config import cache_folders, compilers
 from revivemoe.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, compilers())), reason="no C++ compiler: graphs cannot be built"
 )
+
+CACHE = str(cache_folders()[0] / "graphs-of-tests")
+"""As of the tests in one process, which come first: there is nothing to be compiled any more."""
 
 
 def whole(status: Status) -> bool:
@@ -20,16 +24,20 @@ def whole(status: Status) -> bool:
 
 
 def recompiled(server: Deployment) -> int:
+    """By a whole instance, all of whose attention ranks have graphs."""
     status = server.await_status(whole, 90.0)
+    for engine in status["engines"]:
+        wanted = r"\d+ in .*" if "attention" in engine["roles"] else r"none: no attention|"
+        assert re.fullmatch(wanted, engine["graphs"]), engine
     assert {r["outcome"] for r in status["recoveries"]} <= {"recovered", "restarted"}
     in_records: int = sum(r["recompiled"] for r in status["recoveries"])
     return in_records + sum(int(e["recompiled"]) for e in status["engines"])
 
 
 def test_two_ranks_lost_and_back(qwen: Weights, mixed: list[Case]) -> None:
-    flags = "--redundant-experts", "32", "-O", "1"
+    flags = "--redundant-experts", "32", "-O", "1", "--compile-cache", CACHE
     with deployed(qwen.dir, 4, *flags, auto_rejoin=True) as server:
-        assert all("in" in e["graphs"] for e in server.status()["engines"]), server.status()
+        assert recompiled(server) == 0
         pids = server.pids()
 
         async def beside(load: Load) -> None:
@@ -47,8 +55,9 @@ def test_two_ranks_lost_and_back(qwen: Weights, mixed: list[Case]) -> None:
 def test_an_expert_rank_lost_a_role_switched_and_back(qwen: Weights) -> None:
     params = SamplingParams(seed=1, temperature=0.0, max_tokens=120)
     cases = plain_cases(qwen, params, 8, (24, 40))
-    flags = "--expert-ranks", "2", "-O", "1"
+    flags = "--expert-ranks", "2", "-O", "1", "--compile-cache", CACHE
     with deployed(qwen.dir, 3, *flags, auto_rejoin=True) as server:
+        assert recompiled(server) == 0
         at_first = [e["roles"] for e in server.status()["engines"]]
         pids = server.pids()
 

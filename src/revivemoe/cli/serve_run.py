@@ -58,6 +58,7 @@ def run(config: EngineConfig, listen: Listen) -> int:
     Raises ValueError and OSError for what is wrong with flags, checkpoint or address.
     """
     configure_logging()
+    raise_limit()  # what is started from here on has it, too
     with EarlyStart() as early:  # both load libraries for seconds
         info = inspect_checkpoint(config.model_dir, listen.generation_config, config.dequantize)
         config = resolve(config, info)

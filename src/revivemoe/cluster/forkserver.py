@@ -221,9 +221,12 @@ def main(argv: list[str]) -> None:
     from revivemoe.kernels.library import do_without
 
     preload()
+    loaded_s = time.monotonic() - began
     raw = sock.recv(MAX_MESSAGE)
     if not raw:
         _exit_at_once()
+    _end_with_parent(False)  # what it starts from now on it has to end first
+    began = time.monotonic() - loaded_s
     hail = msgspec.msgpack.decode(raw, type=Hail)
     if hail.kernels:
         provide_kernels()  # after torch, whose threads they share
@@ -240,7 +243,6 @@ def main(argv: list[str]) -> None:
     fds = [fd for fd, new in ((segment_fd, new_segment), (cache_fd, new_cache)) if new]
     warm = msgspec.msgpack.encode(Warm(time.monotonic() - began, new_segment, new_cache))
     socket.send_fds(sock, [warm], [fd for fd in fds if fd is not None])
-    _end_with_parent(False)  # from now on it has ranks to end first
     ForkServer(sock, lifeline, segment_fd, cache_fd).run(run_rank)
     _exit_at_once()
 

@@ -33,6 +33,8 @@ SPINS = "20000"
 """Of OpenMP's threads (GNU's) before they sleep: some tenths of a millisecond. Left to itself it is
 for ever, while what all wait for stands in the kernel's queue: steps of 0.65 s instead of 0.025
 (decisions.md). With less they sleep between two products, and waking them takes longer."""
+STDERR = 2
+"""As a descriptor: `sys.stderr` may be something else."""
 MAX_FDS = 2
 """That come with one message."""
 
@@ -57,7 +59,7 @@ def start_process(arguments: list[str], fds: list[int]) -> subprocess.Popen[byte
         [sys.executable, "-m", "revivemoe.cluster.forkserver", *arguments],
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno(),
+        stdout=STDERR,
         env={**spinning(os.environ), "TOKENIZERS_PARALLELISM": "false"},
         process_group=0,
     )
@@ -152,7 +154,8 @@ class Launcher:
         else:
             begun = begin(self._lifeline_read, (self._segment_fd, self._cache_fd))
         self._process, self._sock = begun
-        self._sock.send(msgspec.msgpack.encode(self._hail))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` tells
+            self._sock.send(msgspec.msgpack.encode(self._hail))
 
     def restart(self) -> None:
         """Start another fork server after the former one is gone. Ranks and segment stay."""
@@ -216,6 +219,8 @@ class Launcher:
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Close the socket and the lifeline: fork server and ranks exit; kill what does not."""
+        if self._early is not None:  # not taken over
+            self._lifeline_write = self._lifeline_read = -1
         owned = (self._lifeline_write, self._lifeline_read, self._segment_fd, self._cache_fd)
         for fd in owned:
             if fd is not None and fd >= 0:

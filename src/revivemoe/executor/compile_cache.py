@@ -14,7 +14,7 @@ from revivemoe.host.own_folder import locked, own_folder
 from revivemoe.host.variables import set_variables
 
 WITHIN_S = 300.0
-"""For who compiles the same at the moment; then it is compiled here, too."""
+"""For who compiles at the moment; then it is compiled here, too, and elsewhere."""
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -22,20 +22,22 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def compile_cache(folders: Sequence[Path]) -> Iterator[str]:
     """The first of the folders that can be used, for this process alone if it comes first: of those
     that start at once one compiles, and the others then find what it has made. Else a folder that
-    goes when compiling is done. Gives what is to be said of that; empty where all is well.
+    goes when compiling is done. Gives what is to be said of that; empty where all is well. Raises
+    OSError where there is no place at all.
     """
     with ExitStack() as stack:
         where, said = _usable(folders)
-        if where is None:
-            where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="revivemoe-")))
-        else:
+        if where is not None:
             try:
                 alone = ExitStack()
                 stack.push(alone)
                 if alone.enter_context(locked(where / "lock", WITHIN_S)):
                     alone.close()  # what it has made is there
-            except OSError as error:
-                said = f", not waited for others: {error}"
+            except OSError as error:  # there are locks of the compiler's own in there
+                where, said = None, f", kept nowhere: {error}"
+        if where is None:
+            temporary = tempfile.TemporaryDirectory(prefix="revivemoe-", ignore_cleanup_errors=True)
+            where = Path(stack.enter_context(temporary))
         set_variables({VARIABLE: str(where)})
         yield said
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from revivemoe.executor.spec import ENGINE_BYTES, RANK_BYTES, RankSpec
+from revivemoe.executor.spec import ENGINE_BYTES, GRAPH_BYTES, RANK_BYTES, RankSpec
 from revivemoe.host.memory import Limit, capacity, free_bytes
 from revivemoe.model.host_cache import expert_bytes
 from revivemoe.model.runner import ModelRunner
@@ -96,6 +96,7 @@ def left_of(limit: Limit, spec: RankSpec, runner: ModelRunner) -> int:
     taken = (
         ENGINE_BYTES
         + instance.num_ranks * RANK_BYTES
+        + instance.attention_ranks * (GRAPH_BYTES if spec.in_graphs else 0)
         + instance.attention_ranks * attention
         + instance.expert_slots * experts
     )

@@ -21,7 +21,7 @@ from revivemoe.core.rank import Rank
 from revivemoe.executor.compile_cache import compile_cache
 from revivemoe.executor.control import ControlThread, Told
 from revivemoe.executor.driver import Driver
-from revivemoe.executor.failures import load_failure
+from revivemoe.executor.failures import in_one_line, load_failure
 from revivemoe.executor.kv_size import OutOfMemoryForKV, num_kv_blocks
 from revivemoe.executor.reporting import ReportSocket
 from revivemoe.executor.spec import RankSpec
@@ -129,8 +129,11 @@ def _compile(spec: RankSpec, runner: ModelRunner) -> str:
     """Outside of any domain, so nobody waits for it. What came of it, for people."""
     if not spec.in_graphs:
         return ""
-    with compile_cache([Path(folder) for folder in spec.compile_cache]) as where:
-        return f"{runner.compile()}{where}"
+    try:
+        with compile_cache([Path(folder) for folder in spec.compile_cache]) as said:
+            return f"{runner.compile()}{said}"
+    except OSError as error:
+        return f"none: {runner.run_eagerly(in_one_line(error))}"
 
 
 def _load(spec: RankSpec) -> ModelRunner:

@@ -8,6 +8,8 @@ from revivemoe.ids import Incarnation, LayerId, RankId
 ENGINE_BYTES, RANK_BYTES = 512 << 20, 64 << 20
 """What processes take without weights and KV cache. Engine and fork server together, whose imports
 the ranks share: 447 MiB measured; and each rank: 39, and 16 more under load (tiny model)."""
+GRAPH_BYTES = 128 << 20
+"""What an attention rank takes besides once it has compiled its layers: 110 MiB measured."""
 
 
 class InstanceSize(msgspec.Struct, frozen=True):

@@ -9,18 +9,23 @@ from os import getuid
 from pathlib import Path
 
 LOOK_S = 0.05
+OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def own_folder(folder: Path) -> Path:
     """The folder, made if need be, without links on the way. Raises OSError where somebody else
-    could put something into it.
+    could put something into it, or another one in its place.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = folder.resolve()
     of_folder = folder.lstat()
-    others = stat.S_IWGRP | stat.S_IWOTH
-    if of_folder.st_uid != getuid() or of_folder.st_mode & others:
+    if of_folder.st_uid != getuid() or of_folder.st_mode & OTHERS:
         raise PermissionError(f"{folder} can be written to by others")
+    for parent in folder.parents:
+        of_parent = parent.lstat()
+        theirs = of_parent.st_uid not in (getuid(), 0)
+        if theirs or (of_parent.st_mode & OTHERS and not of_parent.st_mode & stat.S_ISVTX):
+            raise PermissionError(f"{folder} can be exchanged by others, who may change {parent}")
     return folder
 
 

@@ -139,7 +139,7 @@ class ExpertReader:
                 if place is None or not files.read_into(place, key, tensor, row):
                     source = files.slice(key, tensor)
                     piece.fill(rows[piece.param], source[:] if alone else source[expert])
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except (SafetensorError, OSError, RuntimeError, LookupError, TypeError) as error:
             raise self._incomplete(layer, [expert], [str(error)]) from None
         if pieces:
             raise self._incomplete(layer, [expert], [f"{len(pieces)} tensors are not there"])

@@ -30,6 +30,8 @@ from revivemoe.model.host_cache import HostCache
 from revivemoe.model.tensor_files import TensorFiles
 
 PORTION_BYTES = 64 << 20
+WRITTEN_WITHIN_S = 20.0
+"""One expert, by an earlier load of which nobody wants anything any more; then this one fails."""
 Rows = dict[str, torch.Tensor]
 """One expert's share of each parameter."""
 
@@ -163,10 +165,15 @@ class ExpertWorker:
         return sum(tensor.nbytes for tensor in rows.values())
 
     def _begin_writing(self, begun: int, load: SlotLoad) -> Rows:
-        """The slot's rows, once nobody else writes them: an earlier load may be at it still."""
+        """The slot's rows, once nobody else writes them: an earlier load may be at it still.
+        Raises SlotTaken, TimeoutError.
+        """
         place = load.layer, load.slot
         with self._slots_lock:
-            self._slots_lock.wait_for(lambda: place not in self._written)
+            if not self._slots_lock.wait_for(lambda: place not in self._written, WRITTEN_WITHIN_S):
+                raise TimeoutError(
+                    f"slot {load.slot} of layer {load.layer} is still written by an earlier load"
+                )
             self.slots.check(begun, load)
             self._written.add(place)
             return self._layers[load.layer].read_slot(load.slot)

@@ -4,7 +4,7 @@ Tokens in, drawn tokens out. A step's batch may be cut into micro-batches, which
 place where the model calls its experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
@@ -68,16 +68,38 @@ class Generator:
         self._arithmetic: AbstractContextManager[object] = nullcontext()
         self._in_graphs = in_graphs
         self.graphs: Graphs | None = None
-        if native is not None and not in_graphs:
-            rows_of = use_native(self.model, native, alone)
-            for router in self.routers.values():
-                router.use(native)
-            if alone:
-                self._arithmetic = RowsAlone(native)
+        rows_of = self._use_kernels() if not in_graphs else {}
         learned = self._probe()
         self._kv_shapes = [one.shape for one in learned]
-        if native is not None and not in_graphs:
-            fuse_attention(self._attention_modules(), learned, dtype, native, rows_of)
+        self._learned = learned
+        if not in_graphs:
+            self._fuse(rows_of)
+
+    def _use_kernels(self) -> dict[tuple[int, ...], int]:
+        """Of our own, where they are; returns up to how many rows, by shape of a weight."""
+        native = self._native
+        if native is None:
+            return {}
+        rows_of = use_native(self.model, native, self._alone)
+        for router in self.routers.values():
+            router.use(native)
+        if self._alone:
+            self._arithmetic = RowsAlone(native)
+        return rows_of
+
+    def _fuse(self, rows_of: Mapping[tuple[int, ...], int]) -> None:
+        if self._native is not None:
+            modules = self._attention_modules()
+            fuse_attention(modules, self._learned, self._dtype, self._native, rows_of)
+
+    def run_eagerly(self) -> None:
+        """There will be no graphs: as if none had been asked for."""
+        for router in self.routers.values():
+            router.go_by_mask(False)
+        self._fuse(self._use_kernels())
+        if self._cache is not None:
+            for module in self._attention_modules():
+                module.revive_cache = self._cache
 
     @property
     def maskable(self) -> bool:
@@ -151,9 +173,8 @@ class Generator:
         assert cache is not None, "compiled before allocate"
         assert self._in_graphs, "loaded for something else"
         for router in self.routers.values():
-            router.go_by_mask()
+            router.go_by_mask(True)
         layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        graphs = Graphs(layers, self._attention_modules(), cache, self._exchange, self._native)
 
         def run(rows: int) -> None:
             numbers = torch.arange(rows, device=self._device)[None]
@@ -161,10 +182,12 @@ class Generator:
                 input_ids=numbers, position_ids=numbers, past_key_values=cache, use_cache=True
             )
 
+        graphs = Graphs(layers, self._attention_modules(), cache, self._exchange, self._native)
         try:
             with torch.inference_mode():
                 graphs.compile(run)
         except CannotCompile as error:
+            self.run_eagerly()
             return f"none: {error}"
         self.graphs = self._arithmetic = graphs
         return f"{graphs.compiled} in {graphs.compile_s:.1f} s"

@@ -184,10 +184,10 @@ class MaskableRouter(nn.Module):
         self._mask_E: torch.Tensor | None = None
         """In graph mode there is a mask always, or never."""
 
-    def go_by_mask(self) -> None:
+    def go_by_mask(self, wanted: bool) -> None:
         """Graph mode: what is missing is a tensor from now on, whatever is in it."""
-        self._native = None
-        if self.form is not None:
+        self._native, self._mask_E = None, None
+        if wanted and self.form is not None:
             weight = self.original.weight
             self._mask_E = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
 

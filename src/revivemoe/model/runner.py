@@ -118,6 +118,12 @@ class ModelRunner:
         """Compile decoder layers, after `allocate`; what came of it, for people."""
         return "none: no attention" if self.generator is None else self.generator.compile()
 
+    def run_eagerly(self, why: str) -> str:
+        """Instead of `compile`. Returns `why`."""
+        if self.generator is not None:
+            self.generator.run_eagerly()
+        return why
+
     @property
     def recompiled(self) -> int:
         """`Graphs.recompiled`; 0 without graphs."""

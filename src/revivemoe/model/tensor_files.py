@@ -89,7 +89,7 @@ class _PlainFile:
     def read_into(self, out: torch.Tensor, name: str, row: int, rows: int) -> None:
         """A row of so many."""
         begin, end = self._positions.get(name, (0, 0))
-        if end - begin != rows * out.nbytes:
+        if begin < 0 or end - begin != rows * out.nbytes or not 0 <= row < rows:
             raise SafetensorError(f"{self._path}: {name} is not what it was at the start")
         target = memoryview(out.detach().view(-1).view(torch.uint8).numpy())
         at = self._begin + begin + row * out.nbytes

@@ -2,7 +2,7 @@
 
 from revivemoe.checkpoint.inspect import CheckpointInfo
 from revivemoe.config import EngineConfig
-from revivemoe.executor.spec import ENGINE_BYTES, RANK_BYTES
+from revivemoe.executor.spec import ENGINE_BYTES, GRAPH_BYTES, RANK_BYTES
 from revivemoe.host.memory import Limit, capacity, taken_bytes
 
 MIB = 1 << 20
@@ -12,7 +12,8 @@ def check_memory(config: EngineConfig, info: CheckpointInfo) -> None:
     """`config` is resolved. Raises ValueError."""
     if config.device == "cpu":
         here = min(taken_bytes(), ENGINE_BYTES)
-        check(capacity(), here, weight_bytes(config, info), config.num_ranks)
+        graphs = GRAPH_BYTES * config.data_parallel_size if config.in_graphs else 0
+        check(capacity(), here, weight_bytes(config, info), config.num_ranks, graphs)
 
 
 def weight_bytes(config: EngineConfig, info: CheckpointInfo) -> int:
@@ -39,9 +40,11 @@ def weight_bytes(config: EngineConfig, info: CheckpointInfo) -> int:
     return total
 
 
-def check(limit: Limit, here: int, weights: int, num_ranks: int) -> None:
-    """`here`: bytes that this process has taken already. Raises ValueError."""
-    processes = ENGINE_BYTES + num_ranks * RANK_BYTES
+def check(limit: Limit, here: int, weights: int, num_ranks: int, graphs: int = 0) -> None:
+    """`here`: bytes that this process has taken already; `graphs`: that compiled layers take.
+    Raises ValueError.
+    """
+    processes = ENGINE_BYTES + num_ranks * RANK_BYTES + graphs
     needed, can_be_had = weights + processes, min(limit.total, limit.free + here)
     if can_be_had > needed:
         return

@@ -87,3 +87,19 @@ def test_a_launcher_takes_it_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert owner.pid == started[1].pid
         assert len(started) == 2
     assert all(process.returncode is not None for process in started)
+
+
+def test_one_that_has_died_meanwhile_is_told_as_gone() -> None:
+    with EarlyStart() as early, Launcher(None, kernels=False, early=early) as owner:
+        assert early._begun is not None
+        early._begun.process.kill()
+        early._begun.process.wait()
+        owner.start()
+        assert owner.receive() is None
+
+
+def test_a_launcher_that_never_starts_leaves_it_alone() -> None:
+    before = open_fds()
+    with EarlyStart() as early, Launcher(None, early=early):
+        pass
+    assert open_fds() == before

@@ -18,6 +18,7 @@ ENGINE = {
     "id": int, "status": str, "roles": list, "logical_rank": int | None, "incarnation": int,
     "pid": int | None, "host": str, "device": str, "running": int, "waiting": int,
     "kv_blocks_used": int, "kv_blocks_total": int, "last_step": int,
+    "graphs": str, "recompiled": int,
     "heartbeat_age_s": NUMBER | None, "fault_info": dict | None, "life": dict,
 }  # fmt: skip
 EXPERTS = {

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -102,7 +103,27 @@ def test_of_those_that_come_at_once_one_is_alone_and_the_others_follow(tmp_path:
 def test_who_does_not_end_is_not_waited_for_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """There are locks of the compiler's own in there."""
     monkeypatch.setattr(module, "WITHIN_S", 0.2)
     with compile_cache([tmp_path / "cache"]), compile_cache([tmp_path / "cache"]) as said:
-        assert "not waited for others" in said
-        assert used() == tmp_path / "cache"
+        assert "kept nowhere: another process holds" in said
+        assert not used().is_relative_to(tmp_path)
+
+
+def test_a_folder_that_others_can_exchange_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs").chmod(0o777)
+    with compile_cache([tmp_path / "theirs" / "graphs"]) as said:
+        assert "can be exchanged by others" in said
+    (tmp_path / "theirs").chmod(0o1777)  # as /tmp
+    with compile_cache([tmp_path / "theirs" / "graphs"]) as said:
+        assert said == ""
+
+
+def test_without_any_place_it_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="nowhere"), compile_cache([tmp_path / "file"]):
+        pass

@@ -3,23 +3,26 @@
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.solo import SoloRank
 from transformers import AutoModelForCausalLM
 from unit.memberships import membership
 
 from revivemoe.checkpoint import ARCHS
+from revivemoe.checkpoint.files import TensorInfo
 from revivemoe.core.limits import RankLimits
 from revivemoe.core.slots import SlotTaken
 from revivemoe.ids import ExpertId, LayerId, RankId, SlotId
 from revivemoe.membership.placement import ExpertPlacement
 from revivemoe.messages.commands import SlotLoad
-from revivemoe.model import tensor_files
+from revivemoe.model import expert_worker, tensor_files
 from revivemoe.model.expert_reader import ExpertReader
 from revivemoe.model.expert_recipe import copy_rows
 from revivemoe.model.load import CheckpointError, load_model
@@ -321,6 +324,27 @@ def test_a_later_load_waits_for_what_is_written_already(made: dict[str, Path]) -
     assert worker.slots.row(LAST)[2] == 7
     for name, row in layer.read_slot(SlotId(2)).items():
         assert torch.equal(row, getattr(theirs, name)[7])
+
+
+def test_a_later_load_does_not_wait_for_ever(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_worker, "WRITTEN_WITHIN_S", 0.1)
+    worker = SoloRank(made["qwen3_moe"], LIMITS).runner.worker
+    begun = worker.begin([load(2, 9)])
+    worker._begin_writing(begun, load(2, 9))
+    with pytest.raises(TimeoutError, match="slot 2 of layer 3 is still written"):
+        worker.load([load(2, 7)])
+
+
+@pytest.mark.parametrize("row", [-1, 2])
+def test_a_row_that_is_not_there_is_no_other_tensors(tmp_path: Path, row: int) -> None:
+    """In a file whose next tensor begins where it would be."""
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2, 4), "b": torch.ones(2, 4)}, file)
+    info, out = TensorInfo(file, (2, 4), "F32"), torch.empty(4)
+    with ExitStack() as stack, pytest.raises(SafetensorError, match="is not what it was"):
+        TensorFiles(stack).read_into(out, "a", info, row)
 
 
 class Peer:

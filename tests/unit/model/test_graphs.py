@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from support.solo import SoloRank
-from torch import nn
 from unit.memberships import membership
 
 from revivemoe.config import cache_folders, compilers
 from revivemoe.core.limits import RankLimits
-from revivemoe.executor.compile_cache import compile_cache
+from revivemoe.executor.compile_cache import VARIABLE, compile_cache
 from revivemoe.ids import LayerId, RankId
 from revivemoe.membership.placement import EMPTY, ExpertPlacement
-from revivemoe.model.graphs import graphs_made
+from revivemoe.model.graphs import Graphs, graphs_made
 from revivemoe.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.skipif(
@@ -33,19 +32,25 @@ MASKED = {1: {0, 5}, 3: {2}}
 @pytest.fixture(autouse=True, scope="module")
 def from_cache() -> Iterator[None]:
     """What was compiled in an earlier run is found. One thread, as the code is made for."""
-    threads = torch.get_num_threads()
+    threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
     torch.set_num_threads(1)
-    with compile_cache([folder / "graphs" for folder in cache_folders()]):
+    patch.setenv(VARIABLE, "")
+    with compile_cache([folder / "graphs-of-tests" for folder in cache_folders()]):
         yield
+    patch.undo()
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> None:
+def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "arch", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.matrix)]
+)
 def test_tokens_are_those_of_eager_mode(made: dict[str, Path], arch: str) -> None:
     solo = SoloRank(made[arch], LIMITS, in_graphs=True)
     assert solo.runner.generator is not None
@@ -100,14 +105,32 @@ def test_where_no_graph_fits_nobody_waits_for_another(made: dict[str, Path]) -> 
     assert graphs_made() == before
 
 
-def test_layers_run_as_they_are_where_they_cannot_be_compiled(
-    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", [0, 2])
+def test_layers_run_as_if_no_graphs_were_wanted_where_they_cannot_be_compiled(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    def compiled(layer: nn.Module, **options: object) -> None:
-        raise RuntimeError("no compiler\nand more about it")
+    """At once, or in the middle of the warm-up."""
+    rows: list[int] = []
 
-    monkeypatch.setattr(nn.Module, "compile", compiled)
+    def shape(query: torch.Tensor, *_: object) -> torch.Tensor:
+        rows.append(query.shape[2])
+        if len(rows) > at:
+            raise RuntimeError("no compiler\nand more about it")
+        return query.new_zeros(1, query.shape[2], query.shape[1], 16)
+
+    monkeypatch.setattr(Graphs, "attend", lambda self, *given: shape(*given))
     solo = SoloRank(made["qwen3_moe"], LIMITS, in_graphs=True)
     assert solo.graphs == "none: RuntimeError: no compiler and more about it"
     eager = SoloRank(made["qwen3_moe"], LIMITS)
+    assert solo.runner.generator is not None
+    assert eager.runner.generator is not None
+    for mine, theirs in zip(
+        solo.runner.generator.model.modules(), eager.runner.generator.model.modules(), strict=True
+    ):
+        assert type(mine) is type(theirs)
+        assert type(mine.forward) is type(theirs.forward), "kernels of our own, or not"
     assert solo.run(PROMPTS, GREEDY) == eager.run(PROMPTS, GREEDY)
+    enter(solo, MASKED)
+    other = [[150, 8, 9], list(range(151, 180))]
+    masked = SoloRank(made["qwen3_moe"], LIMITS, MASKED)
+    assert solo.run(other, GREEDY) == masked.run(other, GREEDY)
