@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 
 import pytest
 from support.cases import Case, Weights, check_all, plain_cases, requests_of
@@ -34,21 +35,57 @@ def recompiled(server: Deployment) -> int:
     return in_records + sum(int(e["recompiled"]) for e in status["engines"])
 
 
-def test_two_ranks_lost_and_back(qwen: Weights, mixed: list[Case]) -> None:
-    flags = "--redundant-experts", "32", "-O", "1", "--compile-cache", CACHE
-    with deployed(qwen.dir, 4, *flags, auto_rejoin=True) as server:
-        assert recompiled(server) == 0
-        pids = server.pids()
+@pytest.fixture(scope="module")
+def four(qwen: Weights) -> Iterator[Deployment]:
+    """Every expert on three of four ranks: any two may go at once."""
+    flags = "--redundant-experts", "32", "--enable-fault-injection", "-O", "1"
+    with deployed(qwen.dir, 4, *flags, "--compile-cache", CACHE, auto_rejoin=True) as server:
+        yield server
 
-        async def beside(load: Load) -> None:
-            await load.reached(60)
-            kill(pids[1], pids[2])
 
-        assert not check_all(mixed, run_load(server.url, requests_of(mixed), beside))
-        assert recompiled(server) == 0
-        assert not check_all(mixed, run_load(server.url, requests_of(mixed)))
-        assert recompiled(server) == 0
-        assert [e["incarnation"] for e in server.status()["engines"]] == [1, 2, 2, 1]
+def test_two_ranks_lost_and_back(four: Deployment, mixed: list[Case]) -> None:
+    server = four
+    assert recompiled(server) == 0
+    pids = server.pids()
+
+    async def beside(load: Load) -> None:
+        await load.reached(60)
+        kill(pids[1], pids[2])
+
+    assert not check_all(mixed, run_load(server.url, requests_of(mixed), beside))
+    assert recompiled(server) == 0
+    assert not check_all(mixed, run_load(server.url, requests_of(mixed)))
+    assert recompiled(server) == 0
+    assert [e["incarnation"] for e in server.status()["engines"]] == [1, 2, 2, 1]
+
+
+POINTS = [
+    *(("kill", phase) for phase in ("schedule", "attention", "dispatch", "experts", "combine")),
+    ("kill", "sample"), ("kill", "commit"), ("error", "attention"), ("error", "experts"),
+    ("nan", "attention"), ("nan", "experts"), ("nan", "combine"),
+    ("hang", "attention"), ("hang", "dispatch"), ("hang", "experts"),
+]  # fmt: skip
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("point", POINTS, ids="-".join)
+def test_faults_within_a_graph(four: Deployment, mixed: list[Case], point: tuple[str, str]) -> None:
+    """Phases are told from behind the operators: faults strike there, and are seen, as ever. Each
+    time another rank: the pauses before one is started again grow, and one whose numbers break
+    twice is not started again.
+    """
+    server, (kind, phase) = four, point
+    victim = 1 + POINTS.index(point) % 3
+    assert recompiled(server) == 0
+    before = len(server.status()["recoveries"])
+
+    async def beside(load: Load) -> None:
+        await load.reached(60)
+        server.inject(victim, kind, {"phase": phase})
+
+    assert not check_all(mixed, run_load(server.url, requests_of(mixed), beside))
+    assert len(server.status()["recoveries"]) > before, "it has struck"
+    assert recompiled(server) == 0
 
 
 @pytest.mark.matrix
