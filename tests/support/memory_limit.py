@@ -1,10 +1,13 @@
 """A memory cgroup for a process alone, where the kernel's killer strikes. v1 or v2; needs root."""
 
+import errno
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MOUNT = Path("/sys/fs/cgroup")
+REMOVED_WITHIN_S = 5.0
 
 
 class CannotLimit(Exception):
@@ -52,7 +55,17 @@ def _write(path: Path, value: int) -> None:
 
 
 def _remove(cgroup: Path) -> None:
-    """Whoever still lives there goes to the root."""
-    for pid in (cgroup / "cgroup.procs").read_text().split():
-        _write(_root() / "cgroup.procs", int(pid))
-    cgroup.rmdir()
+    """Whoever still lives there goes to the root. Who has just died is there a moment longer, for
+    the kernel, than it can be waited for.
+    """
+    deadline = time.monotonic() + REMOVED_WITHIN_S
+    while True:
+        for pid in (cgroup / "cgroup.procs").read_text().split():
+            with suppress(CannotLimit):  # it has gone meanwhile
+                _write(_root() / "cgroup.procs", int(pid))
+        try:
+            return cgroup.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,9 @@ from revivemoe.cluster.launcher import EarlyStart
 from revivemoe.cluster.orphans import Orphans
 from revivemoe.config import EngineConfig, resolve
 from revivemoe.detokenizer import Tokenizer
+from revivemoe.executor.spec import ENGINE_BYTES
 from revivemoe.host.descriptors import for_clients_below, raise_limit
+from revivemoe.host.memory import capacity
 from revivemoe.serving.memory import check_memory
 
 if TYPE_CHECKING:
@@ -59,12 +62,20 @@ def run(config: EngineConfig, listen: Listen) -> int:
     """
     configure_logging()
     raise_limit()  # what is started from here on has it, too
-    with EarlyStart() as early:  # both load libraries for seconds
+    with _early_start() as early:
         info = inspect_checkpoint(config.model_dir, listen.generation_config, config.dequantize)
         config = resolve(config, info)
         check_memory(config, info)
         _descriptors_below(config)
         return asyncio.run(_serve(config, info, listen, early))
+
+
+def _early_start() -> AbstractContextManager[EarlyStart | None]:
+    """This process and the fork server load libraries for seconds: both at once, unless there is
+    not even the memory for that, which is to be said, and not the kernel's killer to find out.
+    """
+    limit = capacity()
+    return EarlyStart() if min(limit.total, limit.free) > ENGINE_BYTES else nullcontext()
 
 
 def _descriptors_below(config: EngineConfig) -> int:
@@ -118,7 +129,7 @@ def _own_tokenizer(model_dir: Path) -> Any:
 
 
 async def _serve(
-    config: EngineConfig, info: CheckpointInfo, listen: Listen, early: EarlyStart
+    config: EngineConfig, info: CheckpointInfo, listen: Listen, early: EarlyStart | None
 ) -> int:
     from revivemoe.checkpoint.generation import sampling_defaults
     from revivemoe.epochs.state import FailedState
