@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -129,11 +130,15 @@ def _compile(spec: RankSpec, runner: ModelRunner) -> str:
     """Outside of any domain, so nobody waits for it. What came of it, for people."""
     if not spec.in_graphs:
         return ""
-    try:
-        with compile_cache([Path(folder) for folder in spec.compile_cache]) as said:
-            return f"{runner.compile()}{said}"
-    except OSError as error:
-        return f"none: {runner.run_eagerly(in_one_line(error))}"
+    if not spec.attention:  # it has nothing to wait for either
+        return "none: no attention"
+    with ExitStack() as stack:
+        try:
+            said = stack.enter_context(compile_cache([Path(f) for f in spec.compile_cache]))
+        except OSError as error:
+            runner.run_eagerly()
+            return f"none: {in_one_line(error)}"
+        return f"{runner.compile()}{said}"
 
 
 def _load(spec: RankSpec) -> ModelRunner:

@@ -129,6 +129,10 @@ class Graphs:
             return query.new_zeros(1, query.shape[2], query.shape[1], dim_v)
         return attend(self._attention[layer], query, dim_v, scale, window, sinks)[None]
 
+    def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.linears is not None, "no kernels of our own"
+        return self.linears(rows, weight, bias)
+
     def experts(self, hidden: Tensor, ids: Tensor, weights: Tensor, layer: int) -> Tensor:
         if self.dry:
             return torch.zeros_like(hidden)
@@ -245,65 +249,29 @@ def define_operators() -> None:
     kinds: Mapping[str, tuple[str, Callable[..., object], Callable[..., object]]] = {
         "keep": (
             "(Tensor key, Tensor value, Tensor(a!) clock, SymInt layer) -> ()",
-            _keep,
-            lambda key, value, clock, layer: None,
+            lambda key, value, clock, layer: _now().keep(key, value, layer),
+            lambda *given: None,
         ),
         "attend": (
             "(Tensor query, Tensor clock, SymInt layer, SymInt dim_v, float? scale, "
             "SymInt? window, Tensor? sinks) -> Tensor",
-            _attend,
-            _attend_shape,
+            lambda query, clock, *how: _now().attend(query, *how),
+            lambda query, clock, layer, dim_v, *how: query.new_empty(
+                1, query.shape[2], query.shape[1], dim_v
+            ),
         ),
         "linear": (
             "(Tensor rows, Tensor weight, Tensor? bias) -> Tensor",
-            _linear,
+            lambda *given: _now().linear(*given),
             lambda rows, weight, bias: rows.new_empty(*rows.shape[:-1], weight.shape[0]),
         ),
         "experts": (
             "(Tensor hidden, Tensor ids, Tensor weights, SymInt layer) -> Tensor",
-            _experts,
-            lambda hidden, ids, weights, layer: torch.empty_like(hidden),
+            lambda *given: _now().experts(*given),
+            lambda hidden, *given: torch.empty_like(hidden),
         ),
     }
     for name, (signature, act, shape) in kinds.items():
         _LIBRARY.define(name + signature)
         _LIBRARY.impl(name, act, "CompositeExplicitAutograd")
         torch.library.register_fake(f"revivemoe::{name}", shape, lib=_LIBRARY)
-
-
-def _keep(key: Tensor, value: Tensor, clock: Tensor, layer: int) -> None:
-    _now().keep(key, value, layer)
-
-
-def _attend(
-    query: Tensor,
-    clock: Tensor,
-    layer: int,
-    dim_v: int,
-    scale: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    return _now().attend(query, layer, dim_v, scale, window, sinks)
-
-
-def _attend_shape(
-    query: Tensor,
-    clock: Tensor,
-    layer: int,
-    dim_v: int,
-    scale: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    return query.new_empty(1, query.shape[2], query.shape[1], dim_v)
-
-
-def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    linears = _now().linears
-    assert linears is not None, "no kernels of our own"
-    return linears(rows, weight, bias)
-
-
-def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, layer: int) -> Tensor:
-    return _now().experts(hidden, ids, weights, layer)

@@ -116,13 +116,13 @@ class ModelRunner:
 
     def compile(self) -> str:
         """Compile decoder layers, after `allocate`; what came of it, for people."""
-        return "none: no attention" if self.generator is None else self.generator.compile()
+        assert self.generator is not None, "an expert rank has no layers to compile"
+        return self.generator.compile()
 
-    def run_eagerly(self, why: str) -> str:
-        """Instead of `compile`. Returns `why`."""
-        if self.generator is not None:
-            self.generator.run_eagerly()
-        return why
+    def run_eagerly(self) -> None:
+        """Instead of `compile`."""
+        assert self.generator is not None, "an expert rank has no layers to compile"
+        self.generator.run_eagerly()
 
     @property
     def recompiled(self) -> int:
