@@ -1,4 +1,4 @@
-"""Whatever is wrong with the place for compiled code, the rank runs; an expert rank asks for none."""
+"""Whatever is wrong with the place for compiled code, a rank runs; an expert rank wants none."""
 
 import tempfile
 from pathlib import Path
