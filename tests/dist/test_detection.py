@@ -163,7 +163,7 @@ async def _stopped_rank(model_dir: Path, mixed: list[Case], backend: str, may_ki
         cases = [c for c in mixed if c.name == "greedy 0"]
         await asyncio.gather(*(read(instance, c, stop) for c in cases * 3))
         (record,) = instance.engine.epochs.records
-        assert [f.kind for f in record.faults] == ["heartbeat"]
+        assert [f.kind for f in record.faults] == ["heartbeat"], record
         if not may_kill:
             os.kill(pid, signal.SIGCONT)  # the zombie finds that its epoch is over
             await asyncio.gather(*(read(instance, c) for c in cases * 3))
